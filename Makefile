@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` and `make test`. Both build .venv from the pinned constraints first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+QUICK  ?= 0
+RUN    ?= runs/demo
+
+.PHONY: setup demo test lint types unit package clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "illada needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,report,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/illada demo --output $(RUN) $(if $(filter-out 0,$(QUICK)),--quick)
+
+test: lint types unit package
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/pytest
+
+package: setup
+	$(BIN)/python tests/check_wheel.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

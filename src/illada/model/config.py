@@ -1,0 +1,122 @@
+"""The configuration of an iLLaDA model and its presets (paper §2.1 and Table 1; spec §1)."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from illada.errors import IlladaError
+
+
+class IlladaConfig(PreTrainedConfig):
+    """Shape and special ids of a masked diffusion language model; a transformers configuration, model_type "illada".
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads; None means as many as query heads.
+        head_dim: width of one head; None means hidden_size / num_attention_heads.
+        max_position_embeddings: context length in tokens; generation and training refuse more.
+        rope_theta: base wavelength of the rotary embedding. Not published; default ours.
+        rms_norm_eps: added to the mean square. Not published; default ours.
+        initializer_range: standard deviation of the linear layers at the start. Not published; default ours.
+        tie_word_embeddings: whether the LM head is the embedding (iLLaDA: yes, LLaDA: no).
+        mask_token_id: the id that stands for a masked token. The released iLLaDA files do not carry it: it is 5 there.
+        bos_token_id: the id that begins a document.
+        eos_token_id: the id that ends an answer.
+        pad_token_id: the id of padding; its embedding row starts at zero. None for no such row.
+
+    Raises:
+        IlladaError: when the shape is impossible or a special id lies outside the vocabulary.
+    """
+
+    model_type = "illada"
+
+    vocab_size: int = 155_136
+    hidden_size: int = 4096
+    intermediate_size: int = 14_336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 8192
+    rope_theta: float = 500_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    mask_token_id: int = 5
+    bos_token_id: int | None = 0
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in the derived sizes and check the shape."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise IlladaError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: change one of them or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise IlladaError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise IlladaError(f"head_dim {self.head_dim} is odd: rotary embedding needs an even one")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise IlladaError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "IlladaConfig":
+        """Return the configuration called `name`, with `overrides` applied.
+
+        Raises:
+            IlladaError: when there is no such preset.
+        """
+        if name not in PRESETS:
+            raise IlladaError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+def _small(width: int, layers: int, heads: int, key_value_heads: int, intermediate: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 4096,
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "max_position_embeddings": 1024,
+        # The shorter the context, the shorter the longest wavelength worth having; ours.
+        "rope_theta": 10_000.0,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours, for one machine; sizes are without the embedding. vocab_size is the tokenizer's, given when training.
+    "1m": _small(128, 4, 4, 2, 384),
+    "5m": _small(256, 6, 4, 2, 768),
+    "15m": _small(384, 8, 6, 2, 1152),
+    "50m": _small(640, 10, 10, 5, 1920),
+    # Paper Table 1.
+    "illada-8b": {"num_key_value_heads": 8},
+    # LLaDA paper; ids from its released tokenizer.
+    "llada-8b": {
+        "vocab_size": 126_464,
+        "intermediate_size": 12_288,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "mask_token_id": 126_336,
+        "bos_token_id": 126_080,
+        "eos_token_id": 126_081,
+        "pad_token_id": None,
+    },
+}

@@ -1,0 +1,230 @@
+"""The iLLaDA transformer: a pre-norm LLaMA trunk with full bidirectional attention (paper §2.1; spec §1).
+
+There is one path through the network: packed segments. A batch with padding is packed first and unpacked after, so
+neither padding nor company changes a row's result.
+
+Shape letters: B rows · L row length · T packed tokens · D width · H query heads · G key/value heads · K head width ·
+V vocabulary · M selected tokens.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from illada.model.attention import Packing, packed_attention
+from illada.model.config import IlladaConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: computed in fp32, cast back, then the gain."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        normal_TD = F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps)
+        return normal_TD.to(hidden_TD.dtype) * self.weight
+
+
+def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the rotary angles, fp32 [T, 1, K/2]; no scaling."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
+    angles = position_ids_T.float()[:, None, None] * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + K/2) of a head by its angle, in fp32; keeps the dtype."""
+    first, second = x_THK.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THK.dtype)
+
+
+class BranchEnd(nn.Linear):
+    """The last linear layer of a residual branch: an ordinary one that starts narrower (spec §1)."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without bias or mask."""
+
+    def __init__(self, config: IlladaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = BranchEnd(queries, width, bias=False)
+
+    def forward(self, hidden_TD: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend within each segment."""
+        heads = (-1, self.head_dim)
+        query_THK = rotate(self.q_proj(hidden_TD).unflatten(-1, heads), *rotary)
+        key_TGK = rotate(self.k_proj(hidden_TD).unflatten(-1, heads), *rotary)
+        value_TGK = self.v_proj(hidden_TD).unflatten(-1, heads)
+        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU without bias."""
+
+    def __init__(self, config: IlladaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = BranchEnd(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
+
+
+class Block(GradientCheckpointingLayer):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: IlladaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_TD: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention, then SwiGLU, each added to the residual stream."""
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), packing, rotary)
+        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+class IlladaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the family, and the paper's initialisation."""
+
+    config_class = IlladaConfig
+    config: IlladaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  (transformers' own declaration)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as the released model code does (spec §1): narrower at the two ends of the residual branches."""
+        config = self.config
+        if isinstance(module, nn.Linear):
+            depth = math.sqrt(2 * config.num_hidden_layers) if isinstance(module, BranchEnd) else 1.0
+            init.normal_(module.weight, std=config.initializer_range / depth)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=(2 * config.hidden_size) ** -0.5)
+            # A slice has lost the flag that says "already loaded", so it is asked for here.
+            if config.pad_token_id is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[config.pad_token_id])
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+
+class IlladaModel(IlladaPreTrainedModel):
+    """The trunk: token ids to final hidden states."""
+
+    def __init__(self, config: IlladaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def packed(self, input_ids_T: Tensor, packing: Packing, position_ids_T: Tensor | None = None) -> Tensor:
+        """Return final hidden states [T, D] of packed segments; positions restart in each segment unless given.
+
+        Raises:
+            ValueError: when the segments do not add up to T tokens.
+        """
+        if packing.tokens != input_ids_T.numel():
+            raise ValueError(f"the segments hold {packing.tokens} tokens but {input_ids_T.numel()} were given")
+        if position_ids_T is None:
+            position_ids_T = packing.positions(input_ids_T.device)
+        hidden_TD = self.embed_tokens(input_ids_T)
+        if packing.tokens:
+            rotary = rotary_angles(position_ids_T, self.config.head_dim, self.config.rope_theta)
+            for block in self.layers:
+                hidden_TD = block(hidden_TD, packing, rotary)
+        return self.norm(hidden_TD)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """Return `last_hidden_state` [B, L, D]; rows of hidden states at padding are zero.
+
+        Args:
+            input_ids: token ids [B, L].
+            attention_mask: [B, L], nonzero where there is a token; None means everywhere. Padding may lie on any side.
+            position_ids: [B, L]; None counts the tokens of each row (or segment) from 0.
+            cu_seqlens: cumulative segment lengths [S + 1] of the B·L tokens read row after row; excludes attention_mask.
+
+        Raises:
+            ValueError: when both attention_mask and cu_seqlens are given, or segments and tokens disagree.
+        """
+        ids_T = input_ids.reshape(-1)
+        positions_T = None if position_ids is None else position_ids.expand_as(input_ids).reshape(-1)
+        if attention_mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give attention_mask or cu_seqlens, not both")
+            kept_BL = attention_mask.bool()
+            kept_T = kept_BL.reshape(-1)
+            packing = Packing(tuple(kept_BL.sum(1).tolist()))
+            packed_TD = self.packed(ids_T[kept_T], packing, None if positions_T is None else positions_T[kept_T])
+            hidden_TD = packed_TD.new_zeros(ids_T.numel(), packed_TD.shape[-1]).index_put((kept_T,), packed_TD)
+        else:
+            lengths = (input_ids.shape[-1],) * (ids_T.numel() // max(1, input_ids.shape[-1]))
+            packing = Packing(lengths) if cu_seqlens is None else Packing.from_cu_seqlens(cu_seqlens)
+            hidden_TD = self.packed(ids_T, packing, positions_T)
+        return BaseModelOutput(last_hidden_state=hidden_TD.view(*input_ids.shape, -1))
+
+
+class IlladaForMaskedLM(IlladaPreTrainedModel):
+    """The trunk with its LM head. Logits at position i predict token i; there is no shift and no cache.
+
+    There is no `labels` argument: the diffusion loss needs the noise level, see `illada.diffusion_loss`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: IlladaConfig):
+        super().__init__(config)
+        self.model = IlladaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> MaskedLMOutput:
+        """Return `logits` [B, L, V]; arguments and errors as in `IlladaModel.forward`."""
+        hidden_BLD = self.model(input_ids, attention_mask, position_ids, cu_seqlens).last_hidden_state
+        return MaskedLMOutput(logits=self.lm_head(hidden_BLD))
+
+    def logits_at(self, input_ids_T: Tensor, packing: Packing, selected_M: Tensor) -> Tensor:
+        """Return logits [M, V] of the selected tokens of packed segments; the head runs on these rows only."""
+        return self.lm_head(self.model.packed(input_ids_T, packing)[selected_M])
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the LM head."""
+        return self.lm_head
