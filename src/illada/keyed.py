@@ -1,8 +1,8 @@
 """Random numbers as a pure function of a key: same key, same number, on any device, in any batch, on any rank.
 
-A key is a tuple of integers (or integer tensors, broadcast together), e.g. (seed, stream, sample index, epoch, position).
-Each word is folded into a 64-bit state with the SplitMix64 finaliser, a bijection of the word for a fixed state, so keys
-that differ in one word give unrelated numbers. Integer arithmetic only: bit-equal on CPU and GPU.
+A key is a tuple of integers (or integer tensors, broadcast together), e.g. (seed, stream, sample index, epoch,
+position). Each word is folded into a 64-bit state with the SplitMix64 finaliser, a bijection of the word for a fixed
+state, so keys that differ in one word give unrelated numbers. Integer arithmetic only: bit-equal on CPU and GPU.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Word = int | Tensor
+
+# One stream per purpose keeps the random numbers of one apart from those of another under the same seed.
+TIME, MASK, STRATUM, SPLIT, ORDER = range(5)
 
 
 def _signed(word: int) -> int:

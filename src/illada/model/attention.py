@@ -7,6 +7,7 @@ H query heads · G key/value heads · D head width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ class Packing:
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> "Packing":
         """Read cumulative lengths [S + 1], beginning with 0 (the convention of variable-length attention kernels)."""
         ends = [int(end) for end in cu_seqlens]
-        if not ends or ends[0] != 0 or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if not ends or ends[0] != 0 or any(b < a for a, b in pairwise(ends)):
             raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {ends[:8]}")
-        return cls(tuple(b - a for a, b in zip(ends, ends[1:], strict=False)))
+        return cls(tuple(b - a for a, b in pairwise(ends)))
 
     @property
     def tokens(self) -> int:
@@ -58,9 +59,9 @@ class Packing:
 def packed_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing) -> Tensor:
     """Attend within each segment, fully bidirectionally; returns [T, H, D].
 
-    Segments of equal length that lie side by side go through one call of `scaled_dot_product_attention` on a view, so a
-    batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with nested
-    tensors). Heads of one group share their key and value.
+    Segments of equal length that lie side by side go through one call of `scaled_dot_product_attention` on a view,
+    so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
+    nested tensors). Heads of one group share their key and value.
     """
     heads, groups = query_THD.shape[1], key_TGD.shape[1]
     outputs = []

@@ -16,8 +16,8 @@ class IlladaConfig(PreTrainedConfig):
         intermediate_size: width of the SwiGLU.
         num_hidden_layers: number of blocks.
         num_attention_heads: query heads.
-        num_key_value_heads: key/value heads; None means as many as query heads.
-        head_dim: width of one head; None means hidden_size / num_attention_heads.
+        num_key_value_heads: key/value heads; 0 or None means as many as query heads.
+        head_dim: width of one head; 0 or None means hidden_size / num_attention_heads.
         max_position_embeddings: context length in tokens; generation and training refuse more.
         rope_theta: base wavelength of the rotary embedding. Not published; default ours.
         rms_norm_eps: added to the mean square. Not published; default ours.
@@ -39,8 +39,8 @@ class IlladaConfig(PreTrainedConfig):
     intermediate_size: int = 14_336
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     max_position_embeddings: int = 8192
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
@@ -53,9 +53,9 @@ class IlladaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the derived sizes and check the shape."""
-        if self.num_key_value_heads is None:
+        if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise IlladaError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

@@ -173,7 +173,8 @@ class IlladaModel(IlladaPreTrainedModel):
             input_ids: token ids [B, L].
             attention_mask: [B, L], nonzero where there is a token; None means everywhere. Padding may lie on any side.
             position_ids: [B, L]; None counts the tokens of each row (or segment) from 0.
-            cu_seqlens: cumulative segment lengths [S + 1] of the B·L tokens read row after row; excludes attention_mask.
+            cu_seqlens: cumulative segment lengths [S + 1] of the B·L tokens, row after row; excludes
+                attention_mask.
 
         Raises:
             ValueError: when both attention_mask and cu_seqlens are given, or segments and tokens disagree.

@@ -1,0 +1,132 @@
+"""Which tokens each training step sees, and where attention ends (paper §2.2–2.3; spec §3–4).
+
+A *sample* is a window of the token stream (iLLaDA's rule) or one example (the older LLaDA rule); it is cut into
+*segments*, between which there is no attention. What step n holds is a pure function of (seed, n): nothing has to be
+saved to resume except n, and every process of a run can see the plan of the whole step while loading only its part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from illada import keyed
+from illada.data.shards import Shards
+from illada.errors import IlladaError
+
+Boundaries = Literal["window", "document"]
+Rule = Literal["illada", "llada"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the token stream that is one attention island of a step."""
+
+    sample: int
+    epoch: int
+    part: int
+    """Number of the segment inside its sample."""
+    start: int
+    """First token, counted from the beginning of the stream."""
+    length: int
+    offset: int
+    """Position of the first token inside its sample: noise is keyed by position in the sample."""
+    visible: int = 0
+    """Leading tokens that are never masked (the prompt, under the older LLaDA rule)."""
+    padding: int = 0
+    """EOS tokens appended (the older LLaDA rule)."""
+
+    @property
+    def size(self) -> int:
+        """Tokens in the batch: length and padding."""
+        return self.length + self.padding
+
+
+class Batches:
+    """The training set as a function from step number to segments.
+
+    Args:
+        shards: the prepared tokens.
+        window: tokens of a sample; under the older LLaDA rule the longest example (longer ones are cut at the end).
+        samples_per_step: global batch, in samples.
+        seed: of order, splits and noise.
+        split_probability: chance that a window is split into two segments (paper: 0.3).
+        boundaries: "window": documents in one segment see each other (default, inherited); "document": each document
+            is its own segment.
+        rule: "illada": the whole window may be masked; "llada": prompt visible, EOS-padded, response-normalised.
+        eos_token_id: padding of the older LLaDA rule.
+
+    Raises:
+        IlladaError: when the shards do not fill one sample.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        window: int,
+        samples_per_step: int,
+        seed: int,
+        split_probability: float = 0.3,
+        boundaries: Boundaries = "window",
+        rule: Rule = "illada",
+        eos_token_id: int | None = None,
+    ):
+        self.shards, self.window, self.samples_per_step, self.seed = shards, window, samples_per_step, seed
+        self.split_probability, self.boundaries, self.rule = split_probability, boundaries, rule
+        self.eos_token_id = eos_token_id
+        self.samples = shards.documents if rule == "llada" else shards.tokens // window
+        if self.samples == 0:
+            raise IlladaError(
+                f"{shards.path} holds {shards.tokens} tokens, less than one window of {window}: "
+                "prepare more text or set a smaller data.window"
+            )
+        if rule == "llada" and (shards.kind != "chat" or eos_token_id is None):
+            raise IlladaError(f"the llada rule needs prompts and answers: prepare {shards.path} with --kind chat")
+
+    def plan(self, step: int) -> list[list[Segment]]:
+        """Return the segments of every sample of a step."""
+        first = step * self.samples_per_step
+        samples = []
+        for number in range(first, first + self.samples_per_step):
+            epoch, place = divmod(number, self.samples)
+            sample = keyed.shuffled_index(place, self.samples, self.seed, keyed.ORDER, epoch)
+            samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
+        if self.rule == "llada":
+            longest = max(segments[0].length for segments in samples)
+            samples = [[_padded(segments[0], longest)] for segments in samples]
+        return samples
+
+    def _window(self, sample: int, epoch: int) -> list[Segment]:
+        start, end = sample * self.window, (sample + 1) * self.window
+        cuts = set(self.shards.document_ends_within(start, end)) if self.boundaries == "document" else set()
+        if self.window > 1 and keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 0) < self.split_probability:
+            cuts.add(start + 1 + int(keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 1) * (self.window - 1)))
+        edges = [start, *sorted(cuts), end]
+        return [
+            Segment(sample, epoch, part, edges[part], edges[part + 1] - edges[part], edges[part] - start)
+            for part in range(len(edges) - 1)
+        ]
+
+    def _example(self, sample: int, epoch: int) -> list[Segment]:
+        start, end, prompt = self.shards.document_span(sample)
+        length = min(end - start, self.window)
+        # A prompt that fills the window leaves nothing to learn from; keep its last token as the answer.
+        return [Segment(sample, epoch, 0, start, length, 0, visible=min(prompt, length - 1))]
+
+
+def _padded(segment: Segment, longest: int) -> Segment:
+    return replace(segment, padding=longest - segment.length)
+
+
+def read_segments(segments: Sequence[Segment], shards: Shards, eos_token_id: int | None = None) -> Tensor:
+    """Return the clean ids of segments, padding included, one after another: int64 [T]."""
+    parts: list[np.ndarray] = []
+    for segment in segments:
+        parts.append(shards.read(segment.start, segment.length))
+        if segment.padding:
+            assert eos_token_id is not None
+            parts.append(np.full(segment.padding, eos_token_id, dtype=np.int64))
+    return torch.from_numpy(np.concatenate(parts))

@@ -1,0 +1,133 @@
+"""The training objective (paper Eq. 1; spec §2), computed on masked rows only and never positions x vocabulary at once.
+
+Shape letters: B rows · L length · T packed tokens · M masked tokens · D width · V vocabulary · C rows of one chunk.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
+from illada.model import IlladaForMaskedLM, Packing
+
+LOGITS_BYTES = 32 * 2**20
+"""Size of the largest block of logits held at once, in bytes of fp32."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies through a linear head, one chunk of rows at a time.
+
+    The gradient of a chunk is taken while its logits are at hand, so nothing is recomputed in the backward pass and at
+    most one chunk of logits ever exists.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        chunk = max(64, LOGITS_BYTES // (4 * head_VD.shape[0]))
+        head = head_VD.to(dtype)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD) if needs_head else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+        for start in range(0, hidden_MD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CD, target_C1, weight_C = hidden_MD[rows].to(dtype), target_M[rows, None], weight_M[rows].float()
+            logits_CV = (hidden_CD @ head.T).float()
+            log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            total += ((log_sum_C1 - logits_CV.gather(1, target_C1))[:, 0] * weight_C).sum()
+            if needs_hidden or needs_head:
+                # d(cross-entropy)/d(logits) = softmax - one-hot, formed in place of the logits.
+                slope_CV = logits_CV.sub_(log_sum_C1).exp_()
+                slope_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=slope_CV.dtype))
+                slope_CV = slope_CV.mul_(weight_C[:, None]).to(dtype)
+                if grad_hidden_MD is not None:
+                    grad_hidden_MD[rows] = (slope_CV @ head).to(hidden_MD.dtype)
+                if grad_head_VD is not None:
+                    grad_head_VD += slope_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden_MD, grad_head_VD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        scale = grad_outputs[0]
+        grad_hidden_MD, grad_head_VD = ctx.saved_tensors
+        return (
+            None if grad_hidden_MD is None else grad_hidden_MD * scale,
+            None if grad_head_VD is None else grad_head_VD * scale,
+            None,
+            None,
+            None,
+        )
+
+
+def chunked_cross_entropy(hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor) -> Tensor:
+    """Return sum over rows of weight * cross-entropy(head(hidden), target), in nats, fp32 scalar.
+
+    Under autocast the products run in the autocast dtype; softmax and sums are always fp32.
+    """
+    device = hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    with torch.autocast(device, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden_MD, head_VD, target_M, weight_M, dtype)
+
+
+def masked_loss(
+    model: IlladaForMaskedLM, clean_T: Tensor, masked_T: Tensor, weight_T: Tensor, packing: Packing
+) -> Tensor:
+    """Return sum over masked tokens of weight * cross-entropy(clean token | noisy segment), in nats.
+
+    Args:
+        model: the network; its configuration carries the mask id.
+        clean_T: token ids, int64 [T].
+        masked_T: which of them the model does not see, bool [T].
+        weight_T: weight of each token's loss, usually 1/(p * tokens of the batch); ignored where not masked.
+        packing: how the T tokens divide into segments.
+    """
+    noisy_T = clean_T.masked_fill(masked_T, model.config.mask_token_id)
+    hidden_TD = model.model.packed(noisy_T, packing)
+    selected_M = masked_T.nonzero()[:, 0]
+    head_VD = model.lm_head.weight
+    return chunked_cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M])
+
+
+def diffusion_loss(
+    model: IlladaForMaskedLM,
+    input_ids: Tensor,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    key: tuple[int, int, int] = (0, 0, 0),
+    epsilon: float = EPSILON,
+) -> Tensor:
+    """Return one noisy estimate of the paper's Eq. 1 in nats per token: an upper bound on the NLL in expectation.
+
+    Args:
+        model: the network.
+        input_ids: clean ids [B, L] (every row a segment), or any shape with `cu_seqlens`.
+        cu_seqlens: cumulative lengths [S + 1] of the segments of the flattened ids.
+        key: (seed, index of the first segment, epoch); segment i takes sample index + i. The same key gives the same t
+            (stratified over the segments given) and the same masks, on any device.
+        epsilon: smallest masking probability.
+
+    Returns:
+        scalar with gradient, averaged over all tokens, masked or not.
+
+    Raises:
+        ValueError: when segments and tokens disagree.
+    """
+    clean_T = input_ids.reshape(-1)
+    if cu_seqlens is None:
+        packing = Packing((input_ids.shape[-1],) * (clean_T.numel() // max(1, input_ids.shape[-1])))
+    else:
+        packing = Packing.from_cu_seqlens(cu_seqlens)
+    seed, first, epoch = key
+    length_S = torch.tensor(packing.lengths, device=clean_T.device)
+    sample_S = first + torch.arange(len(packing.lengths), device=clean_T.device)
+    epoch_S = torch.full_like(sample_S, epoch)
+    time_S = stratified_times(seed, first, sample_S, torch.zeros_like(sample_S), epoch_S)
+    probability_T = masking_probability(time_S, epsilon).repeat_interleave(length_S)
+    sample_T, epoch_T = sample_S.repeat_interleave(length_S), epoch_S.repeat_interleave(length_S)
+    masked_T = masked_positions(seed, sample_T, epoch_T, packing.positions(clean_T.device), probability_T)
+    return masked_loss(model, clean_T, masked_T, 1 / (probability_T * max(1, clean_T.numel())), packing)

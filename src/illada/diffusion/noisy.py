@@ -1,0 +1,90 @@
+"""Noise for the segments of one optimiser step, and the weights that make their losses the step's loss (Eq. 1).
+
+Shape letters: S segments · T packed tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from illada.data.batches import Rule, Segment, read_segments
+from illada.data.shards import Shards
+from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
+from illada.model import Packing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the host."""
+
+    clean_T: Tensor
+    """Token ids, int64."""
+    masked_T: Tensor
+    """Which of them the model does not see, bool."""
+    weight_T: Tensor
+    """Weight of each token's cross-entropy, fp32; meaningful where masked."""
+    packing: Packing
+
+
+def noisy_batches(
+    samples: Sequence[Sequence[Segment]],
+    samples_per_batch: int,
+    shards: Shards,
+    seed: int,
+    step: int,
+    rule: Rule = "illada",
+    eos_token_id: int | None = None,
+    epsilon: float = EPSILON,
+) -> Iterator[Batch]:
+    """Draw t for all segments of a step, then noise and pack them batch by batch.
+
+    How the step is divided into batches changes neither noise nor weights.
+
+    Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step) (paper Eq. 1), or
+    1/(p * answer tokens * examples) under the older LLaDA rule.
+    """
+    segments = [segment for sample in samples for segment in sample]
+    column = {name: torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch")}
+    times = stratified_times(seed, step, column["sample"], column["part"], column["epoch"]).tolist()
+    tokens = sum(segment.size for segment in segments)
+    place = 0
+    for first in range(0, len(samples), samples_per_batch):
+        count = sum(len(sample) for sample in samples[first : first + samples_per_batch])
+        chosen = list(zip(segments[place : place + count], times[place : place + count], strict=True))
+        place += count
+        # Equal lengths side by side share one attention call.
+        chosen.sort(key=lambda pair: -pair[0].size)
+        norms = [(s.size - s.visible) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
+        yield _noisy_batch(chosen, norms, shards, seed, eos_token_id, epsilon)
+
+
+def _noisy_batch(
+    chosen: Sequence[tuple[Segment, float]],
+    norms: Sequence[int],
+    shards: Shards,
+    seed: int,
+    eos_token_id: int | None,
+    epsilon: float,
+) -> Batch:
+    segments = [segment for segment, _ in chosen]
+    size_S = torch.tensor([segment.size for segment in segments])
+
+    def spread(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(size_S)
+
+    clean_T = read_segments(segments, shards, eos_token_id)
+    packing = Packing(tuple(segment.size for segment in segments))
+    within_T = packing.positions()
+    probability_T = masking_probability(spread([time for _, time in chosen], torch.float64), epsilon)
+    masked_T = masked_positions(
+        seed,
+        spread([s.sample for s in segments], torch.int64),
+        spread([s.epoch for s in segments], torch.int64),
+        spread([s.offset for s in segments], torch.int64) + within_T,
+        probability_T,
+    )
+    masked_T &= within_T >= spread([s.visible for s in segments], torch.int64)
+    weight_T = 1 / (probability_T * spread(norms, torch.float64))
+    return Batch(clean_T, masked_T, weight_T.float(), packing)

@@ -1,0 +1,203 @@
+"""A training run, written down: the one schema of recipe files and of the command line.
+
+Values the paper does not state are marked "ours"; those of LLaDA's report "LLaDA". This module imports no torch, so that
+`--help` and recipe errors are quick.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from illada.errors import IlladaError
+
+
+@dataclass
+class ModelRecipe:
+    """The network to train: a preset with changes, or a checkpoint to go on from.
+
+    Args:
+        preset: name of a shape (1m, 5m, 15m, 50m, illada-8b, llada-8b); the vocabulary is the tokenizer's.
+        start: model folder whose weights (and shape) to begin with; excludes preset and the sizes below.
+        hidden_size: width, instead of the preset's.
+        intermediate_size: SwiGLU width, instead of the preset's.
+        num_hidden_layers: blocks, instead of the preset's.
+        num_attention_heads: query heads, instead of the preset's.
+        num_key_value_heads: key/value heads, instead of the preset's.
+        max_position_embeddings: context length, instead of the preset's.
+        gradient_checkpointing: recompute each block in the backward pass: less memory, about a third more time.
+    """
+
+    preset: str | None = None
+    start: str | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int | None = None
+    gradient_checkpointing: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes that were given."""
+        names = [
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class DataRecipe:
+    """The prepared tokens to train on.
+
+    Args:
+        train: folder written by `illada prepare`.
+        validation: folder of held-out tokens, prepared with the same tokenizer; none for no validation.
+        window: tokens of one training window (paper: 8192).
+        split_probability: chance that a window is split into two segments without attention between them (paper: 0.3).
+        boundaries: "window": documents in one segment see each other (as inherited); "document": they do not. For SFT
+            keep "window": a segment that ends with its answer gives the answer's length away.
+    """
+
+    train: str = ""
+    validation: str | None = None
+    window: int = 8192
+    split_probability: float = 0.3
+    boundaries: Literal["window", "document"] = "window"
+
+
+@dataclass
+class TrainingRecipe:
+    """How to train. Defaults are the paper's for pre-training where it states them; `illada sft` has its own.
+
+    Args:
+        steps: optimiser steps; none to use epochs.
+        epochs: passes over the data, when steps is none (paper, SFT: 12).
+        samples_per_step: windows in a global batch (LLaDA: 1280).
+        samples_per_batch: windows in one forward pass; the rest of the batch is accumulated. Changes no result.
+        learning_rate: peak (paper: 2e-4 pre-training, 5e-6 SFT).
+        final_learning_rate: after the decay (paper: 5e-6 pre-training, 5e-7 SFT).
+        warmup_steps: linear warm-up (LLaDA: 2000).
+        decay: shape of the decay (paper: cosine for pre-training, linear for SFT).
+        decay_steps: its length; none for the last tenth of the run (paper, SFT; ours for pre-training).
+        decay_when: "end": the decay ends the run; "plateau": it also begins once the validation loss has stopped
+            falling. In both cases a file named DECAY put into the run folder begins it at the next step. The run ends
+            when the decay does.
+        plateau_patience: validations without improvement that count as a plateau.
+        plateau_delta: relative fall of the validation loss that counts as an improvement.
+        weight_decay: of AdamW, on matrices (paper: 0.1).
+        beta1: of AdamW (ours).
+        beta2: of AdamW (ours).
+        gradient_clip: largest gradient norm (ours); 0 for no clipping.
+        rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
+        dtype: of the computation; weights and optimiser stay fp32.
+        device: cpu, cuda, ...; auto takes the fastest there is.
+        seed: of weights, order and noise.
+        validate_every: steps between validations.
+        validation_samples: windows of validation data to use, from the first; none for all.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest checkpoints to keep.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    samples_per_step: int = 1280
+    samples_per_batch: int = 8
+    learning_rate: float = 2e-4
+    final_learning_rate: float = 5e-6
+    warmup_steps: int = 2000
+    decay: Literal["cosine", "linear"] = "cosine"
+    decay_steps: int | None = None
+    decay_when: Literal["end", "plateau"] = "end"
+    plateau_patience: int = 5
+    plateau_delta: float = 0.002
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_clip: float = 1.0
+    rule: Literal["illada", "llada"] = "illada"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    validate_every: int = 500
+    validation_samples: int | None = 256
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+SFT_DEFAULTS: dict[str, Any] = {
+    "epochs": 12.0,
+    "samples_per_step": 256,
+    "learning_rate": 5e-6,
+    "final_learning_rate": 5e-7,
+    "warmup_steps": 50,
+    "decay": "linear",
+}
+"""What `illada sft` changes in TrainingRecipe (paper §2.3; batch and warm-up are ours)."""
+
+
+@dataclass
+class Recipe:
+    """One training run.
+
+    Args:
+        output: run folder; the same command continues an interrupted run in it.
+        model: the network.
+        data: the tokens.
+        training: how to train.
+    """
+
+    output: str = ""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+
+    def check(self) -> None:
+        """Check what can be checked without opening anything.
+
+        Raises:
+            IlladaError: naming the key and the remedy.
+        """
+        model, data, training = self.model, self.data, self.training
+        if not self.output:
+            raise IlladaError("output is missing: name the run folder, e.g. --output runs/first")
+        if not data.train:
+            raise IlladaError("data.train is missing: name a folder written by `illada prepare`")
+        if (model.preset is None) == (model.start is None):
+            raise IlladaError("give exactly one of model.preset (a new network) and model.start (a checkpoint)")
+        if model.start is not None and model.sizes():
+            raise IlladaError(f"model.{next(iter(model.sizes()))} cannot be changed when model.start is given")
+        if training.steps is None and training.epochs is None:
+            raise IlladaError("how long to train is missing: set training.steps or training.epochs")
+        bounds: list[tuple[str, float, float, float]] = [
+            ("data.window", data.window, 2, float("inf")),
+            ("data.split_probability", data.split_probability, 0, 1),
+            ("training.samples_per_step", training.samples_per_step, 1, float("inf")),
+            ("training.samples_per_batch", training.samples_per_batch, 1, float("inf")),
+            ("training.warmup_steps", training.warmup_steps, 0, float("inf")),
+            ("training.learning_rate", training.learning_rate, 0, float("inf")),
+            ("training.final_learning_rate", training.final_learning_rate, 0, float("inf")),
+            ("training.weight_decay", training.weight_decay, 0, float("inf")),
+            ("training.beta1", training.beta1, 0, 1),
+            ("training.beta2", training.beta2, 0, 1),
+            ("training.gradient_clip", training.gradient_clip, 0, float("inf")),
+            ("training.validate_every", training.validate_every, 1, float("inf")),
+            ("training.checkpoint_every", training.checkpoint_every, 1, float("inf")),
+            ("training.keep_checkpoints", training.keep_checkpoints, 1, float("inf")),
+            ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
+        ]
+        if training.steps is not None:
+            bounds.append(("training.steps", training.steps, 1, float("inf")))
+        if training.decay_steps is not None:
+            bounds.append(("training.decay_steps", training.decay_steps, 0, float("inf")))
+        if training.validation_samples is not None:
+            bounds.append(("training.validation_samples", training.validation_samples, 1, float("inf")))
+        for name, value, low, high in bounds:
+            if not low <= value <= high:
+                limit = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+                raise IlladaError(f"{name} is {value:g}: it must be {limit}")
+        if training.decay_when == "plateau" and data.validation is None:
+            raise IlladaError("training.decay_when plateau needs data.validation")

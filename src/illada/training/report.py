@@ -1,0 +1,78 @@
+"""What a run says: one JSON line per event in metrics.jsonl, and a progress bar or plain lines on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class Report:
+    """Metrics file and terminal of one run; use as a context manager.
+
+    On a terminal it draws a progress bar; elsewhere it prints a line every `plain_every` seconds.
+    """
+
+    def __init__(self, run: Path, title: str, total: int, done: int, plain_every: float = 15.0):
+        self.path = run / "metrics.jsonl"
+        self.title, self.total, self.done, self.plain_every = title, total, done, plain_every
+        self.console = Console(stderr=True)
+        self.live = sys.stderr.isatty()
+        self.text = ""
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Report":
+        """Drop what a killed run wrote after its last checkpoint, then open the file."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= self.done]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.rename(self.path)
+        self._file: TextIO = self.path.open("a")
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file and the bar."""
+        self._bar.stop()
+        self._file.close()
+
+    def log(self, step: int, **values: Any) -> None:
+        """Append one record."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Show how far the run is."""
+        if self.live:
+            self._bar.update(self._task, completed=done, total=total, text=text)
+        elif time.monotonic() - self._last_line >= self.plain_every or done == total:
+            self._last_line = time.monotonic()
+            self.say(f"{self.title} {done}/{total}  {text}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file; a half-written last line is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
