@@ -1,0 +1,19 @@
+"""Generation: variable-length and fixed-length decoding of many requests at once (spec §5)."""
+
+from typing import TYPE_CHECKING, Any
+
+from illada.generation.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from illada.generation.engine import Generation, StepEvent, generate
+
+__all__ = ["Generation", "GenerationSettings", "StepEvent", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    # The command line reads the settings for --help; torch is loaded only by whoever generates.
+    if name in __all__:
+        from illada.generation import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,224 @@
+"""Generation of many requests at once: rows, the loop over steps and blocks, and where an answer ends (spec §5)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from illada.errors import IlladaError
+from illada.generation.settings import GenerationSettings
+from illada.generation.step import Row, denoise
+from illada.generation.unmask import positions_to_commit
+from illada.model import IlladaForMaskedLM
+
+
+class Tokenizer(Protocol):
+    """What generation asks of a tokenizer; those of transformers fit."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text."""
+        ...
+
+    def decode(self, ids: list[int], /) -> str:
+        """Return the text of ids, special tokens included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer."""
+
+    ids: list[int]
+    """Generated ids, cut before the first end-of-sequence id or stop string."""
+    finish_reason: Literal["stop", "length"]
+    forwards: int
+    """Forward passes this row took part in; guidance counts two a step."""
+    text: str | None = None
+    """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """An answer as it stands after one step."""
+
+    row: int
+    """Index of the prompt."""
+    block: int
+    """Where in the answer the active block begins."""
+    step: int
+    """Step within the block, from 0."""
+    ids: list[int]
+    """The answer up to the end of the active block: committed ids, or the present proposal where still masked."""
+    committed: list[bool]
+    confidence: list[float]
+    """Probability of each id when it was last proposed."""
+    done: bool
+    """Whether the row has ended; its `Generation` may be shorter than `ids`."""
+
+
+def generate(
+    model: IlladaForMaskedLM,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    tokenizer: Tokenizer | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    max_batch_tokens: int = 16_384,
+) -> list[Generation]:
+    """Answer every prompt; each answer is the one the prompt would get alone.
+
+    Rows of all lengths share packed forward passes, stand at any step of any block, and leave when they end.
+
+    Args:
+        model: the network; evaluated in inference mode, its training flag restored afterwards.
+        prompts: token ids of each prompt; an empty one generates unconditionally.
+        settings: for all prompts, or one per prompt.
+        tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
+        on_step: called once per row and step, after the commit.
+        max_batch_tokens: most positions of one forward pass, the second branch of guidance included; a single row may
+            exceed it.
+
+    Returns:
+        one `Generation` per prompt, in order.
+
+    Raises:
+        IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, or
+            when settings need a tokenizer and none is given.
+    """
+    if max_batch_tokens < 1:
+        raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+    each = [settings] * len(prompts) if isinstance(settings, GenerationSettings) else list(settings)
+    if len(each) != len(prompts):
+        raise IlladaError(f"{len(prompts)} prompts but {len(each)} settings: give one for all or one per prompt")
+    rows = [_start(model, i, *pair, tokenizer) for i, pair in enumerate(zip(prompts, each, strict=True))]
+    ended: dict[int, Generation] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            while active := [row for row in rows if row.index not in ended]:
+                for group in _groups(active, max_batch_tokens):
+                    for row, proposed in zip(group, denoise(model, group), strict=True):
+                        step = (row.block, row.block_end, row.block_step)
+                        generation = _advance(row, *proposed, tokenizer)
+                        if generation is not None:
+                            ended[row.index] = generation
+                        if on_step is not None:
+                            on_step(_event(row, *step, generation is not None))
+    finally:
+        model.train(was_training)
+    return [ended[i] for i in range(len(rows))]
+
+
+def _start(
+    model: IlladaForMaskedLM,
+    index: int,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    tokenizer: Tokenizer | None,
+) -> Row:
+    """Check one request and mask its answer."""
+    config = model.config
+    try:
+        prompt_P = np.array(prompt, dtype=np.int64)
+    except (TypeError, ValueError):
+        prompt_P = np.zeros((0, 0), dtype=np.int64)
+    if prompt_P.ndim != 1:
+        raise IlladaError(f"prompt {index} is not a list of token ids: give one list of integers per prompt")
+    if prompt_P.size and not 0 <= prompt_P.min() <= prompt_P.max() < config.vocab_size:
+        raise IlladaError(
+            f"prompt {index} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer"
+        )
+    context = config.max_position_embeddings
+    if len(prompt_P) > context:
+        raise IlladaError(f"prompt {index} has {len(prompt_P)} tokens but the context is {context}: shorten it")
+    block = settings.block_length
+    room = min(settings.max_new_tokens, context - len(prompt_P))
+    if room < block:
+        raise IlladaError(
+            f"prompt {index}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
+            f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}"
+        )
+    for name, given in (("stop", settings.stop), ("think_boost", settings.think_boost)):
+        if given and tokenizer is None:
+            raise IlladaError(f"{name} needs a tokenizer: give one to generate")
+    think: tuple[int, ...] = ()
+    if settings.think_boost and tokenizer is not None:
+        think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
+    return Row(index, prompt_P, room // block * block, settings, think)
+
+
+def _groups(rows: Sequence[Row], max_batch_tokens: int) -> Iterator[list[Row]]:
+    """Divide rows into forward passes, by length, so that equal lengths share attention calls."""
+    group: list[Row] = []
+    held = 0
+    for row in sorted(rows, key=lambda row: len(row.prompt_P) + row.view):
+        tokens = row.passes * (len(row.prompt_P) + row.view)
+        if group and held + tokens > max_batch_tokens:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += tokens
+    if group:
+        yield group
+
+
+def _advance(
+    row: Row,
+    position_M: NDArray[np.int64],
+    proposal_M: NDArray[np.int64],
+    confidence_M: NDArray[np.float32],
+    tokenizer: Tokenizer | None,
+) -> Generation | None:
+    """Commit one step; return the answer when the row has ended."""
+    row.ids_G[position_M] = proposal_M
+    row.confidence_G[position_M] = confidence_M
+    chosen_K = positions_to_commit(row.settings, confidence_M, position_M, row.block_step, row.answer_step)
+    row.masked_G[position_M[chosen_K]] = False
+    row.forwards += row.passes
+    row.answer_step += 1
+    row.block_step += 1
+    if row.masked_G[row.block : row.block_end].any():
+        return None
+    stopped = _cut(row, tokenizer)
+    if stopped is not None:
+        return stopped
+    if row.block_end == row.budget:
+        ids = row.ids_G.tolist()
+        return Generation(ids, "length", row.forwards, None if tokenizer is None else tokenizer.decode(ids))
+    row.block, row.block_step = row.block_end, 0
+    return None
+
+
+def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
+    """Return the answer cut before the first end-of-sequence id or stop string, or None when there is neither."""
+    ids: list[int] = row.ids_G[: row.block_end].tolist()
+    # Earlier blocks were looked at when they ended.
+    ends = [i for i in range(row.block, row.block_end) if ids[i] in row.settings.eos_ids]
+    if ends:
+        ids = ids[: ends[0]]
+    if tokenizer is None:
+        return Generation(ids, "stop", row.forwards) if ends else None
+    if not ends and not row.settings.stop:
+        return None
+    text = tokenizer.decode(ids)
+    cuts = [at for at in (text.find(stop) for stop in row.settings.stop) if at >= 0]
+    if cuts:
+        text = text[: min(cuts)]
+        # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
+        ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
+    return Generation(ids, "stop", row.forwards, text) if ends or cuts else None
+
+
+def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepEvent:
+    return StepEvent(
+        row.index,
+        block,
+        step,
+        row.ids_G[:block_end].tolist(),
+        (~row.masked_G[:block_end]).tolist(),
+        row.confidence_G[:block_end].tolist(),
+        done,
+    )

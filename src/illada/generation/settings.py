@@ -1,0 +1,94 @@
+"""How to generate: the one schema of `generate`, of the command line and of the server. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from illada.errors import IlladaError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Settings of one request (spec §5; paper's variable-length decoding unless changed).
+
+    Fixed-length generation, as the paper uses for HumanEval, is one block: block_length equal to max_new_tokens.
+
+    Args:
+        max_new_tokens: most tokens to generate; cut to what the context leaves and rounded down to whole blocks.
+        block_length: masks appended at a time (paper: 32 mostly).
+        steps_per_block: forward passes per block, none for one token a pass; fewer commit several tokens at once.
+        temperature: of Gumbel-max sampling; 0 takes the most probable token.
+        seed: of sampling and of random remasking; the answer depends on it and on the prompt, never on the batch.
+        eos_token_id: id or ids that end the answer; none to go on to the full length.
+        stop: strings that end the answer; they need a tokenizer.
+        remasking: "low_confidence" commits the most confident tokens first, "random" random ones (LLaDA's baseline).
+        guidance_scale: w of classifier-free guidance against a masked prompt; 0 for none, otherwise twice the work.
+        threshold: commit every token of at least this probability, and always the most probable one, instead of
+            steps_per_block: faster, and not the paper's decoding.
+        later_masks: keep the masks of all later blocks in view from the start: LLaDA's semi-autoregressive form.
+        think_boost: logit added, rising along the answer, to the next id of `</think>` until it is written; 0 for none
+            (authors' evaluation code: 100). Needs a tokenizer.
+        think_boost_power: exponent of that rise (authors' evaluation code: 3; HumanEval 1).
+        cache: "none": every pass sees all tokens afresh, which is exact.
+
+    Raises:
+        IlladaError: when a value is out of range or two of them contradict each other.
+    """
+
+    max_new_tokens: int = 256
+    block_length: int = 32
+    steps_per_block: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    eos_token_id: int | tuple[int, ...] | None = 2
+    stop: tuple[str, ...] = ()
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    guidance_scale: float = 0.0
+    threshold: float | None = None
+    later_masks: bool = False
+    think_boost: float = 0.0
+    think_boost_power: float = 3.0
+    cache: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check every value; lists become tuples."""
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if isinstance(self.stop, str):
+            raise IlladaError(f"stop must be a list of strings, got the string {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise IlladaError(f"stop must hold strings that are not empty, got {list(self.stop)}")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.block_length >= 1, "block_length", self.block_length, "at least 1")
+        if self.steps_per_block is not None:
+            wanted = f"between 1 and block_length {self.block_length}"
+            _require(1 <= self.steps_per_block <= self.block_length, "steps_per_block", self.steps_per_block, wanted)
+            if self.threshold is not None:
+                raise IlladaError("threshold replaces steps_per_block: give one of them")
+        for name in ("temperature", "guidance_scale", "think_boost", "think_boost_power"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "finite and at least 0")
+        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "between 0 and 2^63 - 1")
+        _require(all(i >= 0 for i in self.eos_ids), "eos_token_id", self.eos_token_id, "at least 0 (or none)")
+        _require(
+            self.remasking in ("low_confidence", "random"), "remasking", self.remasking, "low_confidence or random"
+        )
+        if self.threshold is not None:
+            _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
+            if self.remasking == "random":
+                raise IlladaError("threshold needs remasking low_confidence: a random choice has no confidence")
+        if self.cache != "none":
+            raise IlladaError(f"no cache {self.cache!r}: only exact decoding exists, use none")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end the answer, possibly none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise IlladaError(f"{name} must be {wanted}, got {value}")

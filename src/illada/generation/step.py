@@ -1,0 +1,206 @@
+"""One denoising step for a packed set of rows: a forward pass, then proposals and confidences (spec §5).
+
+Nothing a row gets depends on the rows beside it. Shape letters: P prompt tokens · G answer budget · T packed tokens ·
+M masked positions of the active blocks of all rows · C of them in one chunk · D width · V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada import keyed
+from illada.generation.settings import GenerationSettings
+from illada.model import IlladaForMaskedLM, Packing
+
+GUMBEL = 16
+"""Stream of sampling; the streams of training lie below 16."""
+
+LOGITS_HELD = 2**24
+"""Most logits held at once; the head runs over this many divided by V positions at a time."""
+
+
+@dataclass
+class Row:
+    """One request under way: its own ids, mask state, settings and counters.
+
+    Mask state lies beside the ids, so a prompt or an answer may hold the mask id. Where `masked_G` is true, `ids_G` and
+    `confidence_G` hold the last proposal, not a decision.
+    """
+
+    index: int
+    prompt_P: NDArray[np.int64]
+    budget: int
+    settings: GenerationSettings
+    think: tuple[int, ...] = ()
+    """Ids of `</think>` when it is boosted."""
+    block: int = 0
+    """Where in the answer the active block begins."""
+    block_step: int = 0
+    answer_step: int = 0
+    forwards: int = 0
+    ids_G: NDArray[np.int64] = field(init=False)
+    masked_G: NDArray[np.bool_] = field(init=False)
+    confidence_G: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Mask the whole answer."""
+        self.ids_G = np.zeros(self.budget, dtype=np.int64)
+        self.masked_G = np.ones(self.budget, dtype=np.bool_)
+        self.confidence_G = np.full(self.budget, np.nan, dtype=np.float32)
+
+    @property
+    def block_end(self) -> int:
+        """Where in the answer the active block ends."""
+        return self.block + self.settings.block_length
+
+    @property
+    def view(self) -> int:
+        """How many positions of the answer the model sees: no later mask exists unless asked for."""
+        return self.budget if self.settings.later_masks else self.block_end
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one step: two under guidance."""
+        return 2 if self.settings.guidance_scale else 1
+
+    def open_positions(self) -> NDArray[np.int64]:
+        """Return the still-masked positions of the active block, as answer positions [M]."""
+        return self.block + np.flatnonzero(self.masked_G[self.block : self.block_end])
+
+    def inputs(self, mask_id: int) -> list[NDArray[np.int64]]:
+        """Return the row as the model sees it; under guidance also with its prompt masked."""
+        answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.view]
+        seen = np.concatenate((self.prompt_P, answer))
+        if self.passes == 1:
+            return [seen]
+        return [seen, np.concatenate((np.full_like(self.prompt_P, mask_id), answer))]
+
+    def boost(self) -> tuple[int, float] | None:
+        """Return the id of `</think>` to favour at the left-most open position, and the logit to add (spec §5).
+
+        Only committed answer tokens count, for the sequence as for its prefix (ours).
+        """
+        if not self.think:
+            return None
+        committed = np.where(self.masked_G, -1, self.ids_G)[: self.block_end]
+        size = len(self.think)
+        if len(committed) >= size and (sliding_window_view(committed, size) == self.think).all(1).any():
+            return None
+        position = int(self.open_positions()[0])
+        done = min(size - 1, position)
+        while tuple(committed[position - done : position]) != self.think[:done]:
+            done -= 1
+        rise = min(1.0, (position + 1) / self.budget) ** self.settings.think_boost_power
+        return self.think[done], self.settings.think_boost * rise
+
+
+def denoise(
+    model: IlladaForMaskedLM, rows: Sequence[Row]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """Run one forward pass over all rows; return (answer positions, proposals, confidences), each [M], per row.
+
+    The proposal is the best id but MASK under the (guided, boosted) logits, with Gumbel noise in float64 at a
+    temperature above 0. The confidence is its softmax probability without noise, over the full vocabulary.
+    """
+    mask_id = model.config.mask_token_id
+    inputs: list[NDArray[np.int64]] = []
+    selected: list[NDArray[np.int64]] = []
+    start = 0
+    for row in rows:
+        selected.append(start + len(row.prompt_P) + row.open_positions())
+        for sequence in row.inputs(mask_id):
+            inputs.append(sequence)
+            start += len(sequence)
+    extras = _Extras(rows, [len(positions) for positions in selected])
+    ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
+    hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs))))
+    at_M = np.concatenate(selected)
+    chunk = max(1, LOGITS_HELD // model.config.vocab_size)
+    proposals: list[Tensor] = []
+    confidences: list[Tensor] = []
+    for first in range(0, len(at_M), chunk):
+        at_C = at_M[first : first + chunk]
+        logits_CV = model.lm_head(hidden_TD[_index(at_C, model)]).float()
+        extras.guide(logits_CV, hidden_TD, at_C, first, model)
+        extras.favour(logits_CV, first)
+        log_sum_C = logits_CV.logsumexp(-1)
+        # Only the choice excludes MASK; the probabilities above are the model's own.
+        logits_CV[:, mask_id] = -torch.inf
+        proposal_C = extras.sample(logits_CV, first)
+        proposals.append(proposal_C)
+        confidences.append((logits_CV.gather(1, proposal_C[:, None])[:, 0] - log_sum_C).exp())
+    proposal_M, confidence_M = torch.cat(proposals).cpu().numpy(), torch.cat(confidences).cpu().numpy()
+    ends = extras.ends
+    return [
+        (row.open_positions(), proposal_M[a:b], confidence_M[a:b])
+        for row, a, b in zip(rows, [0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def _index(values: NDArray[np.int64], model: IlladaForMaskedLM) -> Tensor:
+    return torch.from_numpy(values).to(model.device)
+
+
+class _Extras:
+    """What each of the M selected positions asks for beyond its plain logits; greedy rows ask for nothing."""
+
+    def __init__(self, rows: Sequence[Row], counts: Sequence[int]):
+        self.ends = np.cumsum(counts).tolist()
+
+        def spread(values: list[int] | list[float]) -> NDArray[Any]:
+            return np.repeat(np.array(values), counts)
+
+        self.scale_M = spread([row.settings.guidance_scale for row in rows])
+        self.masked_prompt_M = spread([len(row.prompt_P) + row.view for row in rows])
+        self.temperature_M = spread([row.settings.temperature for row in rows])
+        self.seed_M = spread([row.settings.seed for row in rows])
+        self.step_M = spread([row.answer_step for row in rows])
+        self.position_M = np.concatenate([row.open_positions() for row in rows])
+        # A row's left-most open position is the first of its own.
+        boosts = [(end - count, row.boost()) for row, count, end in zip(rows, counts, self.ends, strict=True)]
+        self.boosts = [(at, *boost) for at, boost in boosts if boost is not None]
+
+    def guide(
+        self, logits_CV: Tensor, hidden_TD: Tensor, at_C: NDArray[np.int64], first: int, model: IlladaForMaskedLM
+    ) -> None:
+        """Turn logits c into u + (w + 1)(c - u), in place, where u are those of the branch with a masked prompt."""
+        scale_C = self.scale_M[first : first + len(at_C)]
+        guided = np.flatnonzero(scale_C)
+        if guided.size:
+            rows = _index(guided, model)
+            masked_prompt = at_C[guided] + self.masked_prompt_M[first + guided]
+            free = model.lm_head(hidden_TD[_index(masked_prompt, model)]).float()
+            scale = torch.from_numpy(scale_C[guided]).to(free)[:, None]
+            logits_CV[rows] = free + (scale + 1) * (logits_CV[rows] - free)
+
+    def favour(self, logits_CV: Tensor, first: int) -> None:
+        """Add the boosts of `</think>`, in place."""
+        here = [(at - first, i, amount) for at, i, amount in self.boosts if first <= at < first + len(logits_CV)]
+        if here:
+            at, ids, amounts = (torch.tensor(column, device=logits_CV.device) for column in zip(*here, strict=True))
+            logits_CV[at, ids] += amounts.to(logits_CV)
+
+    def sample(self, logits_CV: Tensor, first: int) -> Tensor:
+        """Return the proposals [C]: argmax, of logit - T log(-log u) where the temperature T is above 0."""
+        proposal_C = logits_CV.argmax(-1)
+        chunk = slice(first, first + len(logits_CV))
+        warm = np.flatnonzero(self.temperature_M[chunk])
+        if warm.size:
+
+            def column(values_M: NDArray[Any]) -> Tensor:
+                return torch.from_numpy(values_M[chunk][warm]).to(logits_CV.device)[:, None]
+
+            key = (column(self.seed_M), GUMBEL, column(self.step_M), column(self.position_M))
+            ids_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
+            noise_CV = (
+                keyed.uniform(*key, ids_V, dtype=torch.float64).log_().neg_().log_().mul_(column(self.temperature_M))
+            )
+            rows = torch.from_numpy(warm).to(logits_CV.device)
+            proposal_C[rows] = (logits_CV[rows].double() - noise_CV).argmax(-1)
+        return proposal_C

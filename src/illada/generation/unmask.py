@@ -1,0 +1,46 @@
+"""Which masked positions of a block to commit after one step (spec §5).
+
+Shape letters: M masked positions of the active block, left to right · K positions committed.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from illada import keyed
+from illada.generation.settings import GenerationSettings
+
+REMASK = 17
+"""Stream of random remasking; the streams of training lie below 16."""
+
+
+def quota(block_length: int, steps: int, step: int) -> int:
+    """Return how many positions step `step` of `steps` commits: spread evenly, the remainder over the first steps."""
+    return block_length // steps + (step < block_length % steps)
+
+
+def positions_to_commit(
+    settings: GenerationSettings,
+    confidence_M: NDArray[np.float32],
+    position_M: NDArray[np.int64],
+    block_step: int,
+    answer_step: int,
+) -> NDArray[np.intp]:
+    """Return indices [K] into the M masked positions, K >= 1; equal ones go to the left-most.
+
+    Args:
+        settings: of the row.
+        confidence_M: probability of each position's proposal.
+        position_M: position in the answer, the key of random remasking.
+        block_step: steps this block has had.
+        answer_step: steps the answer has had, the key of random remasking.
+    """
+    if settings.threshold is not None:
+        above_K = np.flatnonzero(confidence_M >= settings.threshold)
+        return above_K if above_K.size else np.argmax(confidence_M, keepdims=True)
+    count = quota(settings.block_length, settings.steps_per_block or settings.block_length, block_step)
+    priority_M: NDArray[np.floating] = confidence_M
+    if settings.remasking == "random":
+        key = (settings.seed, REMASK, answer_step, torch.from_numpy(position_M))
+        priority_M = keyed.uniform(*key, dtype=torch.float64).numpy()
+    return np.argsort(-priority_M, kind="stable")[:count]

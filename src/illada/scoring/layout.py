@@ -1,0 +1,145 @@
+"""From texts to what is scored, and from what is scored to packed forward passes.
+
+Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · D width · V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from illada.errors import IlladaError
+from illada.model import IlladaForMaskedLM, Packing
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Context ids and candidate ids."""
+
+LOGITS_HELD = 2**24
+"""Most logits held at once; the head runs over this many divided by V tokens at a time."""
+
+
+def score_layout(
+    tokenizer: Any, context: str, candidates: Sequence[str]
+) -> tuple[list[tuple[list[int], list[int]]], tuple[int, ...]]:
+    """Lay out a question as the authors' evaluation code does (spec §6); return (pairs, right_context).
+
+    BOS, where the tokenizer has one, goes before the context, and one visible EOS after the candidate. White space that
+    ends the context moves to the candidate. A candidate's ids are those it has behind its context, unless joining them
+    changes the ids of the context: then it is encoded alone.
+    """
+    body = context.rstrip()
+    space = context[len(body) :]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    context_ids = list(tokenizer.encode(body, add_special_tokens=False))
+    pairs = []
+    for candidate in candidates:
+        joint = list(tokenizer.encode(body + space + candidate, add_special_tokens=False))
+        if joint[: len(context_ids)] == context_ids:
+            candidate_ids = joint[len(context_ids) :]
+        else:
+            candidate_ids = list(tokenizer.encode(space + candidate, add_special_tokens=False))
+        pairs.append((begin + context_ids, candidate_ids))
+    return pairs, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate between its contexts, on the host."""
+
+    ids: NDArray[np.int64]
+    """Context, candidate and right context."""
+    start: int
+    """Where the candidate begins."""
+    length: int
+    """Its number L of tokens."""
+
+    def query(self, masked_L: NDArray[np.bool_], mask_id: int) -> "Query":
+        """Ask for the candidate's true tokens where they are masked."""
+        at_M = self.start + np.flatnonzero(masked_L)
+        seen = self.ids.copy()
+        seen[at_M] = mask_id
+        return Query(seen, at_M, self.ids[at_M])
+
+
+@dataclass(frozen=True)
+class Query:
+    """One sequence as the model sees it, and the tokens whose probability is wanted."""
+
+    seen: NDArray[np.int64]
+    at_M: NDArray[np.int64]
+    target_M: NDArray[np.int64]
+
+
+def checked_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: Sequence[int]) -> list[Scored]:
+    """Join each pair with the right context.
+
+    Raises:
+        IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary.
+    """
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    scored = []
+    for i, (left, candidate) in enumerate(pairs):
+        if not len(candidate):
+            raise IlladaError(f"candidate {i} has no tokens: there is nothing to score")
+        ids = np.array([*left, *candidate, *right_context], dtype=np.int64)
+        if len(ids) > context:
+            raise IlladaError(
+                f"pair {i} is too long: context {len(left)} + candidate {len(candidate)} + right context "
+                f"{len(right_context)} = {len(ids)} tokens, but the model's context is {context}"
+            )
+        if not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise IlladaError(f"pair {i} holds ids outside the vocabulary of {vocabulary}: check the tokenizer")
+        scored.append(Scored(ids, len(left), len(candidate)))
+    return scored
+
+
+def target_log_probs(
+    model: IlladaForMaskedLM, queries: Iterable[Query], max_batch_tokens: int
+) -> Iterator[NDArray[np.float64]]:
+    """Yield log-probabilities [M] of the targets in nats, full softmax in fp32, for each query in order.
+
+    Queries are taken as they come, at most `max_batch_tokens` positions at a time (a single one may exceed it); those
+    of one forward pass that look the same share it, as the first step of candidates of equal length does. Neighbours
+    should be of similar length.
+    """
+    if max_batch_tokens < 1:
+        raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+    group: list[Query] = []
+    places: dict[bytes, int] = {}
+    held = 0
+    for query in queries:
+        key = query.seen.tobytes()
+        if group and key not in places and held + len(query.seen) > max_batch_tokens:
+            yield from _run(model, group, places)
+            group, places, held = [], {}, 0
+        if key not in places:
+            places[key] = held
+            held += len(query.seen)
+        group.append(query)
+    if group:
+        yield from _run(model, group, places)
+
+
+@torch.inference_mode()
+def _run(model: IlladaForMaskedLM, group: Sequence[Query], places: dict[bytes, int]) -> list[NDArray[np.float64]]:
+    """One forward pass over the distinct sequences of a group; `places` says where each begins."""
+    was_training = model.training
+    model.eval()
+    try:
+        sequences = [np.frombuffer(key, dtype=np.int64) for key in places]
+        ids_T = torch.from_numpy(np.concatenate(sequences)).to(model.device)
+        hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, sequences))))
+        at_M = torch.from_numpy(np.concatenate([places[q.seen.tobytes()] + q.at_M for q in group])).to(model.device)
+        target_M = torch.from_numpy(np.concatenate([q.target_M for q in group])).to(model.device)
+        results = []
+        chunk = max(1, LOGITS_HELD // model.config.vocab_size)
+        for at, target in zip(at_M.split(chunk), target_M.split(chunk), strict=True):
+            logits = model.lm_head(hidden_TD[at]).float()
+            results.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+        log_p_M = torch.cat(results).double().cpu().numpy()
+    finally:
+        model.train(was_training)
+    return np.split(log_p_M, np.cumsum([len(q.at_M) for q in group])[:-1])
