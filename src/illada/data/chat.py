@@ -1,0 +1,126 @@
+"""Conversations as token ids: prompt, answer, and exactly one end-of-sequence token (paper §2.3; spec §4).
+
+The template of `CHAT_TEMPLATE` is ours; the functions take any tokenizer with a template. Text in a message that looks
+like a special token is encoded as text, so that nobody can forge the end of a turn (transformers drops its two private
+marker characters from messages while doing so).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from illada.errors import IlladaError
+
+Message = Mapping[str, str]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<|system|>' + message['content'] + '<|end|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] + '<|end|>' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def check_messages(messages: Any, last: str, record: str = "conversation") -> list[dict[str, str]]:
+    """Return the messages as plain dictionaries: [system,] user, assistant, user, … ending with the role `last`.
+
+    Raises:
+        IlladaError: naming `record`, when they are not of that form.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise IlladaError(f"{record}: messages must be a non-empty list")
+    plain: list[dict[str, str]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise IlladaError(f"{record}: message {number} is not an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise IlladaError(f"{record}: message {number} needs a role and a content, both text")
+        turn = number - (1 if plain and plain[0]["role"] == "system" else 0)
+        expected = ("user", "assistant")[turn % 2]
+        if role != expected and not (number == 0 and role == "system"):
+            raise IlladaError(f"{record}: message {number} is from {role!r}, expected {expected!r}")
+        plain.append({"role": role, "content": content})
+    if plain[-1]["role"] != last:
+        raise IlladaError(f"{record}: the last message is from {plain[-1]['role']!r}, it must be from {last!r}")
+    return plain
+
+
+def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return one conversation per assistant turn, each ending with it: the older LLaDA rule (spec §4)."""
+    return [list(messages[: i + 1]) for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], record: str = "conversation"
+) -> list[int]:
+    """Return the ids after which the assistant's answer is generated; the last message is the user's.
+
+    Raises:
+        IlladaError: when the messages do not alternate or the tokenizer's template refuses them.
+    """
+    return _render(tokenizer, check_messages(messages, "user", record), record, generation=True)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], record: str = "conversation"
+) -> tuple[list[int], int]:
+    """Return (ids, prompt tokens) of a conversation to learn from; its last message is the assistant's.
+
+    The ids end with exactly one EOS. The prompt is everything before the last answer, and equals `encode_prompt` of it.
+
+    Raises:
+        IlladaError: when the messages do not alternate, the tokenizer has no EOS, its template refuses them, or renders
+            the prompt differently once the answer follows.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise IlladaError("the tokenizer has no eos_token: answers could not end")
+    plain = check_messages(messages, "assistant", record)
+    prompt = _render(tokenizer, plain[:-1], record, generation=True)
+    ids = _render(tokenizer, plain, record, generation=False)
+    if ids[: len(prompt)] != prompt:
+        raise IlladaError(f"{record}: the chat template renders the prompt differently once an answer follows it")
+    answer = ids[len(prompt) :]
+    if eos in answer:
+        # Templates like to write a newline after the EOS; an answer with anything else there keeps it.
+        end = len(answer) - answer[::-1].index(eos)
+        if not tokenizer.decode(answer[end:]).strip():
+            answer = answer[:end]
+    while answer and answer[-1] == eos:
+        answer.pop()
+    return [*prompt, *answer, eos], len(prompt)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], record: str, generation: bool
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise IlladaError("the tokenizer has no chat template: use one made by `illada tokenizer` or of a chat model")
+    refused: Exception | None = None
+    merged = _without_system(messages)
+    for attempt in (messages,) if merged is messages else (messages, merged):
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                attempt,
+                add_generation_prompt=generation,
+                sanitize_control_tokens=True,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},
+            )
+            return ids
+        except (TemplateError, ValueError, NotImplementedError) as error:
+            refused = refused or error
+    raise IlladaError(f"{record}: the chat template refuses it: {' '.join(str(refused).split())}")
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Move a system message to the beginning of the first user turn, for templates that reject that role (ours)."""
+    if messages[0]["role"] != "system" or len(messages) < 2:
+        return messages
+    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
