@@ -19,7 +19,10 @@ def build(tie: bool, seed: int, **changes: object) -> IlladaForMaskedLM:
         "initializer_range": 0.3,
         "tie_word_embeddings": tie,
     }
-    return IlladaForMaskedLM(IlladaConfig(**{**shape, **changes})).eval()
+    model = IlladaForMaskedLM(IlladaConfig(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)
+    return model
 
 
 @pytest.fixture(scope="session")

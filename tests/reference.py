@@ -1,0 +1,130 @@
+"""The paper's equations written plainly and slowly: the oracle of every fast path.
+
+One row at a time, no packing, no chunks, no cache; a model is anything with `model(input_ids [1, L]).logits` and a
+`config`. Random numbers come from plain-integer SplitMix64, so they too are checked against the vectorised ones.
+"""
+
+import math
+
+import torch
+
+ALL = (1 << 64) - 1
+GUMBEL, REMASK = 16, 17
+
+
+def reference_bits(*key):
+    state = 0
+    for word in key:
+        state = ((state ^ (word & ALL)) + 0x9E3779B97F4A7C15) & ALL
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & ALL
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & ALL
+        state = state ^ (state >> 31)
+    return state
+
+
+def reference_uniform(*key):
+    return ((reference_bits(*key) >> 12) + 0.5) / 2**52
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(torch.tensor([ids])).logits[0].double()
+
+
+def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
+    """Eq. 1 in nats per token. One t per segment; token i is masked when its uniform number is below p."""
+    total, start = 0.0, 0
+    for length, t in zip(lengths, times, strict=True):
+        p = (1 - epsilon) * t + epsilon
+        segment = ids[start : start + length]
+        masked = [uniforms[start + i] < p for i in range(length)]
+        start += length
+        if not any(masked):
+            continue
+        noisy = [model.config.mask_token_id if m else x for x, m in zip(segment, masked, strict=True)]
+        log_p = logits_of(model, noisy).log_softmax(-1)
+        for i in range(length):
+            if masked[i]:
+                total += -float(log_p[i, segment[i]]) / p
+    return total / len(ids)
+
+
+def reference_generate(model, prompt, settings, think=()):
+    """Spec §5 for one prompt without stop strings; returns (ids, finish reason, forwards)."""
+    s, mask, block = settings, model.config.mask_token_id, settings.block_length
+    budget = min(s.max_new_tokens, model.config.max_position_embeddings - len(prompt)) // block * block
+    steps = s.steps_per_block or block
+    answer = [None] * budget  # None is a masked position
+    forwards = answer_step = 0
+    for start in range(0, budget, block):
+        positions = range(start, start + block)
+        view = budget if s.later_masks else start + block
+        block_step = 0
+        while any(answer[i] is None for i in positions):
+            seen = [mask if x is None else x for x in answer[:view]]
+            logits = logits_of(model, list(prompt) + seen)[len(prompt) :]
+            forwards += 1
+            if s.guidance_scale:
+                free = logits_of(model, [mask] * len(prompt) + seen)[len(prompt) :]
+                logits = free + (s.guidance_scale + 1) * (logits - free)
+                forwards += 1
+            opened = [i for i in positions if answer[i] is None]
+            if s.think_boost and not contains(answer, think):
+                at = opened[0]
+                for n in range(len(think)):
+                    if n <= at and answer[at - n : at] == list(think[:n]):
+                        following = think[n]  # the longest prefix wins: n rises
+                logits[at, following] += s.think_boost * min(1, (at + 1) / budget) ** s.think_boost_power
+            proposal, confidence = {}, {}
+            for i in opened:
+                choice = logits[i].clone()
+                choice[mask] = -math.inf
+                if s.temperature:
+                    for v in range(len(choice)):
+                        u = reference_uniform(s.seed, GUMBEL, answer_step, i, v)
+                        choice[v] -= s.temperature * math.log(-math.log(u))
+                proposal[i] = int(choice.argmax())
+                confidence[i] = float(logits[i].softmax(-1)[proposal[i]])
+                if s.remasking == "random":
+                    confidence[i] = reference_uniform(s.seed, REMASK, answer_step, i)
+            ranked = sorted(opened, key=lambda i: (-confidence[i], i))
+            if s.threshold is not None:
+                count = max(1, sum(c >= s.threshold for c in confidence.values()))
+            else:
+                count = block // steps + (1 if block_step < block % steps else 0)
+            for i in ranked[:count]:
+                answer[i] = proposal[i]
+            block_step += 1
+            answer_step += 1
+        for i in positions:
+            if answer[i] in s.eos_ids:
+                return answer[:i], "stop", forwards
+    return answer, "length", forwards
+
+
+def contains(answer, sequence):
+    return any(answer[i : i + len(sequence)] == list(sequence) for i in range(len(answer) - len(sequence) + 1))
+
+
+def reference_confidence_score(model, context, candidate, right_context=()):
+    """Paper Eq. 2."""
+    mask, score = model.config.mask_token_id, 0.0
+    masked = list(range(len(candidate)))
+    while masked:
+        seen = [mask if i in masked else x for i, x in enumerate(candidate)]
+        log_p = logits_of(model, [*context, *seen, *right_context]).log_softmax(-1)
+        value = {i: float(log_p[len(context) + i, candidate[i]]) for i in masked}
+        best = max(masked, key=lambda i: (value[i], -i))
+        score += value[best]
+        masked.remove(best)
+    return score
+
+
+def reference_likelihood_score(model, context, candidate, masks, right_context=()):
+    """LLaDA Eq. 6 for given masks: one list of masked candidate positions per sample."""
+    mask, total = model.config.mask_token_id, 0.0
+    for masked in masks:
+        seen = [mask if i in masked else x for i, x in enumerate(candidate)]
+        log_p = logits_of(model, [*context, *seen, *right_context]).log_softmax(-1)
+        total += len(candidate) / len(masked) * sum(float(log_p[len(context) + i, candidate[i]]) for i in masked)
+    return total / len(masks)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from illada import keyed
+from reference import reference_bits, reference_uniform
+
+words = st.one_of(st.integers(-(2**63), 2**64 - 1), st.integers(-3, 300))
+few = settings(deadline=None, max_examples=60, derandomize=True)
+
+
+@few
+@given(st.lists(words, min_size=1, max_size=4), st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5))
+def test_bits_are_those_of_plain_integers(scalars, column):
+    vector = keyed.bits(*scalars, torch.tensor(column), 7)
+    assert [int(x) & (2**64 - 1) for x in vector] == [reference_bits(*scalars, x, 7) for x in column]
+    assert int(keyed.bits(*scalars)) & (2**64 - 1) == reference_bits(*scalars)
+
+
+@few
+@given(st.lists(words, min_size=1, max_size=5))
+def test_uniform_int_is_the_float64_uniform_and_open(key):
+    number = keyed.uniform_int(*key)
+    assert number == reference_uniform(*key) == float(keyed.uniform(*key, dtype=torch.float64))
+    assert 0.0 < number < 1.0
+    assert 0.0 < float(keyed.uniform(*key)) < 1.0
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 23), (torch.float64, 52)])
+@pytest.mark.parametrize("word", [0, -1])
+def test_the_interval_is_open_even_for_extreme_bits(monkeypatch, dtype, digits, word):
+    monkeypatch.setattr(keyed, "bits", lambda *key, device=None: torch.tensor([word]))
+    number = keyed.uniform(0, dtype=dtype)
+    assert number.dtype == dtype
+    assert float(number) == (0.5 / 2**digits if word == 0 else 1 - 0.5 / 2**digits)
+
+
+def test_keys_broadcast():
+    grid = keyed.uniform(1, torch.arange(3)[:, None], torch.arange(4), dtype=torch.float64)
+    assert grid.shape == (3, 4)
+    assert float(grid[2, 3]) == keyed.uniform_int(1, 2, 3)
+    assert len(set(grid.flatten().tolist())) == 12
+
+
+@few
+@given(st.integers(1, 300), st.lists(st.integers(0, 2**63), max_size=3))
+def test_shuffled_index_is_a_bijection(count, key):
+    assert sorted(keyed.shuffled_index(i, count, *key) for i in range(count)) == list(range(count))
+
+
+def test_shuffled_index_depends_on_the_key_and_refuses_outsiders():
+    orders = {tuple(keyed.shuffled_index(i, 50, seed) for i in range(50)) for seed in range(20)}
+    assert len(orders) == 20
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            keyed.shuffled_index(index, 5, 0)
+
+
+@few
+@given(st.integers(0, 200), st.integers(0, 2**40))
+def test_permutation_is_one(count, seed):
+    assert sorted(keyed.permutation(count, seed).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_numbers_along_any_word_look_uniform(axis):
+    count, cells = 20_000, 50
+    key = [3, 1, 4]
+    key[axis] = torch.arange(count)
+    numbers = keyed.uniform(*key, dtype=torch.float64)
+    expected = count / cells
+    chi_square = ((torch.histc(numbers, cells, 0, 1) - expected) ** 2 / expected).sum()
+    assert 20 < chi_square < 95  # 49 degrees of freedom: four standard deviations and more on either side
+    lagged = torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))[0, 1]
+    assert abs(lagged) < 0.03
