@@ -19,7 +19,7 @@ from illada.model import IlladaForMaskedLM
 
 @dataclass
 class RunState:
-    """All that a run is, besides weights and optimiser: order, noise and learning rate follow from it and the recipe."""
+    """What a run is besides weights and optimiser; order, noise and learning rate follow from it and the recipe."""
 
     step: int = 0
     """Optimiser steps done."""
@@ -43,7 +43,7 @@ def save_checkpoint(
     target = run / "checkpoints" / f"step-{state.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, max_shard_size="1TB")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
@@ -66,7 +66,9 @@ def load_checkpoint(path: Path, model: IlladaForMaskedLM, optimizer: torch.optim
         moments = load_file(path / "optimizer.safetensors")
         state = RunState(**json.loads((path / "state.json").read_text()))
     except Exception as error:
-        raise IlladaError(f"checkpoint {path} cannot be read ({error}): delete it to continue from the one before") from error
+        raise IlladaError(
+            f"checkpoint {path} cannot be read ({error}): delete it to continue from the one before"
+        ) from error
     parameters = dict(model.named_parameters())
     _require_same(path, set(parameters), set(weights))
     optimizer_state = {}

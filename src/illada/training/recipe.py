@@ -1,7 +1,6 @@
 """A training run, written down: the one schema of recipe files and of the command line.
 
-Values the paper does not state are marked "ours"; those of LLaDA's report "LLaDA". This module imports no torch, so that
-`--help` and recipe errors are quick.
+Values the paper does not state are marked "ours"; those of LLaDA's report "LLaDA".
 """
 
 from dataclasses import dataclass, field

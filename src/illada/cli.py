@@ -1,0 +1,276 @@
+"""The command line: one command per public function, the same names, one line per error, exit code 2 for bad input."""
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+# Before torch and transformers are imported: no telemetry, no advice, no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from illada.errors import IlladaError
+
+if TYPE_CHECKING:
+    from illada.generation import GenerationSettings
+
+SETTINGS_FROM_MODEL = {"eos_token_id"}
+
+
+def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000) -> None:
+    """Train a byte-level BPE tokenizer on text files, jsonl, parquet or folders of them.
+
+    Args:
+        sources: files and folders to read.
+        output: folder to write the tokenizer to.
+        vocab_size: number of tokens, special ones included.
+        max_bytes: bytes of text to train on, from the first.
+    """
+    from illada.data.tokenizer import train_tokenizer_from_files
+
+    train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
+    print(f"tokenizer of {vocab_size} tokens written to {output}")
+
+
+def score(
+    model: str,
+    context: str | None = None,
+    candidates: list[str] | None = None,
+    file: str | None = None,
+    method: Literal["confidence", "likelihood", "both"] = "confidence",
+    samples: int = 128,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    device: str = "cpu",
+) -> None:
+    """Score candidate continuations by confidence (paper Eq. 2) or Monte-Carlo likelihood (LLaDA Eq. 6), in nats.
+
+    Args:
+        model: model or run folder.
+        context: text before the candidates.
+        candidates: texts to compare.
+        file: jsonl with {"context": str, "candidates": [str], "answer": int (optional)} on each line, instead.
+        method: which scorer.
+        samples: Monte-Carlo samples of the likelihood.
+        seed: of the Monte-Carlo samples.
+        chat: wrap each context in the chat template as a user's question.
+        dtype: of the weights.
+        device: to run on.
+    """
+    from illada.commands.score import read_items, score_items
+    from illada.loading import load_model
+
+    items = read_items(context, candidates, file)
+    network, text_tokenizer = load_model(model, dtype, device)
+    score_items(network, text_tokenizer, items, method, samples, seed, chat, sys.stdout)
+
+
+def export(model: str, output: str, dtype: Literal["fp32", "bf16"] = "bf16") -> None:
+    """Write a folder that transformers loads after `import illada`: weights, configuration, tokenizer, model card.
+
+    Args:
+        model: model or run folder.
+        output: new folder to write.
+        dtype: of the weights written.
+    """
+    from illada.commands.export import export_model
+
+    export_model(model, output, dtype)
+    print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
+
+
+def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
+    """Walk the whole road on this machine: tokenizer, pre-training, SFT, generation, scoring, report.
+
+    The text is the standard library of this Python; nothing is downloaded. Interrupted, the same command continues.
+
+    Args:
+        output: run folder.
+        quick: about 3 minutes instead of 10 to 15, with a model that has learned less.
+        seed: of everything random.
+    """
+    from illada.demo import run_demo
+
+    run_demo(Path(output), quick, seed)
+
+
+def _train(command: str, arguments: Namespace) -> None:
+    import signal
+
+    from illada.training import Recipe, train
+
+    recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
+    result = train(recipe, title=command)
+    if result.interrupted:
+        sys.exit(128 + signal.Signals(result.interrupted))
+    print(f"model written to {result.model}")
+
+
+def _generate(arguments: Namespace) -> None:
+    """Complete prompts."""
+    from illada.commands.generate import generate_text, read_prompts
+    from illada.loading import load_model
+
+    prompts = read_prompts(arguments.prompt, arguments.file)
+    settings = _settings(arguments)
+    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    generate_text(model, text_tokenizer, prompts, settings, arguments.chat, arguments.json, sys.stdout)
+
+
+def _chat(arguments: Namespace) -> None:
+    """Talk to a tuned model in the terminal and watch each answer form."""
+    from illada.commands.generate import chat
+    from illada.loading import load_model
+
+    settings = _settings(arguments)
+    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    chat(model, text_tokenizer, settings, arguments.system)
+
+
+def _settings(arguments: Namespace) -> "GenerationSettings":
+    from illada.generation import GenerationSettings
+
+    names = [f.name for f in dataclasses.fields(GenerationSettings) if f.name not in SETTINGS_FROM_MODEL]
+    values = {name: arguments[name] for name in names}
+    return GenerationSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class _Parser(ArgumentParser):
+    """Turns what jsonargparse says about bad input into one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise IlladaError(" ".join(str(message).split())) from ex
+
+
+def _add_model_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="model or run folder")
+    parser.add_argument("--dtype", type=Literal["fp32", "bf16"], default="fp32", help="of the weights")
+    parser.add_argument("--device", type=str, default="cpu", help="to run on")
+
+
+def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+    from illada.data.prepare import prepare
+    from illada.generation import GenerationSettings
+    from illada.training.recipe import SFT_DEFAULTS, Recipe
+
+    parser = _Parser(prog="illada", description="Train, tune, run and score masked diffusion language models.")
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    actions: dict[str, Callable[[Namespace], None]] = {}
+
+    def add(name: str, action: Callable[[Namespace], None], text: str) -> ArgumentParser:
+        command = _Parser(description=text)
+        commands.add_subcommand(name, command, help=text)
+        actions[name] = action
+        return command
+
+    def add_function(
+        function: Callable[..., Any], many: dict[str, str], action: Callable[[Namespace], None] | None = None
+    ) -> None:
+        """Make a command of a function; `many` are its list arguments, with their help (positional if --less)."""
+        text = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        command = add(function.__name__, action or (lambda arguments: function(**_given(arguments))), text)
+        for name, help_text in many.items():
+            command.add_argument(name, type=str, nargs="+", help=help_text)
+        command.add_function_arguments(function, as_positional=False, skip={name.lstrip("-") for name in many})
+
+    def prepare_and_print(arguments: Namespace) -> None:
+        shards = prepare(**_given(arguments))
+        odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in shards.index["odd"].items() if count)
+        print(
+            f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text in {shards.path}"
+            + (f" ({odd})" if odd else "")
+        )
+
+    sources = {"sources": "text files, jsonl, parquet, or folders of them"}
+    add_function(demo, {})
+    add_function(tokenizer, sources)
+    add_function(
+        prepare, {**sources, "--patterns": "which files of a folder", "--exclude": "but not these"}, prepare_and_print
+    )
+    for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
+        command = add(name, partial(_train, name), text)
+        command.add_argument(
+            "--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag"
+        )
+        command.add_class_arguments(Recipe)
+        if name == "sft":
+            command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+    command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
+    _add_model_arguments(command)
+    command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
+    command.add_argument("--file", type=str, help='file with a prompt on each line (or jsonl with "prompt"), instead')
+    command.add_argument("--chat", type=bool, default=False, help="put each prompt into the chat template")
+    command.add_argument("--json", type=bool, default=False, help="print one JSON object per prompt")
+    command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
+    command = add("chat", _chat, "Talk to a tuned model in the terminal and watch each answer form.")
+    _add_model_arguments(command)
+    command.add_argument("--system", type=str, help="system message")
+    command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
+    add_function(score, {"--candidates": "texts to compare"})
+    add_function(export, {})
+    return parser, actions
+
+
+def _given(arguments: Namespace) -> dict[str, Any]:
+    """Return the arguments that have a value; the function's own defaults serve for the others."""
+    return {name: value for name, value in arguments.as_dict().items() if value is not None}
+
+
+def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
+    """Let a recipe stand without its flag (`pretrain recipe.yaml`) and a switch without its value (`--quick`)."""
+    if len(words) > 1 and words[0] in ("pretrain", "sft") and not words[1].startswith("-"):
+        words = [words[0], "--config", *words[1:]]
+    commands = next((action.choices for action in parser._actions if action.choices), None) or {}
+    command = commands.get(words[0]) if isinstance(commands, dict) else None
+    hints = {} if command is None else {o: a for a in command._actions for o in a.option_strings}
+    switches = {option for option, action in hints.items() if getattr(action, "_typehint", None) is bool}
+    plain = []
+    for place, word in enumerate(words):
+        plain.append(word)
+        if word in switches and (place + 1 == len(words) or words[place + 1].startswith("--")):
+            plain.append("true")
+    return plain
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line; exits with 2 on bad input and 1 on a failed run."""
+    warnings.filterwarnings("ignore")
+    words = sys.argv[1:] if words is None else words
+    try:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        parser, actions = _build()
+        arguments = parser.parse_args(_normalise(words or ["--help"], parser))
+        arguments = parser.instantiate(arguments)
+        actions[arguments.subcommand](arguments[arguments.subcommand])
+    except IlladaError as error:
+        sys.exit(_fail(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except RuntimeError as error:
+        from illada.training import DivergedError
+
+        if isinstance(error, DivergedError):
+            sys.exit(_fail(error, 1))
+        raise
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"illada: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

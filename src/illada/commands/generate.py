@@ -1,0 +1,164 @@
+"""`illada generate` and `illada chat`: text in, text out, and an answer that forms before one's eyes."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from illada.commands.files import read_lines
+from illada.data.chat import Message, encode_prompt
+from illada.errors import IlladaError
+from illada.generation import Generation, GenerationSettings, StepEvent, generate
+from illada.model import IlladaForMaskedLM
+
+MASK_SIGN = "░"
+
+
+def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
+    """Return the prompts given, or those of a file: one a line, or the "prompt" of each jsonl record.
+
+    Raises:
+        IlladaError: when neither or both are given, or the file cannot be used.
+    """
+    if (prompts is None) == (file is None):
+        raise IlladaError("give --prompt TEXT (once or more) or --file FILE")
+    if prompts is not None:
+        return list(prompts)
+    assert file is not None
+    found = []
+    for number, line in read_lines(file):
+        if not file.endswith(".jsonl"):
+            found.append(line)
+            continue
+        try:
+            found.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise IlladaError(f'{file} line {number} is not {{"prompt": ...}}') from error
+    return found
+
+
+def settings_for(model: IlladaForMaskedLM, settings: GenerationSettings) -> GenerationSettings:
+    """Return the settings with the model's own end-of-sequence ids."""
+    eos = model.config.eos_token_id
+    return replace(settings, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Return BOS (where the tokenizer has one) and the text's ids, as a pre-training document begins."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def show_ids(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of generated ids, special tokens left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def generate_text(
+    model: IlladaForMaskedLM,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    chat: bool,
+    as_json: bool,
+    out: TextIO,
+) -> None:
+    """Answer every prompt in one batch and print the answers in order."""
+    if chat:
+        ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        ids = [encode_plain(tokenizer, prompt) for prompt in prompts]
+    answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = show_ids(tokenizer, answer.ids)
+        if as_json:
+            record = {
+                "prompt": prompt,
+                "text": text,
+                "ids": list(answer.ids),
+                "finish_reason": answer.finish_reason,
+                "forwards": answer.forwards,
+            }
+            print(json.dumps(record, ensure_ascii=False), file=out)
+        else:
+            if len(prompts) > 1:
+                print(f"> {prompt}", file=out)
+            print(text, file=out)
+
+
+def draw(tokenizer: Any, event: StepEvent, mask_sign: str = MASK_SIGN) -> Text:
+    """Return a picture of an answer that is forming: committed tokens bold, proposals dim, the unknown as blocks."""
+    text = Text()
+    for token, committed, confidence in zip(event.ids, event.committed, event.confidence, strict=True):
+        piece = tokenizer.decode([token], skip_special_tokens=True)
+        if committed:
+            text.append(piece, style="bold")
+        elif not math.isnan(confidence):
+            text.append(piece or mask_sign, style="dim")
+        else:
+            text.append(mask_sign, style="dim")
+    return text
+
+
+def chat(model: IlladaForMaskedLM, tokenizer: Any, settings: GenerationSettings, system: str | None) -> None:
+    """Hold a conversation on standard input and output until it ends.
+
+    On a terminal each answer is drawn while it forms; elsewhere only finished answers are printed.
+    """
+    console = Console()
+    settings = settings_for(model, settings)
+    live = console.is_terminal
+    if sys.stdin.isatty():
+        console.print("Type a message; /clear forgets the conversation, /quit or Ctrl-D ends.", style="dim")
+    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(first)
+    while True:
+        try:
+            said = console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not said:
+            continue
+        if said in ("/quit", "/exit"):
+            return
+        if said == "/clear":
+            messages = list(first)
+            continue
+        # A chat on a terminal goes on after \n typed as two characters: puzzles have several lines.
+        messages.append({"role": "user", "content": said.replace("\\n", "\n")})
+        try:
+            answer = _answer(console, model, tokenizer, messages, settings, live)
+        except IlladaError as error:
+            console.print(f"{error}", style="red", markup=False)
+            console.print("(/clear begins a new conversation)", style="dim")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": show_ids(tokenizer, answer.ids)})
+
+
+def _answer(
+    console: Console,
+    model: IlladaForMaskedLM,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    settings: GenerationSettings,
+    live: bool,
+) -> Generation:
+    prompt = encode_prompt(tokenizer, messages)
+    if not live:
+        answer = generate(model, [prompt], settings, tokenizer=tokenizer)[0]
+        console.print(show_ids(tokenizer, answer.ids), markup=False, highlight=False, soft_wrap=True)
+        return answer
+    with Live(Text(MASK_SIGN * settings.block_length, style="dim"), console=console, refresh_per_second=30) as picture:
+        answer = generate(
+            model, [prompt], settings, tokenizer=tokenizer, on_step=lambda event: picture.update(draw(tokenizer, event))
+        )[0]
+        picture.update(Text(show_ids(tokenizer, answer.ids)))
+    console.print(f"{len(answer.ids)} tokens, {answer.forwards} forward passes", style="dim")
+    return answer

@@ -1,0 +1,187 @@
+"""The demo's instructions: five tasks whose answers can be checked, with held-out problems.
+
+A problem is held out by a hash of what makes it the *same* problem, so that no test problem appears in training under
+another name: 12+34 and 34+12, a list in another order, a string and its mirror image, and a sudoku with its digits
+exchanged are each one problem.
+"""
+
+import ast
+import hashlib
+import itertools
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "test"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its only right answer."""
+
+    task: str
+    prompt: str
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The example as a conversation."""
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
+
+
+def _held_out(*identity: object) -> bool:
+    """Put a tenth of all problems into the test split."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+def _addition(rng: random.Random) -> tuple[Example, bool]:
+    a, b = rng.randint(100, 999), rng.randint(100, 999)
+    return Example("addition", f"Add {a} and {b}.", str(a + b)), _held_out("addition", *sorted((a, b)))
+
+
+def _sorting(rng: random.Random) -> tuple[Example, bool]:
+    digits = [rng.choice("0123456789") for _ in range(rng.randint(4, 8))]
+    ordered = "".join(sorted(digits))
+    return Example("sorting", f"Sort {''.join(digits)}.", ordered), _held_out("sorting", ordered)
+
+
+def _reversal(rng: random.Random) -> tuple[Example, bool]:
+    letters = [rng.choice(LETTERS) for _ in range(rng.randint(3, 10))]
+    forward, backward = " ".join(letters), " ".join(reversed(letters))
+    return Example("reversal", f"Reverse: {forward}", backward), _held_out("reversal", min(forward, backward))
+
+
+def _relabelled(grid: str) -> str:
+    """Return the grid with digits renamed in order of first appearance: equal for all relabellings of one pattern."""
+    names: dict[str, str] = {}
+    return "".join(names.setdefault(digit, str(len(names) + 1)) for digit in grid)
+
+
+@cache
+def sudoku_grids() -> tuple[str, ...]:
+    """Return all 288 solved 4x4 sudokus, row after row."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    units = [[r * 4 + c for r in range(4)] for c in range(4)]
+    units += [[r * 4 + c, r * 4 + c + 1, r * 4 + c + 4, r * 4 + c + 5] for r in (0, 2) for c in (0, 2)]
+    grids = ("".join(four) for four in itertools.product(rows, repeat=4))
+    return tuple(grid for grid in grids if all(len({grid[i] for i in unit}) == 4 for unit in units))
+
+
+@cache
+def _sudoku_patterns() -> list[str]:
+    """Return the 12 patterns of the 288 grids; each occurs under the 24 namings of the digits."""
+    return sorted({_relabelled(grid) for grid in sudoku_grids()})
+
+
+def _sudoku_held_out(grid: str) -> bool:
+    """Hold out three of the 12 patterns."""
+    return _sudoku_patterns().index(_relabelled(grid)) % 4 == 3
+
+
+def _rows(cells: str) -> str:
+    return "\n".join(cells[i : i + 4] for i in range(0, 16, 4))
+
+
+def _sudoku(rng: random.Random) -> tuple[Example, bool]:
+    grid = rng.choice(sudoku_grids())
+    hidden = rng.sample(range(16), rng.randint(6, 9))
+    puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
+    # Ask again until the clues leave one solution.
+    if sum(all(p in ("0", g) for p, g in zip(puzzle, other, strict=True)) for other in sudoku_grids()) > 1:
+        return _sudoku(rng)
+    return Example("sudoku", f"Solve\n{_rows(puzzle)}", _rows(grid)), _sudoku_held_out(grid)
+
+
+def standard_library() -> Path:
+    """Return the folder of this Python's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+@cache
+def library_names() -> tuple[tuple[str, str], ...]:
+    """Return (name, module) for public top-level classes and functions that exactly one module of the library defines.
+
+    Only modules with ten such names or more are kept, so that each module is seen in training and in test.
+    """
+    where: dict[str, set[str]] = {}
+    folder = standard_library()
+    for module in sorted(sys.stdlib_module_names):
+        path = next((p for p in (folder / f"{module}.py", folder / module / "__init__.py") if p.is_file()), None)
+        if module.startswith("_") or path is None:
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, set()).add(module)
+    pairs = [(name, next(iter(modules))) for name, modules in sorted(where.items()) if len(modules) == 1]
+    size: dict[str, int] = {}
+    for _, module in pairs:
+        size[module] = size.get(module, 0) + 1
+    return tuple((name, module) for name, module in pairs if size[module] >= 10)
+
+
+def _library(rng: random.Random) -> tuple[Example, bool]:
+    name, module = rng.choice(library_names())
+    return Example("library", f"Which module defines {name}?", module), _held_out("library", name)
+
+
+TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] = {
+    "addition": (_addition, 0.34),
+    "sorting": (_sorting, 0.2),
+    "reversal": (_reversal, 0.12),
+    "sudoku": (_sudoku, 0.26),
+    "library": (_library, 0.08),
+}
+"""Each task's generator and its share of the training mixture."""
+
+
+def examples(split: Split, seed: int, task: str | None = None) -> Iterator[Example]:
+    """Yield examples of a split without end: of one task, or of the training mixture."""
+    rng = random.Random(f"{split} {seed} {task}")
+    names, shares = list(TASKS), [share for _, share in TASKS.values()]
+    while True:
+        name = task or rng.choices(names, shares)[0]
+        example, held_out = TASKS[name][0](rng)
+        if held_out == (split == "test"):
+            yield example
+
+
+def held_out(task: str, count: int, seed: int = 0) -> list[Example]:
+    """Return up to `count` different held-out problems of a task."""
+    found: dict[str, Example] = {}
+    for example in itertools.islice(examples("test", seed, task), 40 * count):
+        found.setdefault(example.prompt, example)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question; the right candidate is the one at `answer`."""
+
+    prompt: str
+    candidates: tuple[str, ...]
+    answer: int
+
+
+def library_choices(count: int, seed: int = 0) -> list[Choice]:
+    """Return held-out library questions with the right module and three others that occur as answers."""
+    rng = random.Random(f"choices {seed}")
+    modules = sorted({module for _, module in library_names()})
+    choices = []
+    for example in held_out("library", count, seed):
+        candidates = [example.answer, *rng.sample([m for m in modules if m != example.answer], 3)]
+        rng.shuffle(candidates)
+        choices.append(Choice(example.prompt, tuple(candidates), candidates.index(example.answer)))
+    return choices

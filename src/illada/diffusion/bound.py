@@ -1,0 +1,92 @@
+"""The bound on held-out text (paper Eq. 1) with fixed noise, and the n-gram baselines it should beat.
+
+Shape letters: V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from illada.data.batches import Segment
+from illada.data.shards import Shards
+from illada.diffusion.loss import masked_loss
+from illada.diffusion.noisy import noisy_batches
+from illada.model import IlladaForMaskedLM
+
+VALIDATION_SEED = 20_260_625
+"""Seed of validation noise: the same for every run, step and model, so that numbers compare."""
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
+    """Turn nats per token into bits per byte of text, which do not depend on the tokenizer."""
+    return nats_per_token * tokens / max(1, text_bytes) / math.log(2)
+
+
+@torch.no_grad()
+def validation_bound(
+    model: IlladaForMaskedLM, shards: Shards, window: int, samples: int | None, samples_per_batch: int
+) -> float:
+    """Return the bound in nats per token over the first `samples` windows (all for None), unsplit, with fixed noise.
+
+    t is stratified over the windows. The model's device and the caller's autocast are used.
+    """
+    count = max(1, shards.tokens // window)
+    count = count if samples is None else min(samples, count)
+    length = min(window, shards.tokens)
+    plan = [[Segment(i, 0, 0, i * window, length, 0)] for i in range(count)]
+    total = 0.0
+    for batch in noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0):
+        tensors = (x.to(model.device) for x in (batch.clean_T, batch.masked_T, batch.weight_T))
+        total += float(masked_loss(model, *tensors, batch.packing))
+    return total
+
+
+@dataclass(frozen=True)
+class NgramBaselines:
+    """Cross-entropy of n-gram models of the training tokens on validation tokens, in nats per token."""
+
+    unigram: float
+    bigram: float
+
+
+def ngram_baselines(train: Shards, validation: Shards) -> NgramBaselines:
+    """Fit and evaluate the baselines.
+
+    Unigram: counts + 1. Bigram: Witten-Bell interpolation of bigram counts with that unigram, a standard smoothing
+    without a parameter to tune.
+    """
+    vocabulary = train.vocab_size
+    unigram_V = np.ones(vocabulary)
+    pairs: dict[int, int] = {}
+    for tokens in _pieces(train):
+        unigram_V += np.bincount(tokens, minlength=vocabulary)
+        codes, counts = np.unique(tokens[:-1] * vocabulary + tokens[1:], return_counts=True)
+        for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+            pairs[code] = pairs.get(code, 0) + count
+    unigram_V /= unigram_V.sum()
+    codes = np.fromiter(sorted(pairs), dtype=np.int64, count=len(pairs))
+    counts = np.array([pairs[code] for code in codes.tolist()], dtype=np.float64)
+    firsts = codes // vocabulary
+    followed_V = np.bincount(firsts, weights=counts, minlength=vocabulary)
+    kinds_V = np.bincount(firsts, minlength=vocabulary)
+    unigram = bigram = 0.0
+    seen = 0
+    for tokens in _pieces(validation):
+        previous, current = tokens[:-1], tokens[1:]
+        place = np.clip(np.searchsorted(codes, previous * vocabulary + current), 0, len(codes) - 1)
+        hits = np.where(codes[place] == previous * vocabulary + current, counts[place], 0.0)
+        base = unigram_V[current]
+        weight = followed_V[previous] + kinds_V[previous]
+        mixed = np.where(weight > 0, (hits + kinds_V[previous] * base) / np.maximum(weight, 1), base)
+        unigram -= np.log(unigram_V[tokens]).sum()
+        bigram -= np.log(unigram_V[tokens[:1]]).sum() + np.log(mixed).sum()
+        seen += len(tokens)
+    return NgramBaselines(unigram / max(1, seen), bigram / max(1, seen))
+
+
+def _pieces(shards: Shards, size: int = 2**22) -> Iterable[np.ndarray]:
+    for start in range(0, shards.tokens, size):
+        yield shards.read(start, min(size, shards.tokens - start))
