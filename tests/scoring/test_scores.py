@@ -1,0 +1,200 @@
+"""Both scores against the oracle, alone and in company; the layout of questions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from illada.errors import IlladaError
+from illada.scoring import confidence_scores, layout, likelihood_scores, score_layout
+from illada.scoring.likelihood import masked_counts, masked_tokens
+from reference import reference_confidence_score, reference_likelihood_score, reference_uniform
+
+ids = st.integers(0, 63)
+some_pairs = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 3, 9]).flatmap(lambda n: st.lists(ids, min_size=n, max_size=n)),
+        st.lists(ids, min_size=1, max_size=6),
+    ),
+    min_size=1,
+    max_size=4,
+)
+few = settings(deadline=None, max_examples=25, derandomize=True)
+budgets = st.sampled_from([1, 20, 16_384])
+
+
+def close(got, want):
+    assert got == pytest.approx(want, abs=1e-4)
+
+
+@few
+@given(st.booleans(), some_pairs, st.sampled_from([(), (2,), (5, 9)]), budgets, st.sampled_from([1, 200, 2**24]))
+def test_confidence_is_equation_2(tied, untied, tie, pairs, right, max_batch_tokens, held):
+    model = tied if tie else untied
+    saved, layout.LOGITS_HELD = layout.LOGITS_HELD, held
+    try:
+        got = confidence_scores(model, pairs, right, max_batch_tokens)
+    finally:
+        layout.LOGITS_HELD = saved
+    close(got, [reference_confidence_score(model, *pair, right) for pair in pairs])
+
+
+def reference_masks(length, samples, seed):
+    masks = []
+    for sample in range(samples):
+        place = (sample / samples + reference_uniform(seed, 18)) % 1.0
+        order = sorted(range(length), key=lambda i: reference_uniform(seed, 19, sample, i))
+        masks.append(sorted(order[: 1 + math.floor(length * place)]))
+    return masks
+
+
+@few
+@given(st.booleans(), some_pairs, st.integers(1, 7), st.integers(0, 2**40), st.sampled_from([(), (2,)]), budgets)
+def test_likelihood_is_llada_equation_6(tied, untied, tie, pairs, samples, seed, right, max_batch_tokens):
+    model = tied if tie else untied
+    got = likelihood_scores(model, pairs, samples, seed, right, max_batch_tokens)
+    want = [
+        reference_likelihood_score(model, *pair, reference_masks(len(pair[1]), samples, seed), right) for pair in pairs
+    ]
+    close(got, want)
+
+
+def test_scores_do_not_depend_on_company(untied):
+    pairs = [([1, 2], [3, 4, 5]), ([], [7]), ([9] * 20, [3, 4, 5]), ([1, 2], [3, 4, 6])]
+    for score in (confidence_scores, likelihood_scores):
+        together = score(untied, pairs)
+        close(together, [score(untied, [pair])[0] for pair in pairs])
+        close(together[::-1], score(untied, pairs[::-1]))
+        assert score(untied, []) == []
+
+
+def test_both_scores_agree_on_one_token_and_take_one_pass(untied, monkeypatch):
+    pairs = [([1, 2], [letter]) for letter in (10, 11, 12, 13)]
+    with torch.no_grad():
+        logits = untied(torch.tensor([[1, 2, 63, 2]])).logits[0, 2].log_softmax(-1)
+    want = [float(logits[i]) for i in (10, 11, 12, 13)]
+    seen = []
+    packed = untied.model.packed
+    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[0].numel()) or packed(*a))
+    close(confidence_scores(untied, pairs, (2,)), want)
+    close(likelihood_scores(untied, pairs, samples=128, right_context=(2,)), want)
+    assert seen == [4, 4]  # four candidates, one sequence of four tokens
+
+
+def test_the_first_step_is_shared_and_finished_candidates_drop_out(untied, monkeypatch):
+    seen = []
+    packed = untied.model.packed
+    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[1].lengths) or packed(*a))
+    confidence_scores(untied, [([1], [3, 4, 5]), ([1], [7]), ([1], [13, 14, 15])])
+    assert [sorted(lengths) for lengths in seen] == [[2, 4], [4, 4], [4, 4]]
+
+
+def test_confidence_reveals_the_surest_truth_first(untied):
+    """The order matters: revealing left to right gives another sum."""
+    pair = ([1, 2, 3], [20, 30, 40, 50])
+    left_to_right = 0.0
+    for i in range(4):
+        seen = torch.tensor([[*pair[0], *pair[1][:i], *[63] * (4 - i)]])
+        with torch.no_grad():
+            left_to_right += float(untied(seen).logits[0, 3 + i].log_softmax(-1)[pair[1][i]])
+    assert abs(confidence_scores(untied, [pair])[0] - left_to_right) > 1e-2
+
+
+def test_likelihood_estimates_the_any_order_bound(untied):
+    """With every mask of every size, weighted as drawn, the mean is exact; many samples come near it."""
+    pair = ([1, 2], [20, 30, 40])
+    sets = [[[i] for i in range(3)], [[0, 1], [0, 2], [1, 2]], [[0, 1, 2]]]
+    exact = sum(reference_likelihood_score(untied, *pair, masks) for masks in sets) / 3
+    (estimate,) = likelihood_scores(untied, [pair], samples=3000, seed=1)
+    assert estimate == pytest.approx(exact, abs=0.15)
+    assert len({round(likelihood_scores(untied, [pair], samples=4, seed=seed)[0], 6) for seed in range(5)}) > 1
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 130), st.integers(0, 2**62))
+def test_counts_cover_their_range_evenly(length, samples, seed):
+    counts = np.bincount(masked_counts(length, samples, seed), minlength=length + 1)
+    assert counts[0] == 0
+    assert len(counts) == length + 1
+    assert counts[1:].max() - counts[1:].min() <= 2
+    masks = masked_tokens(length, samples, seed)
+    assert masks.sum(1).tolist() == masked_counts(length, samples, seed)
+
+
+def test_each_position_is_masked_equally_often():
+    often = masked_tokens(5, 6000, 3).mean(0)
+    assert np.abs(often - 0.6).max() < 0.03
+
+
+def test_right_context_is_seen(untied):
+    pairs = [([1, 2], [3, 4])]
+    for score in (confidence_scores, likelihood_scores):
+        assert abs(score(untied, pairs)[0] - score(untied, pairs, right_context=(2,))[0]) > 1e-3
+
+
+def test_the_training_flag_is_restored(build_model):
+    model = build_model(tie=True, seed=3).train()
+    confidence_scores(model, [([1], [2])])
+    assert model.training
+
+
+@pytest.mark.parametrize("score", [confidence_scores, likelihood_scores])
+@pytest.mark.parametrize(
+    ("pairs", "right", "says"),
+    [
+        ([([1], [2]), ([1], [])], (), "candidate 1 has no tokens"),
+        ([([1] * 90, [2] * 6)], (2,), "context 90 . candidate 6 . right context 1 = 97 tokens"),
+        ([([1], [64])], (), "outside the vocabulary of 64"),
+        ([([-1], [4])], (), "outside the vocabulary of 64"),
+    ],
+)
+def test_bad_pairs_are_refused(tied, score, pairs, right, says):
+    with pytest.raises(IlladaError, match=says):
+        score(tied, pairs, right_context=right)
+
+
+def test_bad_numbers_are_refused(tied):
+    with pytest.raises(IlladaError, match="samples"):
+        likelihood_scores(tied, [([1], [2])], samples=0)
+    with pytest.raises(IlladaError, match="max_batch_tokens"):
+        confidence_scores(tied, [([1], [2])], max_batch_tokens=0)
+
+
+class Greedy:
+    """One id per letter, except that some strings are single tokens."""
+
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 2
+
+    def encode(self, text, add_special_tokens=True):
+        found = []
+        while text:
+            piece = next((p for p in (" B", "xy") if text.startswith(p)), text[0])
+            found.append({" B": 1000, "xy": 1001}.get(piece, ord(piece[0])))
+            text = text[len(piece) :]
+        return [7] * add_special_tokens + found
+
+
+def letters(text):
+    return [ord(c) for c in text]
+
+
+def test_layout_puts_bos_before_eos_behind_and_moves_white_space():
+    pairs, right = score_layout(Greedy(), "A: ", ["B", "C"])
+    assert right == (2,)
+    assert pairs == [([0, *letters("A:")], [1000]), ([0, *letters("A:")], letters(" C"))]
+    assert score_layout(Greedy(), "A:", [" B"])[0] == pairs[:1]
+    assert score_layout(Greedy(), "", ["C"])[0] == [([0], letters("C"))]
+
+
+def test_layout_encodes_apart_when_the_context_would_change():
+    assert score_layout(Greedy(), "ax", ["yb"])[0] == [([0, *letters("ax")], letters("yb"))]
+
+
+def test_layout_without_special_ids():
+    tokenizer = Greedy()
+    tokenizer.bos_token_id = tokenizer.eos_token_id = None
+    assert score_layout(tokenizer, "A", ["C"]) == ([(letters("A"), letters("C"))], ())
