@@ -368,6 +368,8 @@ def test_bad_settings_are_refused(change, says):
         ([[-1]], {}, "outside the vocabulary"),
         ([3, 4], {}, "list of integers per prompt"),
         (["text"], {}, "list of integers per prompt"),
+        ([[[1], [2, 3]]], {}, "list of integers per prompt"),
+        ([[1.5]], {}, "list of integers per prompt"),
         ([[1]], {"stop": ("a",)}, "stop needs a tokenizer"),
         ([[1]], {"think_boost": 1.0}, "think_boost needs a tokenizer"),
     ],

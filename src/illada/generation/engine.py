@@ -1,7 +1,8 @@
 """Generation of many requests at once: rows, the loop over steps and blocks, and where an answer ends (spec §5)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, Protocol
 
 import numpy as np
@@ -121,12 +122,9 @@ def _start(
 ) -> Row:
     """Check one request and mask its answer."""
     config = model.config
-    try:
-        prompt_P = np.array(prompt, dtype=np.int64)
-    except (TypeError, ValueError):
-        prompt_P = np.zeros((0, 0), dtype=np.int64)
-    if prompt_P.ndim != 1:
+    if not isinstance(prompt, Iterable) or not all(isinstance(i, Integral) for i in prompt):
         raise IlladaError(f"prompt {index} is not a list of token ids: give one list of integers per prompt")
+    prompt_P = np.array(prompt, dtype=np.int64)
     if prompt_P.size and not 0 <= prompt_P.min() <= prompt_P.max() < config.vocab_size:
         raise IlladaError(
             f"prompt {index} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer"
@@ -141,8 +139,8 @@ def _start(
             f"prompt {index}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
             f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}"
         )
-    for name, given in (("stop", settings.stop), ("think_boost", settings.think_boost)):
-        if given and tokenizer is None:
+    for name in ("stop", "think_boost"):
+        if getattr(settings, name) and tokenizer is None:
             raise IlladaError(f"{name} needs a tokenizer: give one to generate")
     think: tuple[int, ...] = ()
     if settings.think_boost and tokenizer is not None:

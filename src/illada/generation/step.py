@@ -4,7 +4,7 @@ Nothing a row gets depends on the rows beside it. Shape letters: P prompt tokens
 M masked positions of the active blocks of all rows · C of them in one chunk · D width · V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,14 +120,18 @@ def denoise(
     extras = _Extras(rows, [len(positions) for positions in selected])
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
     hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs))))
+
+    def head(at_C: NDArray[np.int64]) -> Tensor:
+        return model.lm_head(hidden_TD[_on(at_C, hidden_TD)]).float()
+
     at_M = np.concatenate(selected)
     chunk = max(1, LOGITS_HELD // model.config.vocab_size)
     proposals: list[Tensor] = []
     confidences: list[Tensor] = []
     for first in range(0, len(at_M), chunk):
         at_C = at_M[first : first + chunk]
-        logits_CV = model.lm_head(hidden_TD[_index(at_C, model)]).float()
-        extras.guide(logits_CV, hidden_TD, at_C, first, model)
+        logits_CV = head(at_C)
+        extras.guide(logits_CV, head, at_C, first)
         extras.favour(logits_CV, first)
         log_sum_C = logits_CV.logsumexp(-1)
         # Only the choice excludes MASK; the probabilities above are the model's own.
@@ -143,8 +147,9 @@ def denoise(
     ]
 
 
-def _index(values: NDArray[np.int64], model: IlladaForMaskedLM) -> Tensor:
-    return torch.from_numpy(values).to(model.device)
+def _on(values: NDArray[Any], like: Tensor) -> Tensor:
+    """Move host values to where `like` is."""
+    return torch.from_numpy(values).to(like.device)
 
 
 class _Extras:
@@ -167,16 +172,15 @@ class _Extras:
         self.boosts = [(at, *boost) for at, boost in boosts if boost is not None]
 
     def guide(
-        self, logits_CV: Tensor, hidden_TD: Tensor, at_C: NDArray[np.int64], first: int, model: IlladaForMaskedLM
+        self, logits_CV: Tensor, head: Callable[[NDArray[np.int64]], Tensor], at_C: NDArray[np.int64], first: int
     ) -> None:
         """Turn logits c into u + (w + 1)(c - u), in place, where u are those of the branch with a masked prompt."""
         scale_C = self.scale_M[first : first + len(at_C)]
         guided = np.flatnonzero(scale_C)
         if guided.size:
-            rows = _index(guided, model)
-            masked_prompt = at_C[guided] + self.masked_prompt_M[first + guided]
-            free = model.lm_head(hidden_TD[_index(masked_prompt, model)]).float()
-            scale = torch.from_numpy(scale_C[guided]).to(free)[:, None]
+            rows = _on(guided, logits_CV)
+            free = head(at_C[guided] + self.masked_prompt_M[first + guided])
+            scale = _on(scale_C[guided], logits_CV).float()[:, None]
             logits_CV[rows] = free + (scale + 1) * (logits_CV[rows] - free)
 
     def favour(self, logits_CV: Tensor, first: int) -> None:
@@ -192,15 +196,12 @@ class _Extras:
         chunk = slice(first, first + len(logits_CV))
         warm = np.flatnonzero(self.temperature_M[chunk])
         if warm.size:
-
-            def column(values_M: NDArray[Any]) -> Tensor:
-                return torch.from_numpy(values_M[chunk][warm]).to(logits_CV.device)[:, None]
-
-            key = (column(self.seed_M), GUMBEL, column(self.step_M), column(self.position_M))
+            per_row = (self.temperature_M, self.seed_M, self.step_M, self.position_M)
+            temperature, seed, step, position = (_on(x_M[chunk][warm, None], logits_CV) for x_M in per_row)
             ids_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
-            noise_CV = (
-                keyed.uniform(*key, ids_V, dtype=torch.float64).log_().neg_().log_().mul_(column(self.temperature_M))
-            )
-            rows = torch.from_numpy(warm).to(logits_CV.device)
+            # In place: in float64 these are the largest tensors of a step.
+            noise_CV = keyed.uniform(seed, GUMBEL, step, position, ids_V, dtype=torch.float64)
+            noise_CV.log_().neg_().log_().mul_(temperature)
+            rows = _on(warm, logits_CV)
             proposal_C[rows] = (logits_CV[rows].double() - noise_CV).argmax(-1)
         return proposal_C
