@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from illada.errors import IlladaError
 from illada.generation import Generation, GenerationSettings, generate, step
-from illada.generation.unmask import quota
+from illada.generation.unmask import positions_to_commit, quota
 from reference import reference_generate
 
 
@@ -214,6 +215,15 @@ def test_quotas_are_even_with_the_remainder_first():
             assert min(counts) >= 1
             assert counts == sorted(counts, reverse=True)
             assert counts[0] - counts[-1] <= 1
+
+
+@pytest.mark.parametrize("confidence", [0.25, math.nan])
+def test_ties_go_to_the_left(confidence):
+    tied_M, position_M = np.full(128, confidence, dtype=np.float32), np.arange(128)
+    halves = GenerationSettings(block_length=128, steps_per_block=2)
+    assert positions_to_commit(halves, tied_M, position_M, 0, 0).tolist() == list(range(64))
+    sure = GenerationSettings(block_length=128, threshold=0.5)
+    assert positions_to_commit(sure, tied_M, position_M, 0, 0).tolist() == [0]
 
 
 def test_gumbel_max_samples_the_softmax(build_model):
