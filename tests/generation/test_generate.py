@@ -274,7 +274,7 @@ def test_the_boost_writes_the_end_of_thinking_once(tied, power):
 
 def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
     model = Scripted(build_model(tie=True, seed=3), [6, 8, 11, 12, 9, 10, 6, 6, 7, 7, 7, 7])
-    settings = dataclasses.replace(SMALL, stop=("nothing", "STOP", "SP"))
+    settings = dataclasses.replace(SMALL, stop=("Py", "nothing", "STOP", "SP"))
     (answer,) = generate(model, [[20]], settings, Pieces())
     # Text: a ab xS Py | ST OP a a | ...: "SP" starts inside the third token, which the ids leave out.
     assert answer == Generation([6, 8], "stop", 4, "aabx")
@@ -301,6 +301,15 @@ def Scripted(model, script):  # noqa: N802
     model.model.packed = packed
     model.lm_head = torch.nn.Identity()
     return model
+
+
+def test_forward_passes_hold_no_more_positions_than_allowed(untied, monkeypatch):
+    seen = []
+    packed = untied.model.packed
+    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[1].lengths) or packed(*a))
+    settings = [dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1, guidance_scale=w) for w in (0, 0, 1, 0)]
+    generate(untied, [[8], [9] * 20, [7, 7], [6]], settings, max_batch_tokens=17)
+    assert seen == [(5, 5), (6, 6), (24,)]  # by length; a guided row is never torn apart; one row may be too long
 
 
 def test_events_show_the_answer_forming(tied):
