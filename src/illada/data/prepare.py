@@ -12,9 +12,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,10 +123,6 @@ def plan(
         "source_fingerprint": fingerprint(files),
         "tokenizer_sha256": tokenizer_sha256(loaded),
         "chat_template": loaded.chat_template if kind == "chat" else None,
-        "special_ids": {
-            "bos": loaded.bos_token_id if add_bos or kind == "chat" else None,
-            "eos": loaded.eos_token_id if add_eos or kind == "chat" else None,
-        },
         "kind": kind,
         "text_field": text_field,
         "documents": documents,
@@ -136,6 +135,10 @@ def plan(
         "task_bytes": task_bytes,
         "illada": metadata.version("illada"),
         "datatrove": metadata.version("datatrove"),
+        "special_ids": {
+            "bos": loaded.bos_token_id if add_bos or kind == "chat" else None,
+            "eos": loaded.eos_token_id if add_eos or kind == "chat" else None,
+        },
     }
     folder = Path(output)
     existing = _existing(folder)
@@ -292,22 +295,40 @@ def _planned(folder: Path) -> dict[str, Any]:
 
 
 def _run_locally(output: str, tasks: int, workers: int) -> None:
-    # Its loggers write to the terminal on import and in every task: one progress line says enough.
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.utils.logging import logger
 
     workers = min(workers, tasks)
-    logger.disable("datatrove")
     work = Path(output, "work")
+    # It logs every task to the terminal; one progress line says enough.
+    logger.disable("datatrove")
     try:
         executor = LocalPipelineExecutor(
             pipeline(output, quiet=True, threads=workers == 1),
             tasks=tasks,
-            workers=workers,
             logging_dir=os.path.abspath(work / "log"),
         )
+        ranks = executor.get_incomplete_ranks()
         with _progress(work, _planned(Path(output))["source_bytes"]):
-            executor.run()
+            # Not executor.run(): it starts a manager process that outlives a killed run for ever, and waits for ever
+            # when a worker is killed.
+            if workers == 1:
+                for rank in ranks:
+                    executor._run_for_rank(rank)
+                return
+            context = get_context("forkserver")
+            # The slow imports happen once, before the workers are forked.
+            context.set_forkserver_preload(["illada.data.steps"])
+            pool = ProcessPoolExecutor(workers, mp_context=context)
+            try:
+                for future in as_completed([pool.submit(executor._run_for_rank, rank) for rank in ranks]):
+                    future.result()
+            except BrokenProcessPool:
+                raise IlladaError(
+                    "a worker was killed, perhaps for want of memory: prepare again with fewer workers to continue"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
     finally:
         logger.enable("datatrove")
 
