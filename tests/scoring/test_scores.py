@@ -79,9 +79,13 @@ def test_both_scores_agree_on_one_token_and_take_one_pass(untied, monkeypatch):
     seen = []
     packed = untied.model.packed
     monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[0].numel()) or packed(*a))
+    rows = []
+    hook = untied.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     close(confidence_scores(untied, pairs, (2,)), want)
     close(likelihood_scores(untied, pairs, samples=128, right_context=(2,)), want)
+    hook.remove()
     assert seen == [4, 4]  # four candidates, one sequence of four tokens
+    assert rows == [4, 4]  # one sample of each
 
 
 def test_the_first_step_is_shared_and_finished_candidates_drop_out(untied, monkeypatch):
