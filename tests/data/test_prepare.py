@@ -120,21 +120,34 @@ def test_a_file_may_be_divided_anywhere(tmp_path_factory, lines, newline_at_end,
     assert found == [text for text in wanted if text.strip()]
 
 
+def pieces(text: str, chunk: int, limit: int) -> tuple[list[reading.Piece], reading.Odd]:
+    odd_ = reading.Odd()
+    chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
+    return list(reading._pieces(chunks, "x", reading.Options(piece_characters=limit), odd_)), odd_
+
+
+# Words of at most 3 and gaps of at most 2 characters: the last eighth of 40 characters holds a gap.
+word = st.tuples(st.text("ab漢,1'", min_size=1, max_size=3), st.sampled_from([" ", "  ", "\n", "\r\n", " \n"]))
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.text("ab \n漢,1", max_size=60), st.integers(4, 12), st.integers(1, 5))
+@given(st.lists(word.map("".join), min_size=10, max_size=80).map("".join), st.integers(40, 60), st.integers(1, 70))
 def test_pieces_of_a_huge_document_give_the_ids_of_the_whole(tokenizer_folder, text, limit, chunk):
     tokenizer = load_tokenizer(tokenizer_folder)
-    chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
-    odd_, options = reading.Odd(), reading.Options(piece_characters=limit)
-    pieces = list(reading._pieces(chunks, "x", options, odd_))
-    joined = "".join(piece.text for piece in pieces)
-    assert text.endswith(joined)
-    assert not text[: len(text) - len(joined)].strip()  # only leading white space may go
-    assert all(len(piece.text) <= limit for piece in pieces)
-    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
-    if not any(len(run) >= limit // 8 for run in text.split()):  # always cut at white space
-        whole = encode_texts(tokenizer, [joined])[0]
-        assert [i for ids in encode_texts(tokenizer, [p.text for p in pieces]) for i in ids] == whole
+    found, odd_ = pieces(text, chunk, limit)
+    assert "".join(piece.text for piece in found) == text
+    assert all(len(piece.text) <= limit for piece in found)
+    assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+    assert odd_.split_documents == (len(found) > 1)
+    whole = encode_texts(tokenizer, [text])[0]
+    assert [i for ids in encode_texts(tokenizer, [piece.text for piece in found]) for i in ids] == whole
+
+
+def test_a_document_without_spaces_is_cut_and_one_of_spaces_only_is_empty():
+    assert [piece.text for piece in pieces("x" * 25, 7, 10)[0]] == ["x" * 10, "x" * 10, "x" * 5]
+    found, odd_ = pieces(" " * 99, 7, 10)
+    assert (found, odd_.empty_documents, odd_.split_documents) == ([], 1, 0)
+    assert "".join(piece.text for piece in pieces(" " * 99 + "x  ", 7, 10)[0]).strip() == "x"
 
 
 def test_a_huge_document_stays_one(tmp_path, tokenizer_folder, monkeypatch):
