@@ -138,8 +138,8 @@ def _settings(arguments: Namespace) -> "GenerationSettings":
     from illada.generation import GenerationSettings
 
     names = [f.name for f in dataclasses.fields(GenerationSettings) if f.name not in SETTINGS_FROM_MODEL]
-    values = {name: arguments[name] for name in names}
-    return GenerationSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = {name: arguments[name] for name in names}
+    return GenerationSettings(**values)
 
 
 class _Parser(ArgumentParser):

@@ -39,8 +39,7 @@ def validation_bound(
     plan = [[Segment(i, 0, 0, i * window, length, 0)] for i in range(count)]
     total = 0.0
     for batch in noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0):
-        tensors = (x.to(model.device) for x in (batch.clean_T, batch.masked_T, batch.weight_T))
-        total += float(masked_loss(model, *tensors, batch.packing))
+        total += float(masked_loss(model, *batch.on(model.device), batch.packing))
     return total
 
 

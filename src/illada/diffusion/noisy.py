@@ -27,6 +27,14 @@ class Batch:
     """Weight of each token's cross-entropy, fp32; meaningful where masked."""
     packing: Packing
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return clean ids, mask and weights on a device."""
+        return (
+            self.clean_T.to(device, non_blocking=True),
+            self.masked_T.to(device, non_blocking=True),
+            self.weight_T.to(device, non_blocking=True),
+        )
+
 
 def noisy_batches(
     samples: Sequence[Sequence[Segment]],

@@ -119,9 +119,8 @@ def train(recipe: Recipe, title: str = "train") -> Result:
             for batch in noisy_batches(
                 plan, settings.samples_per_batch, shards, settings.seed, state.step, settings.rule, eos
             ):
-                tensors = (x.to(device, non_blocking=True) for x in (batch.clean_T, batch.masked_T, batch.weight_T))
                 with precision():
-                    part = masked_loss(model, *tensors, batch.packing)
+                    part = masked_loss(model, *batch.on(device), batch.packing)
                 part.backward()
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip or math.inf)
