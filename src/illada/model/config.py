@@ -6,6 +6,16 @@ from transformers import PreTrainedConfig
 
 from illada.errors import IlladaError
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
 
 class IlladaConfig(PreTrainedConfig):
     """Shape and special ids of a masked diffusion language model; a transformers configuration, model_type "illada".
@@ -55,6 +65,9 @@ class IlladaConfig(PreTrainedConfig):
         """Fill in the derived sizes and check the shape."""
         if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise IlladaError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise IlladaError(
@@ -69,8 +82,11 @@ class IlladaConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise IlladaError(f"head_dim {self.head_dim} is odd: rotary embedding needs an even one")
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise IlladaError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
+        for name in ("mask_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+                if not 0 <= token_id < self.vocab_size:
+                    raise IlladaError(f"{name} {token_id} is outside the vocabulary of {self.vocab_size}")
         super().__post_init__(**kwargs)
 
     @classmethod
