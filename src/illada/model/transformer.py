@@ -193,7 +193,7 @@ class IlladaModel(IlladaPreTrainedModel):
             lengths = (input_ids.shape[-1],) * (ids_T.numel() // max(1, input_ids.shape[-1]))
             packing = Packing(lengths) if cu_seqlens is None else Packing.from_cu_seqlens(cu_seqlens)
             hidden_TD = self.packed(ids_T, packing, positions_T)
-        return BaseModelOutput(last_hidden_state=hidden_TD.view(*input_ids.shape, -1))
+        return BaseModelOutput(last_hidden_state=hidden_TD.view(*input_ids.shape, hidden_TD.shape[-1]))
 
 
 class IlladaForMaskedLM(IlladaPreTrainedModel):
