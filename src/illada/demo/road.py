@@ -246,7 +246,7 @@ def _measure_text(output: Path, data: dict[str, Shards]) -> dict[str, Any]:
 
 def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
     model, tokenizer = load_model(str(output))
-    eos = model.config.eos_token_id
+    eos = tokenizer.eos_token_id
     problems = {task: held_out(task, scale.test_problems, seed) for task in TASKS}
     prompts = {
         task: [encode_prompt(tokenizer, example.messages[:1]) for example in tests] for task, tests in problems.items()
@@ -272,9 +272,7 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
                 "problems": len(right),
                 "accuracy": round(share, 4),
                 "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4),
-                "forwards_per_token": round(
-                    sum(a.forwards for a in answers) / sum(len(a.ids) + 1 for a in answers), 3
-                ),
+                "forwards_per_token": round(sum(a.forwards for a in answers) / sum(len(a.ids) + 1 for a in answers), 3),
             }
         )
         if steps == max(scale.steps_per_block):
@@ -285,12 +283,12 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     return {
         "frontier": frontier,
         "samples": samples,
-        "choice": _measure_choices(model, tokenizer, scale, seed, console),
+        "choice": _measure_choices(model, tokenizer, scale, seed),
         "denoising": _record_denoising(model, tokenizer, scale, seed),
     }
 
 
-def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
+def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
     """Return the accuracy of both scorers on held-out library questions with four candidates."""
     choices = library_choices(scale.test_problems, seed)
     items = [Item(choice.prompt, list(choice.candidates), choice.answer) for choice in choices]
@@ -298,7 +296,8 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int, consol
     for method in ("confidence", "likelihood"):
         started = time.monotonic()
         scores = score_candidates(model, tokenizer, items, method, scale.likelihood_samples, seed, chat=True)
-        right = [max(range(4), key=values.__getitem__) == item.answer for values, item in zip(scores, items, strict=True)]
+        chosen = [max(range(len(values)), key=values.__getitem__) for values in scores]
+        right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
         share = sum(right) / len(right)
         found[method] = {
             "accuracy": round(share, 4),
@@ -311,7 +310,7 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int, consol
 def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
     """Return every step of one answer: a sudoku if one is solved, else whatever comes first."""
     settings = GenerationSettings(
-        max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=model.config.eos_token_id
+        max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
     )
     recorded: list[dict[str, Any]] = []
     for task, example in itertools.chain(

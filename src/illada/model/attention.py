@@ -64,12 +64,13 @@ def packed_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
     nested tensors). Heads of one group share their key and value.
     """
     heads, groups = query_THD.shape[1], key_TGD.shape[1]
+    # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
+    sizes = [count * length for _, count, length in packing.runs]
     outputs = []
-    for first, count, length in packing.runs:
-        query_NHLD, key_NGLD, value_NGLD = (
-            x[first : first + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for x in (query_THD, key_TGD, value_TGD)
-        )
+    for (_, count, length), *parts in zip(
+        packing.runs, query_THD.split(sizes), key_TGD.split(sizes), value_TGD.split(sizes), strict=True
+    ):
+        query_NHLD, key_NGLD, value_NGLD = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
         out_NHLD = F.scaled_dot_product_attention(query_NHLD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
         outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]

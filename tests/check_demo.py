@@ -1,0 +1,27 @@
+"""Check the outcome of a quick demo: `python tests/check_demo.py runs/quick`. Bounds leave a margin over several seeds."""
+
+import json
+import sys
+from pathlib import Path
+
+# Lowest accuracy at one token a pass that counts as learned; docs/log.md has the runs they were chosen from.
+LEARNED = {"sorting": 0.5, "reversal": 0.5}
+
+
+def main(run: Path) -> int:
+    results = json.loads((run / "results.json").read_text())
+    bits = results["text"]["bits_per_byte"]
+    most = max(row["steps_per_block"] for row in results["frontier"])
+    accuracy = {row["task"]: row["accuracy"] for row in results["frontier"] if row["steps_per_block"] == most}
+    wrong = [f"{task} {accuracy[task]:.0%} < {least:.0%}" for task, least in LEARNED.items() if accuracy[task] < least]
+    if bits["model"] >= bits["unigram"]:
+        wrong.append(f"text {bits['model']} bits per byte, not below the unigram model's {bits['unigram']}")
+    for name in ("report.md", "report.html", "model/model.safetensors", "images/denoising.png", "images/frontier.png"):
+        if not (run / name).is_file():
+            wrong.append(f"{name} is missing")
+    print(f"demo check: {', '.join(wrong) or 'passed'}  text {bits}  accuracy {accuracy}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
