@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from illada.data.shards import Shards, ShardWriter, write_index
+from illada.data.tokenizer import tokenizer_sha256, train_tokenizer
 from illada.model import IlladaConfig, IlladaForMaskedLM
 
 
@@ -38,3 +40,27 @@ def tied():
 @pytest.fixture(scope="session")
 def untied():
     return build(tie=False, seed=2, mask_token_id=63, num_key_value_heads=4)
+
+
+def write_data(folder, documents, tokenizer=None, vocab_size=64, kind="text", per_shard=1000):
+    """A prepared data set of `documents`, lists of ids or (ids, prompt tokens)."""
+    writer = ShardWriter(folder, vocab_size if tokenizer is None else len(tokenizer), tokens_per_shard=per_shard)
+    for document in documents:
+        ids, prompt = document if isinstance(document, tuple) else (document, 0)
+        writer.append(ids, prompt, source_bytes=2 * len(ids))
+    sha256 = ""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        vocab_size, sha256 = len(tokenizer), tokenizer_sha256(tokenizer)
+    write_index(folder, writer.finish(), vocab_size=vocab_size, tokenizer_sha256=sha256, kind=kind)
+    return Shards.open(folder)
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    return write_data
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return train_tokenizer(["one two three four five six seven"] * 3, 280)

@@ -77,8 +77,8 @@ def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
         (
             "text",
             "Exact matches on held-out problems: no test problem occurs in training, not even with its operands "
-            "swapped, its list reordered, its string mirrored or its digits renamed. One token a pass is the paper's setting; "
-            "fewer steps a block commit several tokens at once.",
+            "swapped, its list reordered, its string mirrored or its digits renamed. One token a pass is the paper's "
+            "setting; fewer steps a block commit several tokens at once.",
         ),
         ("table", _accuracy_table(results["frontier"])),
         ("image", ("accuracy", "Accuracy by task at one token a pass, with standard errors")),

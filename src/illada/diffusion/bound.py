@@ -83,7 +83,7 @@ def ngram_baselines(train: Shards, validation: Shards) -> NgramBaselines:
         unigram -= np.log(unigram_V[tokens]).sum()
         bigram -= np.log(unigram_V[tokens[:1]]).sum() + np.log(mixed).sum()
         seen += len(tokens)
-    return NgramBaselines(unigram / max(1, seen), bigram / max(1, seen))
+    return NgramBaselines(float(unigram) / max(1, seen), float(bigram) / max(1, seen))
 
 
 def _pieces(shards: Shards, size: int = 2**22) -> Iterable[np.ndarray]:
