@@ -122,8 +122,10 @@ def diffusion_loss(
         packing = Packing((input_ids.shape[-1],) * (clean_T.numel() // max(1, input_ids.shape[-1])))
     else:
         packing = Packing.from_cu_seqlens(cu_seqlens)
+    if packing.tokens != clean_T.numel():
+        raise ValueError(f"the segments hold {packing.tokens} tokens but {clean_T.numel()} were given")
     seed, first, epoch = key
-    length_S = torch.tensor(packing.lengths, device=clean_T.device)
+    length_S = torch.tensor(packing.lengths, dtype=torch.int64, device=clean_T.device)
     sample_S = first + torch.arange(len(packing.lengths), device=clean_T.device)
     epoch_S = torch.full_like(sample_S, epoch)
     time_S = stratified_times(seed, first, sample_S, torch.zeros_like(sample_S), epoch_S)
