@@ -77,13 +77,17 @@ def test_each_time_is_uniform_over_the_steps():
 
 
 def test_stratified_times_lower_the_variance_of_a_step():
-    stratified = torch.stack([stratified_times(0, n, torch.arange(16) + n * 16, *[torch.zeros(16)] * 2).mean() for n in range(300)])
+    stratified = torch.stack(
+        [stratified_times(0, n, torch.arange(16) + n * 16, *[torch.zeros(16)] * 2).mean() for n in range(300)]
+    )
     assert float(stratified.var()) < 1 / 12 / 16 / 50
 
 
 def by_token(batch):
     """Which tokens of a batch are masked and what they weigh, by (sample, position): read off ids that tell both."""
-    return dict(zip(batch.clean_T.tolist(), zip(batch.masked_T.tolist(), batch.weight_T.tolist(), strict=True), strict=True))
+    return dict(
+        zip(batch.clean_T.tolist(), zip(batch.masked_T.tolist(), batch.weight_T.tolist(), strict=True), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("rule", "kind"), [("illada", "text"), ("llada", "chat")])
