@@ -71,12 +71,13 @@ def load_checkpoint(path: Path, model: IlladaForMaskedLM, optimizer: torch.optim
         ) from error
     parameters = dict(model.named_parameters())
     _require_same(path, set(parameters), set(weights))
+    slots = ("step", "exp_avg", "exp_avg_sq") if state.step else ()
+    _require_same(path, {f"{name}/{slot}" for name in parameters for slot in slots}, set(moments))
     optimizer_state = {}
     for number, (name, parameter) in enumerate(_in_order(model, optimizer)):
         parameter.data.copy_(weights[name])
-        if state.step:
-            slots = {slot: moments[f"{name}/{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer_state[number] = slots
+        if slots:
+            optimizer_state[number] = {slot: moments[f"{name}/{slot}"] for slot in slots}
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
