@@ -180,16 +180,20 @@ class Recipe:
             ("training.learning_rate", training.learning_rate, 0, float("inf")),
             ("training.final_learning_rate", training.final_learning_rate, 0, float("inf")),
             ("training.weight_decay", training.weight_decay, 0, float("inf")),
-            ("training.beta1", training.beta1, 0, 1),
-            ("training.beta2", training.beta2, 0, 1),
+            ("training.beta1", training.beta1, 0, 0.99999),
+            ("training.beta2", training.beta2, 0, 0.99999),
             ("training.gradient_clip", training.gradient_clip, 0, float("inf")),
             ("training.validate_every", training.validate_every, 1, float("inf")),
             ("training.checkpoint_every", training.checkpoint_every, 1, float("inf")),
             ("training.keep_checkpoints", training.keep_checkpoints, 1, float("inf")),
             ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
+            ("training.plateau_delta", training.plateau_delta, 0, 1),
+            ("training.seed", training.seed, 0, 2**63 - 1),
         ]
         if training.steps is not None:
             bounds.append(("training.steps", training.steps, 1, float("inf")))
+        elif training.epochs is not None and not 0 < training.epochs < float("inf"):
+            raise IlladaError(f"training.epochs is {training.epochs:g}: it must be above 0")
         if training.decay_steps is not None:
             bounds.append(("training.decay_steps", training.decay_steps, 0, float("inf")))
         if training.validation_samples is not None:
