@@ -31,6 +31,21 @@ def model_folder(path: str) -> Path:
     raise IlladaError(f"no model at {path}: give a folder with config.json, or a run folder")
 
 
+def load_config(folder: str | Path) -> IlladaConfig:
+    """Read the configuration in a model folder.
+
+    Raises:
+        IlladaError: when it is damaged or of another family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise IlladaError(f"{folder}/config.json cannot be used: {_first_line(error)}") from error
+    if not isinstance(config, IlladaConfig):
+        raise IlladaError(f"{folder} holds a {config.model_type!r} model; illada runs model_type 'illada'")
+    return config
+
+
 def load_model(path: str, dtype: Dtype = "fp32", device: str = "cpu") -> tuple[IlladaForMaskedLM, Any]:
     """Load a model for inference and its tokenizer from a local folder.
 
@@ -38,12 +53,7 @@ def load_model(path: str, dtype: Dtype = "fp32", device: str = "cpu") -> tuple[I
         IlladaError: when the folder holds no illada model, or its weights or tokenizer are missing or do not fit.
     """
     folder = model_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise IlladaError(f"{folder}/config.json cannot be used: {_first_line(error)}") from error
-    if not isinstance(config, IlladaConfig):
-        raise IlladaError(f"{folder} holds a {config.model_type!r} model; illada runs model_type 'illada'")
+    config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     try:
         model, notes = IlladaForMaskedLM.from_pretrained(

@@ -25,6 +25,7 @@ from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
+from illada.loading import load_config, load_model
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from illada.training.recipe import ModelRecipe, Recipe
@@ -85,9 +86,10 @@ def train(recipe: Recipe, title: str = "train") -> Result:
         eos_token_id=eos,
     )
     run = Path(recipe.output)
-    _claim(run, recipe, shards)
     device = _device(settings.device)
     model = _model(recipe, config).to(device)
+    # Last, so that a recipe that cannot work leaves nothing behind.
+    _claim(run, recipe, shards)
     optimizer = _optimizer(model, recipe)
     state = RunState()
     saved = checkpoints(run)
@@ -129,7 +131,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
                 raise DivergedError(
                     f"loss {value} and gradient norm {float(norm)} at step {state.step}: nothing was saved since "
                     + (f"the last good checkpoint {last[-1]}" if last else "the start, there is no good checkpoint")
-                    + "; lower training.learning_rate"
+                    + "; begin again with a lower training.learning_rate and another --output"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -164,7 +166,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
                 )
                 waiting = settings.decay_when == "plateau" and state.step < schedule.decay_start
                 if waiting and on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta):
-                    (run / DECAY_FILE).touch()
+                    _write(run / DECAY_FILE, f"{state.step}\n")
             report.log(state.step, **record)
             report.progress(
                 state.step, schedule.steps, f"loss {value:.3f}  lr {rate:.1e}  {speed / 1000:.1f}k tokens/s"
@@ -181,6 +183,8 @@ def train(recipe: Recipe, title: str = "train") -> Result:
 
 def _validation(path: str, train_shards: Shards) -> Shards:
     shards = Shards.open(path)
+    if not shards.tokens:
+        raise IlladaError(f"{path} holds no tokens: prepare some text to validate on")
     if shards.tokenizer_sha256 != train_shards.tokenizer_sha256:
         raise IlladaError(
             f"{path} was prepared with another tokenizer than {train_shards.path}: prepare both with the same one"
@@ -195,7 +199,7 @@ def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig
             raise IlladaError(f"model.start {recipe.start} is not a model folder (it has no config.json)")
         from illada.data.tokenizer import tokenizer_sha256
 
-        config = IlladaConfig.from_pretrained(recipe.start)
+        config = load_config(recipe.start)
         theirs = load_tokenizer(recipe.start)
         if tokenizer_sha256(theirs) != shards.tokenizer_sha256:
             raise IlladaError(
@@ -213,7 +217,7 @@ def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig
 def _model(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
     """Build the network with keyed initial weights, or load the one to start from, in fp32."""
     if recipe.model.start is not None:
-        model = IlladaForMaskedLM.from_pretrained(recipe.model.start, dtype=torch.float32)
+        model, _ = load_model(recipe.model.start)
     else:
         # fork_rng: the seed must not leak into the caller's random state.
         with torch.random.fork_rng(devices=[]):
@@ -255,9 +259,7 @@ def _decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
         return None
     text = path.read_text().strip()
     if not text:
-        partial = path.with_suffix(".partial")
-        partial.write_text(f"{state.step}\n")
-        partial.rename(path)
+        _write(path, f"{state.step}\n")
         return state.step
     return int(text) if text.isdecimal() and int(text) <= state.step else None
 
@@ -269,18 +271,26 @@ def _claim(run: Path, recipe: Recipe, shards: Shards) -> None:
     path = run / "recipe.yaml"
     if path.exists():
         before = yaml.safe_load(path.read_text())
-        changed = [k for k in _differences(before, written) if k not in FREE_TO_CHANGE]
+        free = set(FREE_TO_CHANGE)
+        if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
+            free.discard("training.validate_every")
+        changed = [k for k in _differences(before, written) if k not in free]
         if changed:
             raise IlladaError(
                 f"{run} holds a run with another recipe ({', '.join(changed[:4])} differ): "
                 "choose another --output or restore the recipe"
             )
         return
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and (not run.is_dir() or any(p.suffix != ".partial" for p in run.iterdir())):
         raise IlladaError(f"{run} is not empty and holds no run: choose another --output")
     run.mkdir(parents=True, exist_ok=True)
+    _write(path, yaml.safe_dump(written, sort_keys=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent, whatever happens meanwhile."""
     partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(written, sort_keys=False))
+    partial.write_text(text)
     partial.rename(path)
 
 
