@@ -5,7 +5,7 @@ bit.
 """
 
 import math
-import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -314,7 +314,8 @@ def _device(name: str) -> torch.device:
 
 def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> None:
     """Write the finished model next to the checkpoints, complete or not at all."""
-    partial = run / f".model.partial.{os.getpid()}"
+    partial = run / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if not (run / "model").exists():
