@@ -1,7 +1,9 @@
 """The command line: one command per public function, the same names, one line per error, exit code 2 for bad input."""
 
 import dataclasses
+import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -143,10 +145,55 @@ def _settings(arguments: Namespace) -> "GenerationSettings":
 
 
 class _Parser(ArgumentParser):
-    """Turns what jsonargparse says about bad input into one line."""
+    """Turns what jsonargparse says about bad input into one line for people."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise IlladaError(" ".join(str(message).split())) from ex
+        line = " ".join(str(message).split())
+        raise IlladaError(self._plainly(line)[:400]) from ex
+
+    def _plainly(self, line: str) -> str:
+        if found := re.fullmatch(r"the following arguments are required: (.*)", line):
+            names = [name.split(".", 1)[-1] for name in found[1].split(", ")]
+            missing = ", ".join("files or folders to read" if n == "sources" else f"--{n.lstrip('-')}" for n in names)
+            return f"missing: {missing} (--help explains them)"
+        if found := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
+            return f"no recipe at {found[1]}"
+        if found := re.fullmatch(r'Parser key "([^"]*)": (.*?)(?:Got value|Given value): (.*)', line):
+            return f"{found[1]} is {found[3]!r}: it must be {_wanted(found[2])}"
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
+            return f"unknown option {found[1]}{self._nearest(found[1])}"
+        if found := re.fullmatch(r"Subcommand '(\w+)' does not accept option '(\S+)'", line):
+            return f"unknown key {found[2]} in the recipe{self._nearest(found[2])}"
+        if line.startswith("Unexpected config"):
+            return f"the recipe must hold lines of `key: value`; it begins with {line[18:60].strip()!r}"
+        if line.startswith("Problems parsing config: "):
+            return "the recipe is not YAML: " + line[25:].replace(' in "<unicode string>",', " at")
+        if found := re.match(r'Parser key "([^"]*)": Unable to load config', line):
+            return f"{found[1]} has keys of its own: give them one by one, as --{found[1]}.KEY VALUE (see --help)"
+        if found := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
+            return f"{found[1]} needs a value"
+        return line
+
+    def _nearest(self, name: str) -> str:
+        """Return a hint at the option, of any command, that `name` was probably meant to be."""
+        commands = next((action.choices for action in self._actions if isinstance(action.choices, dict)), {})
+        parsers = [self, *commands.values()]
+        options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+        close = difflib.get_close_matches(f"--{name.lstrip('-')}", sorted(options), n=1, cutoff=0.7)
+        return f": did you mean {close[0][0 if name.startswith('-') else 2 :]}?" if close else " (see --help)"
+
+
+def _wanted(types: str) -> str:
+    """Say what a value must be, given how jsonargparse names its type."""
+    if found := re.search(r"Subtypes: \[(.*?)\] Errors", types):
+        types = found[1]
+    if found := re.search(r"Literal\[(.*?)\]", types):
+        words = [found[1].replace("'", "").replace(", ", " or ")]
+    else:
+        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+        kinds |= {"list": "a list, as [a, b]", "tuple": "a list, as [a, b]"}
+        words = [text for kind, text in kinds.items() if re.search(rf"\b{kind}\b", types)] or [types.strip()]
+    return " or ".join(words + ["null"] * ("NoneType" in types))
 
 
 def _add_model_arguments(parser: ArgumentParser) -> None:
@@ -250,7 +297,10 @@ def main(words: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         parser, actions = _build()
         arguments = parser.parse_args(_normalise(words or ["--help"], parser))
-        arguments = parser.instantiate(arguments)
+        try:
+            arguments = parser.instantiate(arguments)
+        except TypeError as error:
+            raise IlladaError("model, data and training must each hold lines of `key: value` in the recipe") from error
         actions[arguments.subcommand](arguments[arguments.subcommand])
     except IlladaError as error:
         sys.exit(_fail(error, 2))
@@ -265,6 +315,8 @@ def main(words: list[str] | None = None) -> None:
         if isinstance(error, DivergedError):
             sys.exit(_fail(error, 1))
         raise
+    except OSError as error:  # a disk that is full, a folder one may not write to, a file in place of a folder
+        sys.exit(_fail(IlladaError(f"{error.filename}: {error.strerror}" if error.strerror else error), 2))
 
 
 def _fail(error: Exception, code: int) -> int:
