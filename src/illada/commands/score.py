@@ -41,6 +41,8 @@ def read_items(context: str | None, candidates: Sequence[str] | None, file: str 
     for number, line in read_lines(file):
         try:
             record = json.loads(line)
+            if not isinstance(record["candidates"], list):
+                raise TypeError("candidates must be a list")
             item = Item(str(record["context"]), [str(c) for c in record["candidates"]], record.get("answer"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"context": ..., "candidates": [...]}}') from error
