@@ -61,12 +61,11 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize(
-    "command",
-    [[], *([c] for c in ["demo", "tokenizer", "prepare", "pretrain", "sft", "generate", "chat", "score", "export"])],
+    "command", ["", "demo", "tokenizer", "prepare", "pretrain", "sft", "generate", "chat", "score", "export"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: illada")
@@ -99,9 +98,7 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
         lambda recipe, title: seen.update({title: recipe}) or SimpleNamespace(interrupted=None, model="x"),
     )
     for command in ("sft", "pretrain"):
-        cli.main(
-            [command, "--output", "x", "--data.train", "d", "--model.preset", "1m", "--training.samples_per_batch=3"]
-        )
+        cli.main([command, "--output", "x", "--data.train", "d", "--training.samples_per_batch=3"])
     sft, pretrain = seen["sft"].training, seen["pretrain"].training
     assert (sft.epochs, sft.learning_rate, sft.final_learning_rate, sft.decay) == (12.0, 5e-6, 5e-7, "linear")
     assert (pretrain.epochs, pretrain.learning_rate, pretrain.final_learning_rate) == (None, 2e-4, 5e-6)
@@ -290,8 +287,20 @@ def test_generate(work, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["prompt"] for r in records] == ["three", "one two"]
     assert records[1] == record  # company changes nothing
-    cli.main(["generate", "--model", work.run, "--prompt", "one two", *GENERATE, "--json", "--chat"])
-    assert json.loads(capsys.readouterr().out)["ids"] != record["ids"]
+
+
+def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):
+    from illada.commands import generate as module
+
+    seen, real = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda model, ids, *a, **k: seen.append(ids) or real(model, ids, *a, **k))
+    for more in ([], ["--chat"]):
+        cli.main(["generate", "--model", work.run, "--prompt", "one two", *GENERATE, *more])
+    plain, chat = seen[0][0], seen[1][0]
+    assert plain[0] == chat[0] == 0
+    assert 3 in chat  # <|user|>
+    assert chat[-1] == 4  # <|assistant|>
+    assert not {3, 4} & set(plain)
 
 
 def test_generate_from_files(work, capsys, tmp_path):
@@ -360,9 +369,7 @@ def test_chat_knows_a_system_message(work, capsys, monkeypatch):
     from illada.commands import generate as module
 
     real = module.encode_prompt
-    monkeypatch.setattr(
-        module, "encode_prompt", lambda tok, messages: seen.append(list(messages)) or real(tok, messages)
-    )
+    monkeypatch.setattr(module, "encode_prompt", lambda tok, said: seen.append(list(said)) or real(tok, said))
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     cli.main(["chat", "--model", work.run, "--system", "count", *GENERATE])
     assert [[m["role"] for m in messages] for messages in seen] == [

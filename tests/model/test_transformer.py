@@ -90,7 +90,10 @@ def test_nothing_crosses_a_segment(tied, rows, data):
     other = data.draw(st.integers(0, len(rows) - 1))
     replaced = [[(x + 7) % 64 for x in row] if n == other else row for n, row in enumerate(rows)]
     with torch.no_grad():
-        before, after = (tied.model.packed(torch.tensor([x for row in r for x in row]), packing).split(lengths) for r in (rows, replaced))
+        before, after = (
+            tied.model.packed(torch.tensor([x for row in r for x in row]), packing).split(lengths)
+            for r in (rows, replaced)
+        )
         for n, row in enumerate(rows):
             # Positions restart: a segment is what it is alone.
             alone = tied.model(torch.tensor([row])).last_hidden_state[0]
