@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,8 @@ def nested_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
     offsets = torch.tensor([0, *packing.lengths]).cumsum(0)
     repeat = query_THD.shape[1] // key_TGD.shape[1]
     parts = (query_THD, key_TGD.repeat_interleave(repeat, 1), value_TGD.repeat_interleave(repeat, 1))
-    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in parts]
+    limits = {"min_seqlen": min(packing.lengths), "max_seqlen": max(packing.lengths)}
+    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets, **limits).transpose(1, 2) for x in parts]
     return F.scaled_dot_product_attention(*jagged).transpose(1, 2).values()
 
 
@@ -77,16 +79,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--repeats", type=int, default=30)
     repeats = arguments.parse_args().repeats
-    load = os.getloadavg()[0]
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} thread(s), load {load:.1f}; ",
-        end="",
-    )
+    warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
+    print(f"torch {torch.__version__}, {machine}; ", end="")
     print(f"{HEADS} heads, {GROUPS} groups of width {WIDTH}, fp32, median of {repeats} paired repetitions\n")
-    print(
-        "| batch | tokens | segments | runs | ours (ms) | nested (ms) | padded (ms) | nested / ours | padded / ours |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = "batch,tokens,segments,runs,ours (ms),nested (ms),padded (ms),nested / ours,padded / ours".split(",")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     ways: dict[str, Attend] = {"ours": packed_attention, "nested": nested_attention, "padded": padded_attention}
     for name, packing in (("16 windows of 256, 30 % split", windows()), ("64 mixed documents", documents())):
         torch.manual_seed(0)
