@@ -1,5 +1,5 @@
-"""What does the head cost? The chunked loss on masked rows (ours) against cross-entropy of all logits of these rows, or of
-all rows: seconds and peak memory of a forward and backward pass, each way in a process of its own, as a markdown table.
+"""What does the head cost? The chunked loss on masked rows (ours) against cross-entropy of all logits of these rows, or
+of all rows: seconds and peak memory of a forward and backward pass, each way in a process of its own, in markdown.
 
     OMP_NUM_THREADS=1 python bench/loss.py
 """
