@@ -83,17 +83,8 @@ def main() -> None:
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
     print(f"torch {torch.__version__}, {machine}; ", end="")
     print(f"{HEADS} heads, {GROUPS} groups of width {WIDTH}, fp32, median of {repeats} paired repetitions\n")
-    columns = [
-        "batch",
-        "tokens",
-        "segments",
-        "runs",
-        "ours (ms)",
-        "nested (ms)",
-        "padded (ms)",
-        "nested / ours",
-        "padded / ours",
-    ]
+    columns = ["batch", "tokens", "segments", "runs", *(f"{way} (ms)" for way in ("ours", "nested", "padded"))]
+    columns += ["nested / ours", "padded / ours"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     ways: dict[str, Attend] = {"ours": packed_attention, "nested": nested_attention, "padded": padded_attention}
     for name, packing in (("16 windows of 256, 30 % split", windows()), ("64 mixed documents", documents())):
