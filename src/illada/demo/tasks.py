@@ -52,10 +52,22 @@ def _sorting(rng: random.Random) -> tuple[Example, bool]:
     return Example("sorting", f"Sort {''.join(digits)}.", ordered), _held_out("sorting", ordered)
 
 
+def _letters(rng: random.Random, count: int) -> list[str]:
+    return [rng.choice(LETTERS) for _ in range(count)]
+
+
 def _reversal(rng: random.Random) -> tuple[Example, bool]:
-    letters = [rng.choice(LETTERS) for _ in range(8)]
+    letters = _letters(rng, 4)
     forward, backward = " ".join(letters), " ".join(reversed(letters))
     return Example("reversal", f"Reverse: {forward}", backward), _held_out("reversal", min(forward, backward))
+
+
+def _shift(rng: random.Random) -> tuple[Example, bool]:
+    letters = _letters(rng, 6)
+    shifted = [LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in letters]
+    # The same letters, moved all together round the alphabet, are one problem.
+    steps = tuple((ord(b) - ord(a)) % 26 for a, b in itertools.pairwise(letters))
+    return Example("shift", f"Shift: {' '.join(letters)}", " ".join(shifted)), _held_out("shift", steps)
 
 
 def _relabelled(grid: str) -> str:
@@ -136,10 +148,11 @@ def _library(rng: random.Random) -> tuple[Example, bool]:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] = {
-    "addition": (_addition, 0.34),
-    "sorting": (_sorting, 0.2),
-    "reversal": (_reversal, 0.12),
-    "sudoku": (_sudoku, 0.26),
+    "shift": (_shift, 0.16),
+    "reversal": (_reversal, 0.14),
+    "sorting": (_sorting, 0.18),
+    "addition": (_addition, 0.22),
+    "sudoku": (_sudoku, 0.22),
     "library": (_library, 0.08),
 }
 """Each task's generator and its share of the training mixture."""
