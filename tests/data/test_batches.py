@@ -55,7 +55,7 @@ def test_segments_tile_their_window(shards, window, per_step, seed, split, bound
             assert segment.length >= 1
             assert (segment.sample, segment.part, segment.epoch) == (sample, part, segments[0].epoch)
             assert segment.offset == segment.start - start
-            assert (segment.visible, segment.padding, segment.size) == ((), 0, segment.length)
+            assert (segment.visible, segment.padding, segment.size) == (0, 0, segment.length)
         cuts = {s.start for s in segments[1:]}
         if boundaries == "window":
             assert len(cuts) <= 1
@@ -133,7 +133,7 @@ def test_the_older_rule_shows_prompts_and_pads_to_the_longest_of_the_step(chats)
             start, end, prompt = chats.document_span(segment.sample)
             assert segment.start == start
             assert segment.length == min(9, end - start)
-            assert segment.visible == ((0, min(prompt, segment.length - 1)),)
+            assert segment.visible == min(prompt, segment.length - 1)
             assert segment.size == longest
             assert segment.offset == 0
             ids = read_segments([segment], chats, eos_token_id=2).tolist()
@@ -145,7 +145,7 @@ def test_the_older_rule_shows_prompts_and_pads_to_the_longest_of_the_step(chats)
 def test_a_prompt_that_fills_the_window_keeps_one_token_to_learn(make_data, tmp_path):
     data = make_data(tmp_path, [([7] * 20, 18)], kind="chat")
     ((segment,),) = Batches(data, window=10, samples_per_step=1, seed=0, rule="llada", eos_token_id=2).plan(0)
-    assert (segment.length, segment.visible) == (10, ((0, 9),))
+    assert (segment.length, segment.visible) == (10, 9)
 
 
 def test_what_cannot_be_batched_is_refused(shards, chats):

@@ -90,7 +90,7 @@ def by_token(batch):
     )
 
 
-@pytest.mark.parametrize(("rule", "kind"), [("illada", "text"), ("answers", "chat"), ("llada", "chat")])
+@pytest.mark.parametrize(("rule", "kind"), [("illada", "text"), ("llada", "chat")])
 def test_noise_does_not_depend_on_the_company_of_a_sample(make_data, tmp_path, rule, kind):
     # Every token is its own number, so that it can be found again in any batch.
     documents = [(list(range(100 * n, 100 * n + 12 + n)), 3 + n % 4) for n in range(9)]
@@ -170,28 +170,3 @@ def test_the_older_rule_never_masks_a_prompt_and_counts_padding_as_answer(make_d
                 assert (weight == weight[0]).all()
                 padding_masked[bool(masked[len(documents[number][0]) :].any())] += 1
     assert padding_masked[True] > 10
-
-
-@pytest.mark.parametrize("boundaries", ["window", "document"])
-def test_the_answers_rule_hides_answers_only_in_the_windows_of_iLLaDA(make_data, tmp_path, boundaries):  # noqa: N802
-    documents = [(list(range(100 * n, 100 * n + 6 + n)), n % 5) for n in range(12)]
-    prompts = {token for ids, prompt in documents for token in ids[:prompt]}
-    data = make_data(tmp_path, documents, vocab_size=2000, kind="chat")
-    settings = {"seed": 4, "split_probability": 0.5, "boundaries": boundaries}
-    batches = Batches(data, 17, 4, rule="answers", eos_token_id=1999, **settings)
-    seen = set()
-    for step in range(8):
-        plan, plain = batches.plan(step), Batches(data, 17, 4, **settings).plan(step)
-        assert [[(s.start, s.length) for s in p] for p in plan] == [[(s.start, s.length) for s in p] for p in plain]
-        tokens = {i for p in plan for s in p for i in data.read(s.start, s.length).tolist()}
-        hidden = {}
-        for batch, free in zip(
-            noisy_batches(plan, 4, data, 4, step, "answers", 1999), noisy_batches(plain, 4, data, 4, step), strict=True
-        ):
-            hidden |= by_token(batch)
-            ratio = (batch.weight_T / free.weight_T).tolist()
-            assert ratio == pytest.approx([68 / (68 - len(tokens & prompts))] * 68, rel=1e-5)
-            for token, (masked, _) in by_token(free).items():
-                assert hidden[token][0] == (masked and token not in prompts)
-        seen |= {token for token, (masked, _) in hidden.items() if masked}
-    assert len(seen) > 30

@@ -376,7 +376,7 @@ def base(make_recipe):
     return train(recipe).model
 
 
-@pytest.mark.parametrize("rule", ["illada", "answers", "llada"])
+@pytest.mark.parametrize("rule", ["illada", "llada"])
 def test_sft_begins_with_the_weights_of_a_model(make_recipe, base, rule):
     frozen = make_recipe("frozen", "chat", start=base, steps=1, rule=rule, learning_rate=0.0, final_learning_rate=0.0)
     train(frozen)

@@ -18,7 +18,7 @@ from illada.data.shards import Shards
 from illada.errors import IlladaError
 
 Boundaries = Literal["window", "document"]
-Rule = Literal["illada", "answers", "llada"]
+Rule = Literal["illada", "llada"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Segment:
     length: int
     offset: int
     """Position of the first token inside its sample: noise is keyed by position in the sample."""
-    visible: tuple[tuple[int, int], ...] = ()
-    """Stretches of the segment, as (first, end), that are never masked: prompts, unless the rule is iLLaDA's."""
+    visible: int = 0
+    """Leading tokens that are never masked (the prompt, under the older LLaDA rule)."""
     padding: int = 0
     """EOS tokens appended (the older LLaDA rule)."""
 
@@ -43,11 +43,6 @@ class Segment:
     def size(self) -> int:
         """Tokens in the batch: length and padding."""
         return self.length + self.padding
-
-    @property
-    def maskable(self) -> int:
-        """Tokens that may be masked."""
-        return self.size - sum(end - first for first, end in self.visible)
 
 
 class Batches:
@@ -61,8 +56,7 @@ class Batches:
         split_probability: chance that a window is split into two segments (paper: 0.3).
         boundaries: "window": documents in one segment see each other (default, inherited); "document": each document
             is its own segment.
-        rule: "illada": the whole window may be masked (paper); "answers": the same windows, but prompts stay visible
-            (ours); "llada": one example per sample, prompt visible, EOS-padded, response-normalised (LLaDA).
+        rule: "illada": the whole window may be masked; "llada": prompt visible, EOS-padded, response-normalised.
         eos_token_id: padding of the older LLaDA rule.
 
     Raises:
@@ -89,8 +83,8 @@ class Batches:
                 f"{shards.path} holds {shards.tokens} tokens, less than one window of {window}: "
                 "prepare more text or set a smaller data.window"
             )
-        if rule != "illada" and (shards.kind != "chat" or eos_token_id is None):
-            raise IlladaError(f"the {rule} rule needs prompts and answers: prepare {shards.path} with --kind chat")
+        if rule == "llada" and (shards.kind != "chat" or eos_token_id is None):
+            raise IlladaError(f"the llada rule needs prompts and answers: prepare {shards.path} with --kind chat")
 
     def plan(self, step: int) -> list[list[Segment]]:
         """Return the segments of every sample of a step."""
@@ -112,23 +106,15 @@ class Batches:
             cuts.add(start + 1 + int(keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 1) * (self.window - 1)))
         edges = [start, *sorted(cuts), end]
         return [
-            Segment(
-                sample, epoch, part, edges[part], edges[part + 1] - edges[part], edges[part] - start,
-                self._prompts(edges[part], edges[part + 1]),
-            )
+            Segment(sample, epoch, part, edges[part], edges[part + 1] - edges[part], edges[part] - start)
             for part in range(len(edges) - 1)
-        ]  # fmt: skip
-
-    def _prompts(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
-        if self.rule == "illada":
-            return ()
-        return tuple((first - start, last - start) for first, last in self.shards.prompts_within(start, end))
+        ]
 
     def _example(self, sample: int, epoch: int) -> list[Segment]:
         start, end, prompt = self.shards.document_span(sample)
         length = min(end - start, self.window)
         # A prompt that fills the window leaves nothing to learn from; keep its last token as the answer.
-        return [Segment(sample, epoch, 0, start, length, 0, ((0, min(prompt, length - 1)),))]
+        return [Segment(sample, epoch, 0, start, length, 0, visible=min(prompt, length - 1))]
 
 
 def _padded(segment: Segment, longest: int) -> Segment:

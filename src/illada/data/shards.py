@@ -158,23 +158,6 @@ class Shards:
             shard += 1
         return ends
 
-    def prompts_within(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the (start, end) of every stretch of prompt that lies in the stream between `start` and `end`."""
-        if start >= end:
-            return []
-        shard = bisect_right(self._first_token, start) - 1
-        ends = self._documents(shard)[:, 0]
-        document = self._first_document[shard] + bisect_right(ends, start - self._first_token[shard])
-        spans: list[tuple[int, int]] = []
-        while document < self.documents:
-            first, _, prompt = self.document_span(document)
-            if first >= end:
-                break
-            if prompt and first + prompt > start:
-                spans.append((max(first, start), min(first + prompt, end)))
-            document += 1
-        return spans
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the maps behind: a pickled map is a copy of the file."""
         return {**self.__dict__, "_maps": {}}

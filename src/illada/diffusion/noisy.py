@@ -50,13 +50,13 @@ def noisy_batches(
 
     How the step is divided into batches changes neither noise nor weights.
 
-    Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step that may be masked)
-    (paper Eq. 1: all of them), or 1/(p * answer tokens * examples) under the older LLaDA rule.
+    Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step) (paper Eq. 1), or
+    1/(p * answer tokens * examples) under the older LLaDA rule.
     """
     segments = [segment for sample in samples for segment in sample]
     column = {name: torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch")}
     times = stratified_times(seed, step, column["sample"], column["part"], column["epoch"]).tolist()
-    maskable = max(1, sum(segment.maskable for segment in segments))
+    tokens = sum(segment.size for segment in segments)
     place = 0
     for first in range(0, len(samples), samples_per_batch):
         count = sum(len(sample) for sample in samples[first : first + samples_per_batch])
@@ -64,7 +64,7 @@ def noisy_batches(
         place += count
         # Equal lengths side by side share one attention call.
         chosen.sort(key=lambda pair: -pair[0].size)
-        norms = [s.maskable * len(samples) if rule == "llada" else maskable for s, _ in chosen]
+        norms = [(s.size - s.visible) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
         yield _noisy_batch(chosen, norms, shards, seed, eos_token_id, epsilon)
 
 
@@ -93,10 +93,6 @@ def _noisy_batch(
         spread([s.offset for s in segments], torch.int64) + within_T,
         probability_T,
     )
-    start = 0
-    for segment in segments:
-        for first, end in segment.visible:
-            masked_T[start + first : start + end] = False
-        start += segment.size
+    masked_T &= within_T >= spread([s.visible for s in segments], torch.int64)
     weight_T = 1 / (probability_T * spread(norms, torch.float64))
     return Batch(clean_T, masked_T, weight_T.float(), packing)

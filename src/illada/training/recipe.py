@@ -91,8 +91,7 @@ class TrainingRecipe:
         beta1: of AdamW (ours).
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
-        rule: "illada": everything may be masked (paper); "answers": the same windows with prompts visible (ours: small
-            models learn from several times fewer tokens); "llada": prompt visible, EOS-padded, response-normalised.
+        rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
         dtype: of the computation; weights and optimiser stay fp32.
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
@@ -118,7 +117,7 @@ class TrainingRecipe:
     beta1: float = 0.9
     beta2: float = 0.95
     gradient_clip: float = 1.0
-    rule: Literal["illada", "answers", "llada"] = "illada"
+    rule: Literal["illada", "llada"] = "illada"
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     seed: int = 0
