@@ -1,4 +1,4 @@
-"""Check the outcome of a quick demo: `python tests/check_demo.py runs/quick`. Bounds leave a margin over several seeds."""
+"""Check the outcome of a quick demo: `python tests/check_demo.py runs/quick`."""
 
 import json
 import sys

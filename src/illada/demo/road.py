@@ -33,12 +33,13 @@ from illada.training.report import read_metrics
 class Scale:
     """How much of everything the demo does."""
 
-    preset: str
+    tasks: tuple[str, ...]
     vocab_size: int
     window: int
     samples_per_step: int
     pretrain_steps: int
     sft_examples: int
+    warmup_steps: int
     sft_steps: int
     test_problems: int
     steps_per_block: tuple[int, ...]
@@ -47,8 +48,15 @@ class Scale:
     likelihood_samples: int = 64
 
 
-FULL = Scale("1m", 2048, 128, 16, 2200, 60_000, 5000, 200, (1, 2, 4, 8, 16))
-QUICK = Scale("1m", 2048, 128, 16, 300, 20_000, 900, 50, (1, 4, 16))
+FULL = Scale(tuple(TASKS), 2048, 128, 16, 3400, 80_000, 2400, 2200, 200, (1, 2, 4, 8, 16))
+QUICK = Scale(("shift", "reversal", "library"), 2048, 128, 16, 400, 20_000, 900, 600, 50, (1, 4, 16))
+SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -72,8 +80,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
     data = _prepare(output, scale, seed)
     stage("2/6  Pre-training on text")
     _train(_pretrain_recipe(output, data, scale, seed), "pre-training")
-    stage("3/6  Fine-tuning on instructions with variable-length answers")
-    _train(_sft_recipe(output, data, scale, seed), "fine-tuning")
+    stage("3/6  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
+    _train(_warmup_recipe(output, data, scale, seed), "LLaDA's rule")
+    _train(_sft_recipe(output, data, scale, seed), "paper's rule")
     if not (output / "model").exists():
         shutil.copytree(output / "sft" / "model", output / "model")
     stage("4/6  Text: bits per byte on held-out files")
@@ -133,7 +142,7 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
     tokenizer = output / "tokenizer"
     if not tokenizer.exists():
         # A few hundred instructions, so that their words and letters become tokens.
-        some = itertools.islice(examples("train", seed), 2000)
+        some = itertools.islice(examples("train", seed, scale.tasks), 2000)
         texts = itertools.chain(
             (Path(f).read_text(encoding="utf-8", errors="replace") for f in training_files[::3]),
             (f"{example.prompt}\n {example.answer}" for example in some),
@@ -145,7 +154,7 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
         file = folder / f"chat-{split}.jsonl"
         if not file.exists():
             # Validation examples are training-split problems under another seed: the test split stays untouched.
-            _write_examples(file, examples("train", seed + (split != "train")), count)
+            _write_examples(file, examples("train", seed + (split != "train"), scale.tasks), count)
     sources = {
         "text-train": (training_files, "text"),
         "text-validation": (validation_files, "text"),
@@ -159,15 +168,16 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
 
 
 def _recipe(
-    output: Path, name: str, data: dict[str, Shards], scale: Scale, seed: int, model: ModelRecipe, **training: Any
+    output: Path, name: str, data: dict[str, Shards], window: int, seed: int, model: ModelRecipe, **training: Any
 ) -> Recipe:
     return Recipe(
         output=str(output / name),
         model=model,
-        data=DataRecipe(str(data["train"].path), str(data["validation"].path), scale.window),
+        data=DataRecipe(str(data["train"].path), str(data["validation"].path), window),
         training=TrainingRecipe(
-            samples_per_step=scale.samples_per_step,
-            samples_per_batch=scale.samples_per_step,
+            samples_per_batch=64,
+            learning_rate=2e-3,
+            warmup_steps=100,
             final_learning_rate=2e-5,
             beta2=0.98,
             dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (bench/RESULTS.md)
@@ -184,12 +194,11 @@ def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: 
         output,
         "pretrain",
         {"train": data["text-train"], "validation": data["text-validation"]},
-        scale,
+        scale.window,
         seed,
-        ModelRecipe(preset=scale.preset),
+        ModelRecipe(preset="1m", **SHAPE),
+        samples_per_step=scale.samples_per_step,
         steps=steps,
-        learning_rate=3e-3,
-        warmup_steps=100,
         decay="cosine",
         decay_steps=steps // 3,
         validate_every=max(50, steps // 10),
@@ -198,21 +207,46 @@ def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: 
     )
 
 
+def _warmup_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
+    """Return a run by LLaDA's rule: prompts stay visible, so a tiny model learns the skills from far fewer tokens.
+
+    It learns to fill a canvas of known length; answers of any length are what the paper's rule then teaches
+    (docs/log.md).
+    """
+    steps = scale.warmup_steps
+    return _recipe(
+        output,
+        "warmup",
+        {"train": data["chat-train"], "validation": data["chat-validation"]},
+        scale.window // 2,
+        seed,
+        ModelRecipe(start=str(output / "pretrain" / "model")),
+        samples_per_step=64,
+        steps=steps,
+        rule="llada",
+        decay="linear",
+        decay_steps=steps // 5,
+        validate_every=max(100, steps // 8),
+        validation_samples=64,
+        checkpoint_every=max(100, steps // 4),
+    )
+
+
 def _sft_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
+    """Return the run by the paper's rule: windows of concatenated examples, everything may be masked."""
     steps = scale.sft_steps
     return _recipe(
         output,
         "sft",
         {"train": data["chat-train"], "validation": data["chat-validation"]},
-        scale,
+        scale.window // 2,
         seed,
-        ModelRecipe(start=str(output / "pretrain" / "model")),
+        ModelRecipe(start=str(output / "warmup" / "model")),
+        samples_per_step=2 * scale.samples_per_step,
         steps=steps,
-        learning_rate=3e-3,
-        warmup_steps=100,
         decay="linear",
-        decay_steps=steps // 4,
-        validate_every=max(100, steps // 10),
+        decay_steps=steps // 3,
+        validate_every=max(100, steps // 8),
         validation_samples=64,
         checkpoint_every=max(100, steps // 4),
     )
@@ -247,13 +281,13 @@ def _measure_text(output: Path, data: dict[str, Shards]) -> dict[str, Any]:
 def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
     model, tokenizer = load_model(str(output))
     eos = tokenizer.eos_token_id
-    problems = {task: held_out(task, scale.test_problems, seed) for task in TASKS}
+    problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
     prompts = {
         task: [encode_prompt(tokenizer, example.messages[:1]) for example in tests] for task, tests in problems.items()
     }
     frontier: list[dict[str, Any]] = []
     samples: dict[str, list[dict[str, Any]]] = {}
-    runs = [(steps, task) for steps in scale.steps_per_block for task in TASKS]
+    runs = [(steps, task) for steps in scale.steps_per_block for task in scale.tasks]
     for steps, task in track(runs, description="answering", console=console, disable=not console.is_terminal):
         settings = GenerationSettings(
             max_new_tokens=scale.max_new_tokens,
@@ -308,14 +342,13 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dic
 
 
 def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
-    """Return every step of one answer: a sudoku if one is solved, else whatever comes first."""
+    """Return every step of one right answer of the task with the longest ones, or of a wrong one if none is right."""
     settings = GenerationSettings(
         max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
     )
     recorded: list[dict[str, Any]] = []
-    for task, example in itertools.chain(
-        (("sudoku", e) for e in held_out("sudoku", 12, seed)), (("sorting", e) for e in held_out("sorting", 5, seed))
-    ):
+    longest = [task for task in ("sudoku", "shift") if task in scale.tasks]
+    for task, example in [(name, example) for name in longest for example in held_out(name, 12, seed)]:
         steps: list[dict[str, Any]] = []
 
         def keep(event: Any, steps: list[dict[str, Any]] = steps) -> None:

@@ -11,7 +11,7 @@ import itertools
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -158,12 +158,12 @@ TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] 
 """Each task's generator and its share of the training mixture."""
 
 
-def examples(split: Split, seed: int, task: str | None = None) -> Iterator[Example]:
-    """Yield examples of a split without end: of one task, or of the training mixture."""
-    rng = random.Random(f"{split} {seed} {task}")
-    names, shares = list(TASKS), [share for _, share in TASKS.values()]
+def examples(split: Split, seed: int, tasks: Sequence[str]) -> Iterator[Example]:
+    """Yield examples of a split without end, the tasks mixed in their shares."""
+    rng = random.Random(f"{split} {seed} {' '.join(tasks)}")
+    shares = [TASKS[task][1] for task in tasks]
     while True:
-        name = task or rng.choices(names, shares)[0]
+        name = rng.choices(tasks, shares)[0]
         example, held_out = TASKS[name][0](rng)
         if held_out == (split == "test"):
             yield example
@@ -172,7 +172,7 @@ def examples(split: Split, seed: int, task: str | None = None) -> Iterator[Examp
 def held_out(task: str, count: int, seed: int = 0) -> list[Example]:
     """Return up to `count` different held-out problems of a task."""
     found: dict[str, Example] = {}
-    for example in itertools.islice(examples("test", seed, task), 40 * count):
+    for example in itertools.islice(examples("test", seed, [task]), 40 * count):
         found.setdefault(example.prompt, example)
         if len(found) == count:
             break

@@ -76,8 +76,8 @@ class TrainingRecipe:
         steps: optimiser steps; none to use epochs.
         epochs: passes over the data, when steps is none (paper, SFT: 12).
         samples_per_step: windows in a global batch (LLaDA: 1280).
-        samples_per_batch: windows in one forward pass; the rest of the batch is accumulated. Changes results only in the
-            order of floating-point sums, so it is fixed for a run.
+        samples_per_batch: windows in one forward pass; the rest of the batch is accumulated. It changes only the order
+            of floating-point sums, so a run keeps it.
         learning_rate: peak (paper: 2e-4 pre-training, 5e-6 SFT).
         final_learning_rate: after the decay (paper: 5e-6 pre-training, 5e-7 SFT).
         warmup_steps: linear warm-up (LLaDA: 2000).
