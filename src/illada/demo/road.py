@@ -173,10 +173,11 @@ def _recipe(
     return Recipe(
         output=str(output / name),
         model=model,
-        data=DataRecipe(str(data["train"].path), str(data["validation"].path), window),
+        data=DataRecipe(
+            str(data["train"].path), str(data["validation"].path) if "validation" in data else None, window
+        ),
         training=TrainingRecipe(
             samples_per_batch=64,
-            learning_rate=2e-3,
             warmup_steps=100,
             final_learning_rate=2e-5,
             beta2=0.98,
@@ -199,6 +200,7 @@ def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: 
         ModelRecipe(preset="1m", **SHAPE),
         samples_per_step=scale.samples_per_step,
         steps=steps,
+        learning_rate=2e-3,
         decay="cosine",
         decay_steps=steps // 3,
         validate_every=max(50, steps // 10),
@@ -217,17 +219,16 @@ def _warmup_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: in
     return _recipe(
         output,
         "warmup",
-        {"train": data["chat-train"], "validation": data["chat-validation"]},
+        {"train": data["chat-train"]},
         scale.window // 2,
         seed,
         ModelRecipe(start=str(output / "pretrain" / "model")),
         samples_per_step=64,
         steps=steps,
+        learning_rate=2e-3,
         rule="llada",
         decay="linear",
         decay_steps=steps // 5,
-        validate_every=max(100, steps // 8),
-        validation_samples=64,
         checkpoint_every=max(100, steps // 4),
     )
 
@@ -244,6 +245,7 @@ def _sft_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) 
         ModelRecipe(start=str(output / "warmup" / "model")),
         samples_per_step=2 * scale.samples_per_step,
         steps=steps,
+        learning_rate=1e-3,  # lower than before, or what was learned is forgotten
         decay="linear",
         decay_steps=steps // 3,
         validate_every=max(100, steps // 8),

@@ -42,7 +42,7 @@ def _held_out(*identity: object) -> bool:
 
 
 def _addition(rng: random.Random) -> tuple[Example, bool]:
-    a, b = rng.randint(100, 999), rng.randint(100, 999)
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
     return Example("addition", f"Add {a} and {b}.", str(a + b)), _held_out("addition", *sorted((a, b)))
 
 
@@ -148,11 +148,11 @@ def _library(rng: random.Random) -> tuple[Example, bool]:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] = {
-    "shift": (_shift, 0.16),
-    "reversal": (_reversal, 0.14),
+    "shift": (_shift, 0.14),
+    "reversal": (_reversal, 0.16),
     "sorting": (_sorting, 0.18),
-    "addition": (_addition, 0.22),
-    "sudoku": (_sudoku, 0.22),
+    "addition": (_addition, 0.18),
+    "sudoku": (_sudoku, 0.26),
     "library": (_library, 0.08),
 }
 """Each task's generator and its share of the training mixture."""
