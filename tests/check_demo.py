@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # Lowest accuracy at one token a pass that counts as learned; docs/log.md has the runs they were chosen from.
-LEARNED = {"sorting": 0.5, "reversal": 0.5}
+LEARNED = {"shift": 0.6, "capitals": 0.6}
 
 
 def main(run: Path) -> int:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,7 +208,11 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     from illada.generation import GenerationSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
-    parser = _Parser(prog="illada", description="Train, tune, run and score masked diffusion language models.")
+    parser = _Parser(
+        prog="illada",
+        version=version("illada"),
+        description="Train, tune, run and score masked diffusion language models.",
+    )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     actions: dict[str, Callable[[Namespace], None]] = {}
 

@@ -309,6 +309,11 @@ def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
             label=task,
         )
     axes.set(xscale="log", xlabel="forward passes per token of the answer", ylabel="exact match, %", ylim=(-3, 105))
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    all_x = [row["forwards_per_token"] for row in frontier]
+    axes.set_xlim(min(all_x) / 1.3, max(all_x) * 1.3)
     axes.legend(frameon=False)
     return _png(figure)
 
@@ -340,5 +345,5 @@ def _plot_denoising(record: dict[str, Any]) -> bytes:
 
 def _sign(token: str) -> str:
     """Return a token short enough for its cell; a dollar sign would be read as mathematics."""
-    short = {"\n": "↵", " ": "␣", "<|eos|>": "end", "<|bos|>": "bos"}.get(token, token.strip() or "␣")
+    short = {"\n": "↵", "<|eos|>": "END"}.get(token, token.strip().strip("<|>") or "␣")
     return short[:5].replace("$", "\\$")

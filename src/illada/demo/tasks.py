@@ -1,4 +1,4 @@
-"""The demo's instructions: five tasks whose answers can be checked, with held-out problems.
+"""The demo's instructions: seven tasks whose answers can be checked, with held-out problems.
 
 A problem is held out by a hash of what makes it the *same* problem, so that no test problem appears in training under
 another name: 12+34 and 34+12, a list in another order, a string and its mirror image, and a sudoku with its digits
@@ -60,6 +60,11 @@ def _reversal(rng: random.Random) -> tuple[Example, bool]:
     letters = _letters(rng, 4)
     forward, backward = " ".join(letters), " ".join(reversed(letters))
     return Example("reversal", f"Reverse: {forward}", backward), _held_out("reversal", min(forward, backward))
+
+
+def _capitals(rng: random.Random) -> tuple[Example, bool]:
+    letters = " ".join(_letters(rng, 10))
+    return Example("capitals", f"Capitals: {letters}", letters.upper()), _held_out("capitals", letters)
 
 
 def _shift(rng: random.Random) -> tuple[Example, bool]:
@@ -148,11 +153,12 @@ def _library(rng: random.Random) -> tuple[Example, bool]:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] = {
-    "shift": (_shift, 0.14),
+    "shift": (_shift, 0.12),
+    "capitals": (_capitals, 0.08),
     "reversal": (_reversal, 0.16),
-    "sorting": (_sorting, 0.18),
-    "addition": (_addition, 0.18),
-    "sudoku": (_sudoku, 0.26),
+    "sorting": (_sorting, 0.16),
+    "addition": (_addition, 0.16),
+    "sudoku": (_sudoku, 0.24),
     "library": (_library, 0.08),
 }
 """Each task's generator and its share of the training mixture."""

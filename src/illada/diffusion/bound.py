@@ -29,14 +29,15 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
 def validation_bound(
     model: IlladaForMaskedLM, shards: Shards, window: int, samples: int | None, samples_per_batch: int
 ) -> float:
-    """Return the bound in nats per token over the first `samples` windows (all for None), unsplit, with fixed noise.
+    """Return the bound in nats per token over `samples` windows (all for None), unsplit, with fixed noise.
 
-    t is stratified over the windows. The model's device and the caller's autocast are used.
+    The windows are spread evenly over the data; t is stratified over them. The model's device and the caller's autocast
+    are used.
     """
-    count = max(1, shards.tokens // window)
-    count = count if samples is None else min(samples, count)
+    whole = max(1, shards.tokens // window)
+    count = whole if samples is None else min(samples, whole)
     length = min(window, shards.tokens)
-    plan = [[Segment(i, 0, 0, i * window, length, 0)] for i in range(count)]
+    plan = [[Segment(i, 0, 0, i * whole // count * window, length, 0)] for i in range(count)]
     total = 0.0
     for batch in noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0):
         total += float(masked_loss(model, *batch.on(model.device), batch.packing))

@@ -15,7 +15,7 @@ class ModelRecipe:
 
     Args:
         preset: name of a shape (1m, 5m, 15m, 50m, illada-8b, llada-8b); the vocabulary is the tokenizer's.
-        start: model folder whose weights (and shape) to begin with; excludes preset and the sizes below.
+        start: model or run folder whose weights (and shape) to begin with; excludes preset and the sizes below.
         hidden_size: width, instead of the preset's.
         intermediate_size: SwiGLU width, instead of the preset's.
         num_hidden_layers: blocks, instead of the preset's.
@@ -97,7 +97,7 @@ class TrainingRecipe:
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
-        validation_samples: windows of validation data to use, from the first; none for all.
+        validation_samples: windows of validation data to use, spread evenly; none for all.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints to keep.
     """

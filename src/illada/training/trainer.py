@@ -20,12 +20,12 @@ import yaml
 
 from illada.data.batches import Batches
 from illada.data.shards import Shards
-from illada.data.tokenizer import load_tokenizer
+from illada.data.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
-from illada.loading import load_config, load_model
+from illada.loading import load_config, load_model, model_folder
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from illada.training.recipe import ModelRecipe, Recipe
@@ -195,12 +195,9 @@ def _validation(path: str, train_shards: Shards) -> Shards:
 def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig:
     """Return the network's shape: the checkpoint's, or the preset's with the tokenizer's vocabulary and ids."""
     if recipe.start is not None:
-        if not (Path(recipe.start) / "config.json").is_file():
-            raise IlladaError(f"model.start {recipe.start} is not a model folder (it has no config.json)")
-        from illada.data.tokenizer import tokenizer_sha256
-
-        config = load_config(recipe.start)
-        theirs = load_tokenizer(recipe.start)
+        start = model_folder(recipe.start)
+        config = load_config(start)
+        theirs = load_tokenizer(start)
         if tokenizer_sha256(theirs) != shards.tokenizer_sha256:
             raise IlladaError(
                 f"{shards.path} was prepared with another tokenizer than that of {recipe.start}: "
@@ -258,15 +255,17 @@ def _decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
     if state.decay_start is not None or state.step >= schedule.decay_start or not path.exists():
         return None
     text = path.read_text().strip()
-    if not text:
+    if not text.isdecimal():  # whatever a person put there, mostly nothing
         _write(path, f"{state.step}\n")
         return state.step
-    return int(text) if text.isdecimal() and int(text) <= state.step else None
+    return int(text) if int(text) <= state.step else None
 
 
 def _claim(run: Path, recipe: Recipe, shards: Shards) -> None:
     """Write the recipe into a new run folder, or check that the folder is a run of this recipe."""
-    written = {**asdict(recipe), "data_fingerprint": {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256}}
+    sources = shards.index["provenance"].get("source_fingerprint")
+    data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
+    written = {**asdict(recipe), "data_fingerprint": data}
     del written["output"]
     path = run / "recipe.yaml"
     if path.exists():
