@@ -61,7 +61,8 @@ def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
             "text",
             f"A masked diffusion language model of {text['parameters']:,} parameters, trained from random weights in "
             f"{results['seconds'] / 60:.0f} minutes: {text['training_tokens']:,} tokens of the Python standard "
-            f"library, then {settings['sft_steps']:,} steps on {settings['sft_examples']:,} generated instructions. "
+            f"library, then {settings['sft_examples']:,} generated instructions, {settings['warmup_steps']:,} steps by "
+            f"LLaDA's rule (prompts visible) and {settings['sft_steps']:,} by the paper's (everything may be masked). "
             f"Seed {settings['seed']}, {'quick' if settings['quick'] else 'full'} demo.",
         ),
         ("heading", "Text"),

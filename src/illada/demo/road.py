@@ -48,7 +48,7 @@ class Scale:
     likelihood_samples: int = 64
 
 
-FULL = Scale(tuple(TASKS), 2048, 128, 16, 3400, 80_000, 2400, 2200, 200, (1, 2, 4, 8, 16))
+FULL = Scale(tuple(TASKS), 2048, 128, 16, 3400, 80_000, 2000, 2000, 200, (1, 2, 4, 8, 16))
 QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 20_000, 900, 600, 50, (1, 4, 16))
 SHAPE = {
     "hidden_size": 96,
