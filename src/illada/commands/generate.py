@@ -92,17 +92,22 @@ def generate_text(
             print(text, file=out)
 
 
-def draw(tokenizer: Any, event: StepEvent, mask_sign: str = MASK_SIGN) -> Text:
-    """Return a picture of an answer that is forming: committed tokens bold, proposals dim, the unknown as blocks."""
+def draw(tokenizer: Any, event: StepEvent, eos_ids: Sequence[int]) -> Text:
+    """Return a picture of an answer that is forming: committed tokens bold, proposals dim, the unknown as blocks.
+
+    It ends at the first committed end-of-sequence token, whatever the model thinks comes after it.
+    """
     text = Text()
     for token, committed, confidence in zip(event.ids, event.committed, event.confidence, strict=True):
         piece = tokenizer.decode([token], skip_special_tokens=True)
+        if committed and token in eos_ids:
+            break
         if committed:
             text.append(piece, style="bold")
         elif not math.isnan(confidence):
-            text.append(piece or mask_sign, style="dim")
+            text.append(piece or MASK_SIGN, style="dim")
         else:
-            text.append(mask_sign, style="dim")
+            text.append(MASK_SIGN, style="dim")
     return text
 
 
@@ -157,7 +162,11 @@ def _answer(
         return answer
     with Live(Text(MASK_SIGN * settings.block_length, style="dim"), console=console, refresh_per_second=30) as picture:
         answer = generate(
-            model, [prompt], settings, tokenizer=tokenizer, on_step=lambda event: picture.update(draw(tokenizer, event))
+            model,
+            [prompt],
+            settings,
+            tokenizer=tokenizer,
+            on_step=lambda event: picture.update(draw(tokenizer, event, settings.eos_ids)),
         )[0]
         picture.update(Text(show_ids(tokenizer, answer.ids)))
     console.print(f"{len(answer.ids)} tokens, {answer.forwards} forward passes", style="dim")
