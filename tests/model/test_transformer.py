@@ -153,14 +153,6 @@ def test_a_row_of_padding_alone_is_harmless(tied):
     torch.testing.assert_close(got[1, 1:3], logits(tied, [1, 1]), rtol=1e-5, atol=1e-5)
 
 
-def test_logits_at_runs_the_head_on_chosen_tokens(tied):
-    ids, packing, chosen = torch.arange(9), Packing((4, 5)), torch.tensor([8, 0, 5])
-    with torch.no_grad():
-        got = tied.logits_at(ids, packing, chosen)
-        everything = tied(ids[None], cu_seqlens=torch.tensor([0, 4, 9])).logits[0]
-    torch.testing.assert_close(got, everything[chosen], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("tie", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(build_model, tie):
     gradients = []

@@ -222,10 +222,6 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
         hidden_BLD = self.model(input_ids, attention_mask, position_ids, cu_seqlens).last_hidden_state
         return MaskedLMOutput(logits=self.lm_head(hidden_BLD))
 
-    def logits_at(self, input_ids_T: Tensor, packing: Packing, selected_M: Tensor) -> Tensor:
-        """Return logits [M, V] of the selected tokens of packed segments; the head runs on these rows only."""
-        return self.lm_head(self.model.packed(input_ids_T, packing)[selected_M])
-
     def get_output_embeddings(self) -> nn.Module:
         """Return the LM head."""
         return self.lm_head
