@@ -13,7 +13,8 @@ from illada.errors import IlladaError
 from illada.training.report import read_metrics
 
 INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
+EOS_TEXT = "<|eos|>"
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
 
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
@@ -119,7 +120,8 @@ def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
         (
             "text",
             "Each row is a forward pass. Grey: masked, with the present proposal; coloured: committed, darker where "
-            "the model was surer. Blocks of masks are appended until an end-of-sequence token is committed.",
+            "the model was surer; pale: behind the end, cut off. Blocks of masks are appended until an end-of-sequence "
+            "token is committed.",
         ),
         ("image", ("denoising", f"{results['denoising']['task']}: {results['denoising']['prompt']!r}")),
         ("heading", "Sample answers"),
@@ -298,13 +300,13 @@ def _plot_accuracy(frontier: Sequence[dict[str, Any]]) -> bytes:
 
 def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
     figure, axes = _figure(7, 4.2)
-    for colour, task in zip(COLOURS, dict.fromkeys(row["task"] for row in frontier), strict=False):
+    for number, task in enumerate(dict.fromkeys(row["task"] for row in frontier)):
         rows = sorted((r for r in frontier if r["task"] == task), key=lambda r: r["forwards_per_token"])
         axes.errorbar(
             [r["forwards_per_token"] for r in rows],
             [r["accuracy"] * 100 for r in rows],
             yerr=[r["standard_error"] * 100 for r in rows],
-            color=colour,
+            color=COLOURS[number % len(COLOURS)],
             marker="o",
             capsize=2,
             label=task,
@@ -325,6 +327,9 @@ def _plot_denoising(record: dict[str, Any]) -> bytes:
     from matplotlib.patches import Rectangle
 
     steps = record["steps"]
+    # What lies behind the end is cut off: it is drawn pale.
+    last = steps[-1]["tokens"]
+    end = last.index(EOS_TEXT) if EOS_TEXT in last else len(last)
     width = max(len(step["tokens"]) for step in steps)
     figure, axes = _figure(0.46 * width + 1.2, 0.3 * len(steps) + 0.8)
     colours = colormaps["Blues"]
@@ -334,9 +339,10 @@ def _plot_denoising(record: dict[str, Any]) -> bytes:
         ):
             sure = 0.0 if confidence is None or math.isnan(confidence) else float(confidence)
             face = colours(0.3 + 0.6 * sure) if committed else "#eceff3"
-            axes.add_patch(Rectangle((x, y), 0.94, 0.9, facecolor=face, edgecolor="none"))
+            alpha = 1.0 if x <= end else 0.25
+            axes.add_patch(Rectangle((x, y), 0.94, 0.9, facecolor=face, edgecolor="none", alpha=alpha))
             ink = ("white" if sure > 0.6 else INK) if committed else "#a8b2bd"
-            axes.text(x + 0.47, y + 0.47, _sign(token), ha="center", va="center", fontsize=8, color=ink)
+            axes.text(x + 0.47, y + 0.47, _sign(token), ha="center", va="center", fontsize=8, color=ink, alpha=alpha)
     axes.set(xlim=(0, width), ylim=(len(steps), 0), ylabel="forward pass", xlabel="position in the answer")
     axes.set_xticks([])
     axes.set_yticks([y + 0.45 for y in range(0, len(steps), 4)], [str(y + 1) for y in range(0, len(steps), 4)])
@@ -346,5 +352,5 @@ def _plot_denoising(record: dict[str, Any]) -> bytes:
 
 def _sign(token: str) -> str:
     """Return a token short enough for its cell; a dollar sign would be read as mathematics."""
-    short = {"\n": "↵", "<|eos|>": "END"}.get(token, token.strip().strip("<|>") or "␣")
+    short = {"\n": "↵", EOS_TEXT: "END"}.get(token, token.strip().strip("<|>") or "␣")
     return short[:5].replace("$", "\\$")

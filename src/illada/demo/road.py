@@ -48,7 +48,7 @@ class Scale:
     likelihood_samples: int = 64
 
 
-FULL = Scale(tuple(TASKS), 2048, 128, 16, 3400, 80_000, 2000, 2000, 200, (1, 2, 4, 8, 16))
+FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
 QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 20_000, 900, 600, 50, (1, 4, 16))
 SHAPE = {
     "hidden_size": 96,
@@ -200,7 +200,7 @@ def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: 
         ModelRecipe(preset="1m", **SHAPE),
         samples_per_step=scale.samples_per_step,
         steps=steps,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         decay="cosine",
         decay_steps=steps // 3,
         validate_every=max(50, steps // 10),
