@@ -50,7 +50,7 @@ class Scale:
 
 FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
 QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 20_000, 900, 600, 50, (1, 4, 16))
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
