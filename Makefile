@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 QUICK  ?= 0
-RUN    ?= runs/demo
+RUN    ?= runs/$(if $(filter-out 0,$(QUICK)),quick,demo)
 
 .PHONY: setup demo test lint types unit package clean
 

@@ -162,7 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, tie):
         for block in model.model.layers:
             block.mlp.register_forward_pre_hook(lambda *_, seen=blocks: seen.append(1))
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(torch.arange(24).view(2, 12)).logits.logsumexp(-1).mean().backward()
         assert len(blocks) == (4 if checkpointing else 2)  # every block again in the backward pass
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -221,7 +221,7 @@ def _model(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
             torch.manual_seed(recipe.training.seed)
             model = IlladaForMaskedLM(config)
     if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
