@@ -137,7 +137,8 @@ def _start(
     if room < block:
         raise IlladaError(
             f"prompt {index}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
-            f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}"
+            f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}: "
+            "lower block_length or shorten the prompt"
         )
     for name in ("stop", "think_boost"):
         if getattr(settings, name) and tokenizer is None:
