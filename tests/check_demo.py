@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-# Lowest accuracy at one token a pass that counts as learned; docs/log.md has the runs they were chosen from.
-LEARNED = {"shift": 0.6, "capitals": 0.6}
+# Lowest accuracy that counts as learned, and how many must be; docs/log.md has the runs this was chosen from.
+LEARNED = {"shift": 0.6, "capitals": 0.6, "library, 4 choices": 0.34}
+ENOUGH = 2
 
 
 def main(run: Path) -> int:
@@ -13,7 +14,9 @@ def main(run: Path) -> int:
     bits = results["text"]["bits_per_byte"]
     most = max(row["steps_per_block"] for row in results["frontier"])
     accuracy = {row["task"]: row["accuracy"] for row in results["frontier"] if row["steps_per_block"] == most}
-    wrong = [f"{task} {accuracy[task]:.0%} < {least:.0%}" for task, least in LEARNED.items() if accuracy[task] < least]
+    accuracy["library, 4 choices"] = results["choice"]["confidence"]["accuracy"]
+    missed = [f"{task} {accuracy[task]:.0%} < {least:.0%}" for task, least in LEARNED.items() if accuracy[task] < least]
+    wrong = missed if len(LEARNED) - len(missed) < ENOUGH else []
     if bits["model"] >= bits["unigram"]:
         wrong.append(f"text {bits['model']} bits per byte, not below the unigram model's {bits['unigram']}")
     for name in ("report.md", "report.html", "model/model.safetensors", "images/denoising.png", "images/frontier.png"):

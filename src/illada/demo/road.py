@@ -38,6 +38,7 @@ class Scale:
     window: int
     samples_per_step: int
     pretrain_steps: int
+    pretrain_learning_rate: float
     sft_examples: int
     warmup_steps: int
     sft_steps: int
@@ -48,8 +49,8 @@ class Scale:
     likelihood_samples: int = 64
 
 
-FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
-QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 20_000, 900, 600, 50, (1, 4, 16))
+FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 3e-3, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
+QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 2e-3, 20_000, 1100, 700, 50, (1, 4, 16))
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -200,7 +201,7 @@ def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: 
         ModelRecipe(preset="1m", **SHAPE),
         samples_per_step=scale.samples_per_step,
         steps=steps,
-        learning_rate=3e-3,
+        learning_rate=scale.pretrain_learning_rate,
         decay="cosine",
         decay_steps=steps // 3,
         validate_every=max(50, steps // 10),
