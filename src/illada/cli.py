@@ -96,7 +96,7 @@ def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
 
     Args:
         output: run folder.
-        quick: about 3 minutes instead of 10 to 15, with a model that has learned less.
+        quick: 3 to 4 minutes instead of 10 to 15, with a model that has learned less.
         seed: of everything random.
     """
     from illada.demo import run_demo
