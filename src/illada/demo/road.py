@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress import track
 from illada.commands.score import Item, score_candidates
 from illada.data.chat import encode_prompt
 from illada.data.prepare import prepare
-from illada.data.shards import Shards
+from illada.data.shards import Shards, write_json
 from illada.data.tokenizer import train_tokenizer
 from illada.demo.tasks import TASKS, examples, held_out, library_choices, standard_library
 from illada.diffusion.bound import bits_per_byte, ngram_baselines, validation_bound
@@ -88,7 +88,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
         shutil.copytree(output / "sft" / "model", output / "model")
     stage("4/6  Text: bits per byte on held-out files")
     results: dict[str, Any] = {"settings": {"quick": quick, "seed": seed, **asdict(scale)}}
-    results["text"] = _measure_text(output, data)
+    results["text"] = _measure_text(output, data, scale)
     stage("5/6  Answers: accuracy on held-out problems, and how few passes suffice")
     results.update(_measure_answers(output, scale, seed, console))
     stage("6/6  Report")
@@ -108,9 +108,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     if output.exists() and any(output.iterdir()):
         raise IlladaError(f"{output} is not empty and holds no demo: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    partial = marker.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1))
-    partial.rename(marker)
+    write_json(marker, settings)
 
 
 def _text_files() -> tuple[list[str], list[str]]:
@@ -156,15 +154,11 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
         if not file.exists():
             # Validation examples are training-split problems under another seed: the test split stays untouched.
             _write_examples(file, examples("train", seed + (split != "train"), scale.tasks), count)
-    sources = {
-        "text-train": (training_files, "text"),
-        "text-validation": (validation_files, "text"),
-        "chat-train": ([str(folder / "chat-train.jsonl")], "chat"),
-        "chat-validation": ([str(folder / "chat-validation.jsonl")], "chat"),
-    }
+    text = {"text-train": training_files, "text-validation": validation_files}
+    chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
     return {
-        name: prepare(files, str(folder / name), str(tokenizer), kind="chat" if kind == "chat" else "text")
-        for name, (files, kind) in sources.items()
+        **{name: prepare(files, str(folder / name), str(tokenizer)) for name, files in text.items()},
+        **{name: prepare(files, str(folder / name), str(tokenizer), kind="chat") for name, files in chat.items()},
     }
 
 
@@ -262,12 +256,11 @@ def _train(recipe: Recipe, title: str) -> None:
         sys.exit(128 + signal.Signals(result.interrupted))
 
 
-def _measure_text(output: Path, data: dict[str, Shards]) -> dict[str, Any]:
+def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[str, Any]:
     """Return bits per byte of the pre-trained model and of the n-gram baselines on all held-out text."""
     model, _ = load_model(str(output / "pretrain"))
     shards = data["text-validation"]
-    window = 128
-    bound = validation_bound(model, shards, window, None, 64)
+    bound = validation_bound(model, shards, scale.window, None, 64)
     baselines = ngram_baselines(data["text-train"], shards)
     nats = {"model": bound, "unigram": baselines.unigram, "bigram": baselines.bigram}
     metrics = read_metrics(output / "pretrain" / "metrics.jsonl")
@@ -281,9 +274,15 @@ def _measure_text(output: Path, data: dict[str, Shards]) -> dict[str, Any]:
     }
 
 
+def _decoding(scale: Scale, tokenizer: Any) -> GenerationSettings:
+    """Return the paper's decoding: one token a pass."""
+    return GenerationSettings(
+        max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
+    )
+
+
 def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
     model, tokenizer = load_model(str(output))
-    eos = tokenizer.eos_token_id
     problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
     prompts = {
         task: [encode_prompt(tokenizer, example.messages[:1]) for example in tests] for task, tests in problems.items()
@@ -292,12 +291,7 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     samples: dict[str, list[dict[str, Any]]] = {}
     runs = [(steps, task) for steps in scale.steps_per_block for task in scale.tasks]
     for steps, task in track(runs, description="answering", console=console, disable=not console.is_terminal):
-        settings = GenerationSettings(
-            max_new_tokens=scale.max_new_tokens,
-            block_length=scale.block_length,
-            steps_per_block=steps,
-            eos_token_id=eos,
-        )
+        settings = replace(_decoding(scale, tokenizer), steps_per_block=steps)
         answers = generate(model, prompts[task], settings, tokenizer=tokenizer)
         texts = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
         right = [text == example.answer for text, example in zip(texts, problems[task], strict=True)]
@@ -346,9 +340,7 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dic
 
 def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
     """Return every step of one right answer of the task with the longest ones, or of a wrong one if none is right."""
-    settings = GenerationSettings(
-        max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
-    )
+    settings = _decoding(scale, tokenizer)
     recorded: list[dict[str, Any]] = []
     longest = [task for task in ("sudoku", "shift") if task in scale.tasks]
     for task, example in [(name, example) for name in longest for example in held_out(name, 12, seed)]:
