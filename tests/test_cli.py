@@ -130,7 +130,7 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
         ("pretrain --training.gradient_clip", "--training.gradient_clip needs a value"),
         ("pretrain --model 1m", "--model.KEY"),
         ("pretrain missing.yaml", "no recipe at"),
-        ("generate --model m --prompt a --dtype fp64", "dtype is 'fp64': it must be fp32 or bf16"),
+        ("generate --model m --prompt a --dtype fp64", "dtype is 'fp64': it must be auto or fp32 or bf16 or fp16"),
         ("generate --model m --prompt a --json maybe", "json is 'maybe': it must be true or false"),
         ("generate --model m --prompt a --stop x", "stop is 'x': it must be a list"),
         ("generate --model m --promt a", "unknown option --promt: did you mean --prompt?"),
@@ -202,7 +202,7 @@ def test_data_that_cannot_be_used(work, fails, tmp_path, monkeypatch):
     assert "prepare it again with --tokenizer" in fails(*start, "--output", "run")
     assert "longer than the model's context" in fails(*command, "--data.window", "65")
     assert "less than one window" in fails(*command, "--data.window", "5000", "--model.max_position_embeddings", "5000")
-    assert "training.device" in fails(*command, "--training.device", "abacus")
+    assert "device abacus" in fails(*command, "--training.device", "abacus")
     assert not Path("run").exists()
     Path("file").write_text("")
     assert "file/run: Not a directory" in fails(*command[:-1], "file/run")

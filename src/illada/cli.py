@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-# Before torch and transformers are imported: no telemetry, no advice, no network.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch and transformers are imported: no telemetry, no advice, no network (but see illada.hub).
+if "HF_HUB_OFFLINE" not in os.environ and "TRANSFORMERS_OFFLINE" not in os.environ:
+    os.environ["HF_HUB_OFFLINE"] = os.environ["ILLADA_BANNED_NETWORK"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -50,13 +51,13 @@ def score(
     samples: int = 128,
     seed: int = 0,
     chat: bool = False,
-    dtype: Literal["fp32", "bf16"] = "fp32",
-    device: str = "cpu",
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    device: str = "auto",
 ) -> None:
     """Score candidate continuations by confidence (paper Eq. 2) or Monte-Carlo likelihood (LLaDA Eq. 6), in nats.
 
     Args:
-        model: model or run folder.
+        model: model or run folder, or a hub name (GSAI-ML/iLLaDA-8B-Base).
         context: text before the candidates.
         candidates: texts to compare.
         file: jsonl with {"context": str, "candidates": [str], "answer": int (optional)} on each line, instead.
@@ -64,8 +65,8 @@ def score(
         samples: Monte-Carlo samples of the likelihood.
         seed: of the Monte-Carlo samples.
         chat: wrap each context in the chat template as a user's question.
-        dtype: of the weights.
-        device: to run on.
+        dtype: of the weights; auto is the checkpoint's own.
+        device: to run on; auto takes a GPU where there is one.
     """
     from illada.commands.score import read_items, score_items
     from illada.loading import load_model
@@ -198,9 +199,12 @@ def _wanted(types: str) -> str:
 
 
 def _add_model_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", type=str, required=True, help="model or run folder")
-    parser.add_argument("--dtype", type=Literal["fp32", "bf16"], default="fp32", help="of the weights")
-    parser.add_argument("--device", type=str, default="cpu", help="to run on")
+    parser.add_argument(
+        "--model", type=str, required=True, help="model or run folder, or a hub name (GSAI-ML/iLLaDA-8B-Instruct)"
+    )
+    dtypes = Literal["auto", "fp32", "bf16", "fp16"]
+    parser.add_argument("--dtype", type=dtypes, default="auto", help="of the weights; auto is the checkpoint's own")
+    parser.add_argument("--device", type=str, default="auto", help="to run on; auto takes a GPU where there is one")
 
 
 def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:

@@ -1,75 +1,178 @@
-"""Find and load a trained model: a model folder, or a run folder with one inside."""
+"""Find and load a model: a local folder, a training run, or a name on the Hugging Face hub."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+from safetensors import safe_open
 
 from illada.data.tokenizer import load_tokenizer
-from illada.errors import IlladaError
+from illada.errors import IlladaError, first_line
+from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.formats import MASK_TOKENS, TURN_ENDS
 
-Dtype = Literal["fp32", "bf16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Types of the weights by name; auto is the checkpoint's own."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def model_folder(path: str) -> Path:
-    """Return the model folder meant by `path`: itself, a run's finished model, or the run's newest checkpoint.
+    """Return the local folder meant by `path`: itself, a run's finished model, or the run's newest checkpoint.
+
+    A path that does not exist and looks like a hub name is downloaded into the local cache.
 
     Raises:
-        IlladaError: when there is no model.
+        IlladaError: when there is no model, or it cannot be downloaded.
     """
     from illada.training.checkpoint import checkpoints
 
     folder = Path(path)
     if not folder.exists():
-        raise IlladaError(f"no model at {path}: the folder does not exist")
+        if not is_hub_name(path):
+            raise IlladaError(f"no model at {path}: the folder does not exist")
+        folder = hub_folder(path, MODEL_FILES)
     for candidate in (folder, folder / "model", *reversed(checkpoints(folder))):
         if (candidate / "config.json").is_file():
             return candidate
-    raise IlladaError(f"no model at {path}: give a folder with config.json, or a run folder")
+    raise IlladaError(f"no model at {path}: give a folder with config.json, a run folder, or a hub name")
 
 
 def load_config(folder: str | Path) -> IlladaConfig:
-    """Read the configuration in a model folder.
+    """Read the configuration in a model folder, of any family that can be read.
 
     Raises:
-        IlladaError: when it is damaged or of another family.
+        IlladaError: when it is damaged, of another family, or asks for what the network does not do.
     """
+    path = Path(folder) / "config.json"
+    values = _read_json(path)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return IlladaConfig.from_dict(values)
     except Exception as error:
-        raise IlladaError(f"{folder}/config.json cannot be used: {_first_line(error)}") from error
-    if not isinstance(config, IlladaConfig):
-        raise IlladaError(f"{folder} holds a {config.model_type!r} model; illada runs model_type 'illada'")
-    return config
+        raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
 
 
-def load_model(path: str, dtype: Dtype = "fp32", device: str = "cpu") -> tuple[IlladaForMaskedLM, Any]:
-    """Load a model for inference and its tokenizer from a local folder.
+def load_model(path: str, dtype: Dtype = "auto", device: str = "auto") -> tuple[IlladaForMaskedLM, Any]:
+    """Load a model for inference, and its tokenizer; weights go straight into their type, without a second copy.
+
+    Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `settle_ids`).
+
+    Args:
+        path: model folder, run folder, or hub name; iLLaDA's, LLaDA's or our own files.
+        dtype: of the weights; auto is the checkpoint's own.
+        device: to run on; auto takes a GPU where there is one.
 
     Raises:
-        IlladaError: when the folder holds no illada model, or its weights or tokenizer are missing or do not fit.
+        IlladaError: when there is no such model, or its weights or tokenizer are missing, damaged or do not fit.
     """
     folder = model_folder(path)
     config = load_config(folder)
+    check_shards(folder)
     tokenizer = load_tokenizer(folder)
+    settle_ids(config, folder, tokenizer)
+    place = choose_device(device)
     try:
-        model, notes = IlladaForMaskedLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        model: IlladaForMaskedLM = IlladaForMaskedLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], local_files_only=True
         )
+        model = model.to(place)
+    except IlladaError:
+        raise
     except Exception as error:
-        raise IlladaError(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from error
-    odd = [f"{kind.replace('_keys', '')} {sorted(map(str, names))[:3]}" for kind, names in notes.items() if names]
-    if odd:
-        raise IlladaError(f"the weights in {folder} do not fit its config.json: {'; '.join(odd)}")
-    try:
-        model = model.to(device)
-    except Exception as error:
-        raise IlladaError(f"device {device} cannot be used here: {_first_line(error)}") from error
+        raise IlladaError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
     return model.eval(), tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
+    """Complete the special ids in `config` from the folder's own files (spec §1, §8).
+
+    The mask id is that of config.json, else the tokenizer's, else the id of a token with a released model's name for
+    it, else the family's. Generation ends at every id that config.json or generation_config.json calls eos_token_id,
+    and at the tokens that end a turn in the released chat templates.
+
+    Raises:
+        IlladaError: when the tokenizer has more tokens than the embedding has rows.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise IlladaError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model only {config.vocab_size}: "
+            "it belongs to another model"
+        )
+    known = tokenizer.get_vocab()
+    if "mask_token_id" not in _read_json(folder / "config.json"):
+        named = [known[token] for token in MASK_TOKENS if token in known]
+        if tokenizer.mask_token_id is not None:
+            named.insert(0, tokenizer.mask_token_id)
+        config.mask_token_id = (named or [config.mask_token_id])[0]
+    generation = folder / "generation_config.json"
+    written = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = [*_ids(config.eos_token_id), *_ids(written), *(known[token] for token in TURN_ENDS if token in known)]
+    ends = list(dict.fromkeys(ends))
+    if ends:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+
+
+def check_shards(folder: Path) -> None:
+    """Check that every file of weights is there and whole, without reading the weights.
+
+    Raises:
+        IlladaError: naming the file.
+    """
+    if (folder / INDEX).is_file():
+        places = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise IlladaError(f"{folder / INDEX} names no files: fetch it again")
+        names = sorted(set(map(str, places.values())))
+    else:
+        names = [WEIGHTS]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        others = [path.name for kind in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for path in folder.glob(kind)]
+        found = f" (there is {', '.join(others[:3])}; only safetensors are read)" if others and len(names) == 1 else ""
+        raise IlladaError(f"{folder} lacks {', '.join(missing)}{found}: fetch the missing files")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except Exception as error:
+            raise IlladaError(
+                f"{folder / name} is damaged or incomplete ({first_line(error)}): fetch it again"
+            ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; auto takes a GPU where there is one.
+
+    Raises:
+        IlladaError: when it cannot be used here.
+    """
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except Exception as error:
+            raise IlladaError(f"device {name} cannot be used here: choose cpu or auto") from error
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # Apple's GPU has neither float64, which sampling needs, nor bf16 autocast for every operation used here.
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise IlladaError(f"{path} cannot be read: it is no JSON object")
+    return values

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from illada.data.tokenizer import train_tokenizer
 from illada.errors import IlladaError
@@ -16,8 +16,8 @@ IDS = torch.tensor([[3, 5, 5, 60, 1, 0]])
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def saved(request, tmp_path_factory):
-    model = request.getfixturevalue(request.param)
+def saved(request, build_model, tmp_path_factory):
+    model = build_model(request.param == "tied", seed=4, vocab_size=264)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     train_tokenizer(["a b c"], 264).save_pretrained(folder)
@@ -31,8 +31,9 @@ def test_auto_classes_load_what_was_saved(saved):
     assert config.mask_token_id == model.config.mask_token_id
     again = AutoModelForMaskedLM.from_pretrained(folder)
     assert isinstance(again, IlladaForMaskedLM)
-    trunk = AutoModel.from_pretrained(folder)
-    assert isinstance(trunk, IlladaModel)
+    for auto in (AutoModel, AutoModelForCausalLM):  # as the released folders' auto_map has it
+        assert isinstance(auto.from_pretrained(folder), IlladaForMaskedLM)
+    trunk = IlladaModel.from_pretrained(folder)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
         assert torch.equal(trunk(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
@@ -142,10 +143,9 @@ def damage(folder, how):
         "damaged tokenizer",
     ],
 )
-def test_a_damaged_folder_is_one_clear_error(tied, tmp_path, how):
+def test_a_damaged_folder_is_one_clear_error(saved, tmp_path, how):
     folder = tmp_path / "model"
-    tied.save_pretrained(folder)
-    train_tokenizer(["a b c"], 264).save_pretrained(folder)
+    shutil.copytree(saved[1], folder)
     damage(folder, how)
     with pytest.raises(IlladaError) as caught:
         load_model(str(folder))

@@ -335,7 +335,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(make_recipe, make_
     refused(make_recipe(validation="other"), "another tokenizer")
     refused(make_recipe(train="missing"), "no prepared data")
     refused(make_recipe(window=65), "longer than the model's context 64")
-    refused(make_recipe(device="nonsense"), "training.device nonsense")
+    refused(make_recipe(device="nonsense"), "device nonsense")
     refused(make_recipe(start=tmp_path / "missing"), "no model at")
     refused(make_recipe(rule="llada"), "--kind chat")
     bad = make_recipe()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from illada.data import sources as reading
 from illada.data.chat import CHAT_TEMPLATE
-from illada.errors import IlladaError
+from illada.errors import IlladaError, first_line
+from illada.hub import TOKENIZER_FILES, hub_folder, is_hub_name
 
 # bos, pad, eos and mask have the ids of the released tokenizer (spec §1); the names and the other ids are ours.
 SPECIAL_TOKENS = ("<|bos|>", "<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>", "<[MASK]>", "<|system|>", "<|end|>")
@@ -20,7 +20,6 @@ SPECIAL_TOKENS = ("<|bos|>", "<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>", 
 # Words as GPT-2 divides them, but every digit by itself, so that arithmetic sees digits.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -116,18 +115,19 @@ def load_tokenizer(path: str | os.PathLike[str], allow_hub: bool = False) -> Pre
         IlladaError: when there is none.
     """
     name = os.fspath(path)
-    local = Path(name).is_dir()
-    if local and not (Path(name) / "tokenizer.json").is_file():
+    if not Path(name).is_dir():
+        if not (allow_hub and is_hub_name(name)):
+            raise IlladaError(f"no tokenizer folder at {name}: make one with `illada tokenizer`")
+        path = hub_folder(name, TOKENIZER_FILES)
+    if not (Path(path) / "tokenizer.json").is_file():
         raise IlladaError(
-            f"{name} holds no tokenizer.json: give the folder of a tokenizer (`illada tokenizer` makes one)"
+            f"{name} holds no tokenizer.json: give the folder of a tokenizer (`illada tokenizer` makes one), or fetch "
+            "the model's tokenizer files into it"
         )
-    if not local and not (allow_hub and _HUB_NAME.fullmatch(name)):
-        raise IlladaError(f"no tokenizer folder at {name}: make one with `illada tokenizer`")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=local)
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the libraries below raise bare Exception for a damaged file
-        reason = str(error).strip().splitlines()
-        raise IlladaError(f"cannot load the tokenizer {name}: {reason[0] if reason else error!r}") from None
+        raise IlladaError(f"cannot load the tokenizer {name}: {first_line(error)}") from None
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:

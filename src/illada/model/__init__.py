@@ -1,13 +1,16 @@
 """The network: configuration, attention, transformer, and the Auto classes of transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from illada.model.attention import Packing
-from illada.model.config import PRESETS, IlladaConfig
+from illada.model.config import PRESETS, IlladaConfig, LladaConfig
 from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
 AutoConfig.register("illada", IlladaConfig, exist_ok=True)
-AutoModel.register(IlladaConfig, IlladaModel, exist_ok=True)
-AutoModelForMaskedLM.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
+AutoConfig.register("llada", LladaConfig, exist_ok=True)
+# Every class gives the model with its head, as the released folders' auto_map does: scripts written for them expect
+# logits of AutoModel. The trunk alone is IlladaModel.
+for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+    auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
 
 __all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing"]

@@ -4,7 +4,7 @@ Shape letters: T tokens of all segments, one after another · S segments · N se
 H query heads · G key/value heads · D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -56,10 +56,25 @@ class Packing:
         return torch.cat([torch.arange(length, device=device) for length in self.lengths])
 
 
-def packed_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing) -> Tensor:
+def eager_attention(query_NHLD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, enable_gqa: bool = False) -> Tensor:
+    """Attend as written in textbooks, softmax in fp32: every score is held at once. Returns [N, H, L, D]."""
+    if enable_gqa:
+        shared = query_NHLD.shape[1] // key_NGLD.shape[1]
+        key_NGLD, value_NGLD = (x.repeat_interleave(shared, dim=1) for x in (key_NGLD, value_NGLD))
+    scores_NHLL = query_NHLD @ key_NGLD.transpose(-1, -2) * query_NHLD.shape[-1] ** -0.5
+    return scores_NHLL.softmax(-1, dtype=torch.float32).to(query_NHLD.dtype) @ value_NGLD
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
+"""Kernels by transformers' names for them (`attn_implementation`)."""
+
+
+def packed_attention(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, kernel: str = "sdpa"
+) -> Tensor:
     """Attend within each segment, fully bidirectionally; returns [T, H, D].
 
-    Segments of equal length that lie side by side go through one call of `scaled_dot_product_attention` on a view,
+    Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
     so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
     nested tensors). Heads of one group share their key and value.
     """
@@ -71,6 +86,6 @@ def packed_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
         packing.runs, query_THD.split(sizes), key_TGD.split(sizes), value_TGD.split(sizes), strict=True
     ):
         query_NHLD, key_NGLD, value_NGLD = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
-        out_NHLD = F.scaled_dot_product_attention(query_NHLD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
+        out_NHLD = KERNELS[kernel](query_NHLD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
         outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]

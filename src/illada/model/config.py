@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from illada.errors import IlladaError
+from illada.model.formats import FAMILY_IDS, read_config
 
 _SIZES = (
     "vocab_size",
@@ -56,10 +57,10 @@ class IlladaConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    mask_token_id: int = 5
-    bos_token_id: int | None = 0
-    pad_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    mask_token_id: int = FAMILY_IDS["illada"]["mask_token_id"]
+    bos_token_id: int | None = FAMILY_IDS["illada"]["bos_token_id"]
+    pad_token_id: int | None = FAMILY_IDS["illada"]["pad_token_id"]
+    eos_token_id: int | list[int] | None = FAMILY_IDS["illada"]["eos_token_id"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the derived sizes and check the shape."""
@@ -88,6 +89,15 @@ class IlladaConfig(PreTrainedConfig):
                 if not 0 <= token_id < self.vocab_size:
                     raise IlladaError(f"{name} {token_id} is outside the vocabulary of {self.vocab_size}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration from the contents of a config.json: ours, iLLaDA's or LLaDA's.
+
+        Raises:
+            IlladaError: when it is of another family, or asks for something this network does not do.
+        """
+        return super().from_dict(read_config(config_dict), **kwargs)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "IlladaConfig":
@@ -130,9 +140,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
-        "mask_token_id": 126_336,
-        "bos_token_id": 126_080,
-        "eos_token_id": 126_081,
+        **FAMILY_IDS["llada"],
         "pad_token_id": None,
     },
 }
+
+
+class LladaConfig(IlladaConfig):
+    """The name under which transformers finds LLaDA's config.json; reading one gives an `IlladaConfig`."""
+
+    model_type = "llada"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build an `IlladaConfig`; errors as there."""
+        return IlladaConfig.from_dict(config_dict, **kwargs)

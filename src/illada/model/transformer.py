@@ -18,8 +18,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
+from illada.errors import IlladaError
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
+from illada.model.formats import LLADA_TENSORS
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: IlladaConfig):
         super().__init__()
+        self.config = config  # its attn_implementation may be changed later
         self.head_dim = config.head_dim
         width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -72,7 +75,8 @@ class Attention(nn.Module):
         query_THK = rotate(self.q_proj(hidden_TD).unflatten(-1, heads), *rotary)
         key_TGK = rotate(self.k_proj(hidden_TD).unflatten(-1, heads), *rotary)
         value_TGK = self.v_proj(hidden_TD).unflatten(-1, heads)
-        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing).flatten(-2))
+        kernel = self.config._attn_implementation
+        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing, kernel).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -115,6 +119,39 @@ class IlladaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012  (transformers' own declaration)
     _supports_sdpa = True
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint of ours, of iLLaDA or of LLaDA; arguments as in transformers.
+
+        Raises:
+            IlladaError: when a tensor is missing, not expected or of another shape, naming them, or when a head that
+                should be tied differs from the embedding. Nothing is ever initialised afresh.
+        """
+        model, notes = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            key_mapping={**LLADA_TENSORS, **(key_mapping or {})},
+            output_loading_info=True,
+            # Odd shapes are refused below, together with odd names.
+            **{**kwargs, "ignore_mismatched_sizes": True},
+        )
+        _refuse_odd(pretrained_model_name_or_path, notes)
+        if cls is IlladaForMaskedLM and model.config.tie_word_embeddings and not model.all_tied_weights_keys:
+            raise IlladaError(
+                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: lm_head.weight differs "
+                "from model.embed_tokens.weight though tie_word_embeddings is true"
+            )
+        # transformers would use these to save in the layout that was read; we save in ours.
+        model._weight_conversions = None
+        return (model, notes) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the released model code does (spec §1): narrower at the two ends of the residual branches."""
@@ -131,8 +168,22 @@ class IlladaPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
 
+def _refuse_odd(path: Any, notes: dict[str, Any]) -> None:
+    """Raise an error that lists every tensor that did not find its place, if there is one."""
+    odd = [
+        *(f"{name} is missing" for name in sorted(notes["missing_keys"])),
+        *(f"{name} is not part of the model" for name in sorted(notes["unexpected_keys"])),
+        *(f"{name} is {list(a)}, not {list(b)}" for name, a, b in sorted(notes["mismatched_keys"])),
+        *(str(line) for line in notes["error_msgs"]),
+    ]
+    if odd:
+        raise IlladaError(f"the weights in {path} do not fit its config.json ({len(odd)} tensors): {'; '.join(odd)}")
+
+
 class IlladaModel(IlladaPreTrainedModel):
     """The trunk: token ids to final hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: IlladaConfig):
         super().__init__(config)

@@ -25,7 +25,7 @@ from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
-from illada.loading import load_config, load_model, model_folder
+from illada.loading import choose_device, load_config, load_model, model_folder
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from illada.training.recipe import ModelRecipe, Recipe
@@ -86,7 +86,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
         eos_token_id=eos,
     )
     run = Path(recipe.output)
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     model = _model(recipe, config).to(device)
     # Last, so that a recipe that cannot work leaves nothing behind.
     _claim(run, recipe, shards)
@@ -214,7 +214,7 @@ def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig
 def _model(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
     """Build the network with keyed initial weights, or load the one to start from, in fp32."""
     if recipe.model.start is not None:
-        model, _ = load_model(recipe.model.start)
+        model, _ = load_model(recipe.model.start, "fp32", "cpu")
     else:
         # fork_rng: the seed must not leak into the caller's random state.
         with torch.random.fork_rng(devices=[]):
@@ -298,17 +298,6 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
         keys = list(dict.fromkeys([*a, *b]))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else str(k))]
     return [] if a == b else [prefix]
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except Exception as error:
-            raise IlladaError(f"training.device {name} cannot be used here: choose cpu or auto") from error
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    # Apple's GPU has no bf16 autocast for every operation used here.
-    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> None:

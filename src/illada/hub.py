@@ -1,0 +1,74 @@
+"""The Hugging Face hub: the one place where this package may use the network, and only for a name the user gave."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from illada.errors import IlladaError, first_line
+
+BANNED_BY_US = "ILLADA_BANNED_NETWORK"
+"""Set by the command line beside HF_HUB_OFFLINE, to tell its own ban from the user's."""
+
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+
+
+def is_hub_name(name: str) -> bool:
+    """Say whether a text looks like owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]*[\w-]", name) is not None
+
+
+def hub_folder(name: str, files: Sequence[str]) -> Path:
+    """Return the folder of the local cache with those files of a hub repository, downloading what is missing.
+
+    Without a network, what an earlier download left in the cache is used.
+
+    Args:
+        name: owner/name, for instance GSAI-ML/iLLaDA-8B-Instruct.
+        files: patterns of the files wanted; never code.
+
+    Raises:
+        IlladaError: when the repository does not exist, is gated, or cannot be reached or stored.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        with _network():
+            return Path(snapshot_download(name, allow_patterns=list(files)))
+    except errors.GatedRepoError as error:
+        raise IlladaError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise IlladaError(
+            f"neither a folder nor a hub repository {name}: check the name; for a private one, `hf auth login` first"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise IlladaError(
+            f"no folder {name}, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or fetch it "
+            f"elsewhere with `hf download {name} --local-dir FOLDER` and give that folder"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise IlladaError(f"the hub refused {name}: {first_line(error)}") from error
+    except OSError as error:
+        raise IlladaError(
+            f"{name} could not be stored ({error.strerror or first_line(error)}): free some disk or set HF_HOME to a "
+            "larger one; what has arrived is kept"
+        ) from error
+    except Exception as error:  # the transfer libraries below have errors of their own
+        raise IlladaError(f"{name} could not be downloaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Lift the command line's own ban on the network; one that the user set stays."""
+    from huggingface_hub import constants
+
+    banned = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = banned and BANNED_BY_US not in os.environ
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = banned
