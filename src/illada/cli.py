@@ -114,7 +114,7 @@ def _train(command: str, arguments: Namespace) -> None:
     result = train(recipe, title=command)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
-    print(f"model written to {result.model}")
+    print(f"{result.model.name} written to {result.model}")
 
 
 def _generate(arguments: Namespace) -> None:
@@ -280,16 +280,23 @@ def _given(arguments: Namespace) -> dict[str, Any]:
 
 
 def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
-    """Let a recipe stand without its flag (`pretrain recipe.yaml`) and a switch without its value (`--quick`)."""
+    """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
+    without brackets (`--lora.targets q_proj v_proj`).
+    """
     if len(words) > 1 and words[0] in ("pretrain", "sft") and not words[1].startswith("-"):
         words = [words[0], "--config", *words[1:]]
     commands = next((action.choices for action in parser._actions if action.choices), None) or {}
     command = commands.get(words[0]) if isinstance(commands, dict) else None
     hints = {} if command is None else {o: a for a in command._actions for o in a.option_strings}
     switches = {option for option, action in hints.items() if getattr(action, "_typehint", None) is bool}
-    plain = []
+    lists = {option for option, action in hints.items() if getattr(action, "_typehint", None) == list[str] | None}
+    plain: list[str] = []
     for place, word in enumerate(words):
-        plain.append(word)
+        if len(plain) > 1 and plain[-2] in lists and plain[-1].startswith("[") and not word.startswith("-"):
+            plain[-1] = f"{plain[-1][:-1]}, {word}]"
+            continue
+        bare = place > 0 and words[place - 1] in lists and word != "null" and not word.startswith(("-", "["))
+        plain.append(f"[{word}]" if bare else word)
         if word in switches and (place + 1 == len(words) or words[place + 1].startswith("--")):
             plain.append("true")
     return plain
@@ -309,7 +316,8 @@ def main(words: list[str] | None = None) -> None:
         try:
             arguments = parser.instantiate(arguments)
         except TypeError as error:
-            raise IlladaError("model, data and training must each hold lines of `key: value` in the recipe") from error
+            what = "model, lora, data and training must each hold lines of `key: value` in the recipe"
+            raise IlladaError(what) from error
         actions[arguments.subcommand](arguments[arguments.subcommand])
     except IlladaError as error:
         sys.exit(_fail(error, 2))

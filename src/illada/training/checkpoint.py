@@ -1,4 +1,5 @@
-"""Checkpoints: a model folder that transformers loads, plus the optimiser and the state of the run; no pickle.
+"""Checkpoints: a model folder that transformers loads, or an adapter folder that PEFT loads, plus the optimiser and the
+state of the run; no pickle.
 
 A checkpoint is written under a temporary name and renamed when complete, so one that can be seen can be trusted.
 """
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from illada.adapters import WEIGHTS, adapter_tensors, is_adapted, save_adapter
 from illada.errors import IlladaError
 from illada.model import IlladaForMaskedLM
 
@@ -43,7 +45,10 @@ def save_checkpoint(
     target = run / "checkpoints" / f"step-{state.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size="1TB")
+    if is_adapted(model):
+        save_adapter(model, partial)
+    else:
+        model.save_pretrained(partial, max_shard_size="1TB")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
@@ -56,28 +61,30 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: IlladaForMaskedLM, optimizer: torch.optim.Optimizer) -> RunState:
-    """Load weights, optimiser and state in place, bit for bit.
+    """Load what is trained (the weights, or an adapter), optimiser and state in place, bit for bit.
 
     Raises:
         IlladaError: when the checkpoint does not fit the model or is damaged.
     """
+    adapted = is_adapted(model)
     try:
-        weights = load_file(path / "model.safetensors")
+        weights = load_file(path / (WEIGHTS if adapted else "model.safetensors"))
         moments = load_file(path / "optimizer.safetensors")
         state = RunState(**json.loads((path / "state.json").read_text()))
     except Exception as error:
         raise IlladaError(
             f"checkpoint {path} cannot be read ({error}): delete it to continue from the one before"
         ) from error
-    parameters = dict(model.named_parameters())
-    _require_same(path, set(parameters), set(weights))
+    places = adapter_tensors(model) if adapted else dict(model.named_parameters())
+    trained = _in_order(model, optimizer)
+    _require_same(path, set(places), set(weights))
     slots = ("step", "exp_avg", "exp_avg_sq") if state.step else ()
-    _require_same(path, {f"{name}/{slot}" for name in parameters for slot in slots}, set(moments))
-    optimizer_state = {}
-    for number, (name, parameter) in enumerate(_in_order(model, optimizer)):
-        parameter.data.copy_(weights[name])
-        if slots:
-            optimizer_state[number] = {slot: moments[f"{name}/{slot}"] for slot in slots}
+    _require_same(path, {f"{name}/{slot}" for name, _ in trained for slot in slots}, set(moments))
+    for name, place in places.items():
+        place.data.copy_(weights[name])
+    optimizer_state = {
+        number: {slot: moments[f"{name}/{slot}"] for slot in slots} for number, (name, _) in enumerate(trained) if slots
+    }
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 

@@ -48,6 +48,54 @@ class ModelRecipe:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, which an adapter may lie beside."""
+
+
+@dataclass
+class LoraRecipe:
+    """Train low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685) instead of the weights; needs model.start.
+
+    The paper trains all weights; everything here is ours. Adapters want a higher training.learning_rate than weights:
+    begin with ten times as much. Under training.dtype bf16 the frozen weights keep the checkpoint's own type.
+
+    Args:
+        rank: inner width of an adapter, e.g. 16; none or 0 trains all weights.
+        alpha: an adapter's product is scaled by alpha / rank; none for twice the rank.
+        dropout: chance that an input of an adapter is zeroed; drawn anew for every forward pass of the seed's run.
+        targets: which linear layers of each block get one; none for all (q_proj, k_proj, v_proj, o_proj, gate_proj,
+            up_proj, down_proj).
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def check(self, start: str | None) -> None:
+        """Check the section, given model.start.
+
+        Raises:
+            IlladaError: naming the key and the remedy.
+        """
+        if self.rank is None:
+            if self != LoraRecipe():
+                raise IlladaError("lora.rank is missing: give it, e.g. --lora.rank 16, or leave lora out")
+            return
+        if self.rank < 0:
+            raise IlladaError(f"lora.rank is {self.rank}: it must be at least 1, or 0 to train all weights")
+        if self.rank and start is None:
+            raise IlladaError("lora.rank needs model.start: an adapter is trained beside the weights of a checkpoint")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise IlladaError(f"lora.alpha is {self.alpha:g}: it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise IlladaError(f"lora.dropout is {self.dropout:g}: it must be at least 0 and below 1")
+        unknown = [name for name in self.targets or () if name not in LORA_TARGETS]
+        if unknown or self.targets == []:
+            what = f"has no {unknown[0]!r}" if unknown else "is empty"
+            raise IlladaError(f"lora.targets {what}: choose from {', '.join(LORA_TARGETS)}")
+
+
 @dataclass
 class DataRecipe:
     """The prepared tokens to train on.
@@ -93,7 +141,7 @@ class TrainingRecipe:
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
-        dtype: of the computation; weights and optimiser stay fp32.
+        dtype: of the computation; the weights that are trained and the optimiser stay fp32.
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
@@ -146,12 +194,14 @@ class Recipe:
     Args:
         output: run folder; the same command continues an interrupted run in it.
         model: the network.
+        lora: adapters instead of new weights.
         data: the tokens.
         training: how to train.
     """
 
     output: str = ""
     model: ModelRecipe = field(default_factory=ModelRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
@@ -170,6 +220,7 @@ class Recipe:
             raise IlladaError("give exactly one of model.preset (a new network) and model.start (a checkpoint)")
         if model.start is not None and model.sizes():
             raise IlladaError(f"model.{next(iter(model.sizes()))} cannot be changed when model.start is given")
+        self.lora.check(model.start)
         if training.steps is None and training.epochs is None:
             raise IlladaError("how long to train is missing: set training.steps or training.epochs")
         bounds: list[tuple[str, float, float, float]] = [

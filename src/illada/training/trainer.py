@@ -4,7 +4,10 @@ A run is a pure function of its recipe: killed at any moment and started again, 
 bit.
 """
 
+import hashlib
+import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from illada.adapters import CONFIG, add_adapter, is_adapted, save_adapter
 from illada.data.batches import Batches
 from illada.data.shards import Shards
 from illada.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -25,14 +29,16 @@ from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
+from illada.keyed import ORDER, bits
 from illada.loading import choose_device, load_config, load_model, model_folder
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
-from illada.training.recipe import ModelRecipe, Recipe
+from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
 from illada.training.report import Report
 from illada.training.schedule import Schedule, on_plateau
 
 DECAY_FILE = "DECAY"
+DROPOUT = ORDER + 1  # the stream of random numbers after those of illada.keyed
 FREE_TO_CHANGE = (
     "training.validate_every",
     "training.checkpoint_every",
@@ -40,6 +46,9 @@ FREE_TO_CHANGE = (
     "training.device",
 )
 """Recipe keys that may differ when a run is continued: they do not change the weights it ends in."""
+
+DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "embedding_dropout")
+"""What iLLaDA's and LLaDA's config.json call their dropouts."""
 
 
 class DivergedError(RuntimeError):
@@ -51,7 +60,7 @@ class Result:
     """How a run ended."""
 
     model: Path
-    """The finished model's folder, or the checkpoint to continue from."""
+    """The finished model's or adapter's folder, or the checkpoint to continue from."""
     interrupted: int | None
     """The signal that stopped the run; None when it is complete."""
 
@@ -68,7 +77,9 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     shards = Shards.open(recipe.data.train)
     validation = None if recipe.data.validation is None else _validation(recipe.data.validation, shards)
     tokenizer = load_tokenizer(shards.path / "tokenizer")
-    config = _config(recipe.model, shards, tokenizer)
+    # Once: it may be a hub name, or a run whose newest checkpoint changes.
+    start = None if recipe.model.start is None else model_folder(recipe.model.start)
+    config = _config(recipe.model, start, shards, tokenizer)
     if recipe.data.window > config.max_position_embeddings:
         raise IlladaError(
             f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}: "
@@ -87,9 +98,9 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     )
     run = Path(recipe.output)
     device = choose_device(settings.device)
-    model = _model(recipe, config).to(device)
+    model = _model(recipe, start, config).to(device)
     # Last, so that a recipe that cannot work leaves nothing behind.
-    _claim(run, recipe, shards)
+    _claim(run, recipe, shards, _fingerprint(model) if is_adapted(model) else None)
     optimizer = _optimizer(model, recipe)
     state = RunState()
     saved = checkpoints(run)
@@ -103,7 +114,12 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     def precision() -> Any:
         return torch.autocast(device.type, torch.bfloat16) if settings.dtype == "bf16" else nullcontext()
 
+    def dropout(step: int, part: int) -> Any:
+        return _seeded(device, settings.seed, DROPOUT, step, part) if recipe.lora.dropout else nullcontext()
+
     with _signals() as caught, Report(run, title, schedule.steps, state.step) as report:
+        for line in _remarks(start, model):
+            report.say(f"{title}: {line}")
         if state.step:
             report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
         model.train()
@@ -118,10 +134,11 @@ def train(recipe: Recipe, title: str = "train") -> Result:
                 group["lr"] = rate
             plan = batches.plan(state.step)
             loss = torch.zeros((), device=device)
-            for batch in noisy_batches(
+            noisy = noisy_batches(
                 plan, settings.samples_per_batch, shards, settings.seed, state.step, settings.rule, eos
-            ):
-                with precision():
+            )
+            for number, batch in enumerate(noisy):
+                with precision(), dropout(state.step, number):
                     part = masked_loss(model, *batch.on(device), batch.packing)
                 part.backward()
                 loss += part.detach()
@@ -177,8 +194,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
             path = save()
             report.say(f"{title}: stopped by {signal.Signals(caught[0]).name}; the same command continues from {path}")
             return Result(path, caught[0])
-    _finish(run, model, tokenizer)
-    return Result(run / "model", None)
+    return Result(_finish(run, model, tokenizer), None)
 
 
 def _validation(path: str, train_shards: Shards) -> Shards:
@@ -192,10 +208,14 @@ def _validation(path: str, train_shards: Shards) -> Shards:
     return shards
 
 
-def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig:
+def _config(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer: Any) -> IlladaConfig:
     """Return the network's shape: the checkpoint's, or the preset's with the tokenizer's vocabulary and ids."""
-    if recipe.start is not None:
-        start = model_folder(recipe.start)
+    if start is not None:
+        if (start / CONFIG).is_file():
+            raise IlladaError(
+                f"{recipe.start} is an adapter: merge it with `illada export --model {recipe.start} --output FOLDER` "
+                "and start from that folder"
+            )
         config = load_config(start)
         theirs = load_tokenizer(start)
         if tokenizer_sha256(theirs) != shards.tokenizer_sha256:
@@ -211,15 +231,27 @@ def _config(recipe: ModelRecipe, shards: Shards, tokenizer: Any) -> IlladaConfig
     return IlladaConfig.preset(recipe.preset, **{**recipe.sizes(), "vocab_size": shards.vocab_size, **ids})
 
 
-def _model(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
-    """Build the network with keyed initial weights, or load the one to start from, in fp32."""
-    if recipe.model.start is not None:
-        model, _ = load_model(recipe.model.start, "fp32", "cpu")
+def _model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:
+    """Build the network with keyed initial weights, or load the one to start from, in fp32.
+
+    Weights that stay frozen under an adapter keep their own type, unless the computation is to be in fp32.
+    """
+    lora = recipe.lora
+    if start is not None:
+        own = bool(lora.rank) and recipe.training.dtype == "bf16"
+        model, _ = load_model(str(start), "auto" if own else "fp32", "cpu")
     else:
         # fork_rng: the seed must not leak into the caller's random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             model = IlladaForMaskedLM(config)
+    if lora.rank:
+        given = recipe.model.start
+        assert given is not None
+        base = os.path.abspath(start) if start is not None and Path(given).exists() else given
+        alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
+        targets = lora.targets or LORA_TARGETS
+        add_adapter(model.train(), lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
     if recipe.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -228,8 +260,9 @@ def _model(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
 def _optimizer(model: IlladaForMaskedLM, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices, not on norm gains."""
     training = recipe.training
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    gains = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(training.beta1, training.beta2), fused=True)
 
@@ -261,12 +294,19 @@ def _decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
     return int(text) if int(text) <= state.step else None
 
 
-def _claim(run: Path, recipe: Recipe, shards: Shards) -> None:
-    """Write the recipe into a new run folder, or check that the folder is a run of this recipe."""
+def _claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> None:
+    """Write the recipe into a new run folder, or check that the folder is a run of this recipe.
+
+    `base` is the fingerprint of the frozen weights, which no checkpoint holds; None when all weights are trained.
+    """
     sources = shards.index["provenance"].get("source_fingerprint")
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
     written = {**asdict(recipe), "data_fingerprint": data}
     del written["output"]
+    if base is None:
+        del written["lora"]
+    else:
+        written["base_fingerprint"] = base
     path = run / "recipe.yaml"
     if path.exists():
         before = yaml.safe_load(path.read_text())
@@ -300,18 +340,55 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     return [] if a == b else [prefix]
 
 
-def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> None:
-    """Write the finished model next to the checkpoints, complete or not at all."""
-    partial = run / ".model.partial"
+def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> Path:
+    """Write the finished model or adapter next to the checkpoints, complete or not at all; returns its folder."""
+    target = run / ("adapter" if is_adapted(model) else "model")
+    partial = run / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    if is_adapted(model):
+        save_adapter(model, partial)
+    else:
+        model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    if not (run / "model").exists():
-        partial.rename(run / "model")
-        return
+    if not target.exists():
+        partial.rename(target)
+        return target
     for path in partial.iterdir():
-        path.replace(run / "model" / path.name)
+        path.replace(target / path.name)
     partial.rmdir()
+    return target
+
+
+def _fingerprint(model: IlladaForMaskedLM) -> str:
+    """Return a hash of the first numbers of every frozen tensor: enough to tell that a base is no longer the same."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _remarks(start: Path | None, model: IlladaForMaskedLM) -> list[str]:
+    """Return what a user should know before the run begins."""
+    lines = []
+    if start is not None:
+        written = json.loads((start / "config.json").read_text())
+        unused = [f"{name} {written[name]}" for name in DROPOUTS if written.get(name)]
+        if unused:
+            lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
+    if is_adapted(model):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in model.parameters())
+        lines.append(f"an adapter of {trained:,} parameters beside {everything - trained:,} frozen ones")
+    return lines
+
+
+@contextmanager
+def _seeded(device: torch.device, *key: int) -> Iterator[None]:
+    """Let the device's generator give the numbers of a key, and afterwards go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(int(bits(*key)))
+        yield
 
 
 @contextmanager
