@@ -76,18 +76,48 @@ def score(
     score_items(network, text_tokenizer, items, method, samples, seed, chat, sys.stdout)
 
 
-def export(model: str, output: str, dtype: Literal["fp32", "bf16"] = "bf16") -> None:
-    """Write a folder that transformers loads after `import illada`: weights, configuration, tokenizer, model card.
+def export(
+    model: str,
+    output: str,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    layout: Literal["illada", "released"] = "illada",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model as a folder that transformers loads, in our layout or the released one: weights to model card.
 
     Args:
-        model: model or run folder.
+        model: model or run folder, or a hub name (GSAI-ML/LLaDA-8B-Instruct).
         output: new folder to write.
-        dtype: of the weights written.
+        dtype: of the weights written; auto is the checkpoint's own.
+        layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads.
+        max_shard_size: largest file of weights; more are written in several, with an index.
     """
     from illada.commands.export import export_model
 
-    export_model(model, output, dtype)
+    export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
+
+
+def convert(
+    source: str,
+    output: str,
+    mask_token: str | None = None,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Make a starting point for training out of a causal llama-like checkpoint; an extra, not the paper's way.
+
+    Args:
+        source: model folder or hub name of type llama, or of another type with the same network.
+        output: new folder to write.
+        mask_token: what stands for a masked token; null takes the tokenizer's own, else an unused reserved token, else
+            adds <[MASK]>.
+        dtype: of the weights written; auto is the checkpoint's own.
+        max_shard_size: largest file of weights; more are written in several, with an index.
+    """
+    from illada.commands.convert import convert_model
+
+    print(convert_model(source, output, mask_token, dtype, max_shard_size))
 
 
 def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
@@ -136,6 +166,13 @@ def _chat(arguments: Namespace) -> None:
     settings = _settings(arguments)
     model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
     chat(model, text_tokenizer, settings, arguments.system)
+
+
+def _convert(arguments: Namespace) -> None:
+    """Convert a causal checkpoint. Checked here, as jsonargparse would call what is missing by another name."""
+    if arguments.source is None:
+        raise IlladaError("missing: --from (--help explains them)")
+    convert(**_given(arguments))
 
 
 def _settings(arguments: Namespace) -> "GenerationSettings":
@@ -271,6 +308,12 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     add_function(score, {"--candidates": "texts to compare"})
     add_function(export, {})
+    text = " ".join((convert.__doc__ or "").split("\n\n")[0].split())
+    command = add("convert", _convert, text)
+    command.add_argument(
+        "--from", dest="source", type=str, help="causal llama-like model: folder or hub name (required)"
+    )
+    command.add_function_arguments(convert, as_positional=False, skip={"source"})
     return parser, actions
 
 

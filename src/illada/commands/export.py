@@ -1,62 +1,79 @@
-"""`illada export`: a folder that transformers loads after `import illada`."""
+"""`illada export`: a folder that transformers loads after `import illada`, in our layout or in the released one."""
 
-import shutil
+import json
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import try_to_load_from_cache
 
 import illada
+from illada.commands.folder import Layout, check_output, torch_dtype, write_model
 from illada.errors import IlladaError
+from illada.hub import is_hub_name
 from illada.loading import Dtype, load_model, model_folder
 
+_RULES = {
+    "illada": "every token may be masked, prompt and answer alike (paper Eq. 1)",
+    "llada": "the prompt stays visible, answers are padded with EOS, their loss is divided by their length (LLaDA)",
+}
 
-def export_model(model: str, output: str, dtype: Dtype) -> None:
+
+def export_model(
+    model: str,
+    output: str,
+    dtype: Dtype = "auto",
+    layout: Layout = "illada",
+    max_shard_size: str = "5GB",
+) -> None:
     """Write weights, configuration, tokenizer and a model card into the new folder `output`.
 
+    Args:
+        model: model or run folder, or a hub name; ours, iLLaDA's or LLaDA's.
+        output: folder to make.
+        dtype: of the weights; auto keeps the checkpoint's own, bit for bit.
+        layout: "illada" writes a tied head once; "released" has it twice, and the released class and field names.
+        max_shard_size: largest file of weights, as "5GB".
+
     Raises:
-        IlladaError: when there is no model, or `output` exists.
+        IlladaError: when there is no model, `output` exists or lies in the model's folder, or the disk is full.
     """
-    target = Path(output)
-    if target.exists():
-        raise IlladaError(f"{output} exists: choose another --output or delete it")
-    network, tokenizer = load_model(model, dtype)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    network.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(_card(model_folder(model), network.num_parameters(), dtype))
-    partial.rename(target)
+    target = check_output(output, max_shard_size)
+    if Path(model).resolve() in target.resolve().parents:
+        raise IlladaError(f"{target} lies in {model}, which is being read: choose another --output")
+    # On the CPU and in their own type, weights stay in the file they are read from.
+    network, _ = load_model(model, "auto", "cpu")
+    folder = model_folder(model)
+    tensors = network.state_dict()
+    if layout == "illada" and network.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    kind = torch_dtype(dtype, network.dtype)
+    card = _card(model, folder, network.num_parameters(), kind, layout, network.config.mask_token_id)
+    write_model(target, folder, network.config, tensors, kind, card, layout, max_shard_size)
 
 
-def _card(folder: Path, parameters: int, dtype: str) -> str:
-    """Return a model card made of what the run folder knows; nothing is invented where it knows nothing."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [illada, masked-diffusion, diffusion-language-model]",
-        "---",
-        "",
-        "# Masked diffusion language model",
-        "",
-        f"An iLLaDA-style model (arXiv 2606.25331) of {parameters:,} parameters in {dtype}, written by illada "
-        f"{illada.__version__}. Attention is bidirectional; logits at position i predict token i.",
-        "",
-    ]
-    run = next((p for p in (folder.parent, folder.parent.parent) if (p / "recipe.yaml").is_file()), None)
-    if run is not None:
-        from illada.training.report import read_metrics
+def card_head(base: str | None) -> list[str]:
+    """Return the YAML head and the title of a model card; `base` is named there only when it is a hub name."""
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base is not None and on_hub(base):
+        head["base_model"] = base
+    head["tags"] = ["illada", "masked-diffusion", "diffusion-language-model"]
+    return ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", "# Masked diffusion language model", ""]
 
-        records = read_metrics(run / "metrics.jsonl")
-        if records:
-            lines += ["## Training", "", f"{records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens."]
-            tested = [record for record in records if "validation_bits_per_byte" in record]
-            if tested:
-                lines[-1] += f" Validation: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte (upper bound)."
-        lines += ["", "Recipe:", "", "```yaml", (run / "recipe.yaml").read_text().strip(), "```", ""]
-    lines += [
-        "## Use",
-        "",
+
+def on_hub(name: str) -> bool:
+    """Say whether `name` is a hub repository that has been read here: runs/base only looks like one."""
+    return (
+        not Path(name).exists() and is_hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    )
+
+
+def card_use() -> list[str]:
+    """Return the lines of a model card that say how to load it."""
+    return [
         "```python",
-        "import illada",
+        "import illada  # registers the classes; no remote code is run",
         "from transformers import AutoModelForMaskedLM, AutoTokenizer",
         "",
         'model = AutoModelForMaskedLM.from_pretrained("this folder")',
@@ -64,4 +81,70 @@ def _card(folder: Path, parameters: int, dtype: str) -> str:
         "```",
         "",
     ]
+
+
+def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout: Layout, mask: int) -> str:
+    """Return a model card made of what the run folder knows; nothing is invented where it knows nothing."""
+    run = _run_of(folder)
+    recipe = _recipe(run)
+    base = recipe.get("model", {}).get("start") if run is not None else model if on_hub(model) else None
+    name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).split(".")[1], str(dtype))
+    of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
+    lines = [
+        *card_head(base),
+        f"An iLLaDA-style model (arXiv 2606.25331) of {parameters:,} parameters in {name}, written by illada "
+        f"{illada.__version__} in the layout {of}. Attention is bidirectional; logits at position i predict token i; "
+        f"the mask is token {mask}.",
+        "",
+    ]
+    if run is None and base is not None:
+        lines += [f"The weights are those of {base}.", ""]
+    if run is not None:
+        lines += ["## Training", ""]
+        if base is not None:
+            lines.append(f"Started from {base if on_hub(base) else f'`{base}`'}.")
+        lines += _training(run, folder, recipe.get("training", {}).get("rule"))
+        lines += ["", "Recipe:", "", "```yaml", (run / "recipe.yaml").read_text().strip(), "```", ""]
+    lines += ["## Use", "", *card_use()]
+    if layout == "released":
+        lines += [
+            "Without illada, by `trust_remote_code=True`: copy `configuration_illada.py` and `modeling_illada.py` from "
+            "the authors' repository (GSAI-ML/iLLaDA-8B-Base) into this folder. They are the authors', so they are not "
+            "included; they do not read `mask_token_id`.",
+            "",
+        ]
     return "\n".join(lines)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """Return the run whose finished model or checkpoint this folder is, if it is one."""
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    return run if (run / "recipe.yaml").is_file() else None
+
+
+def _recipe(run: Path | None) -> dict[str, Any]:
+    values = None if run is None else yaml.safe_load((run / "recipe.yaml").read_text())
+    return {key: part for key, part in values.items() if isinstance(part, dict)} if isinstance(values, dict) else {}
+
+
+def _training(run: Path, folder: Path, rule: Any) -> list[str]:
+    """Return what the run's records say, up to the step these weights are of."""
+    from illada.training.report import read_metrics
+
+    records = read_metrics(run / "metrics.jsonl")
+    state = folder / "state.json"
+    if state.is_file():
+        step = json.loads(state.read_text())["step"]
+        records = [record for record in records if record["step"] <= step]
+    lines = [f"Rule `{rule}`: {_RULES[rule]}."] if rule in _RULES else []
+    if records:
+        unfinished = " A checkpoint: the run was not finished." if state.is_file() else ""
+        lines.append(f"{records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens.{unfinished}")
+    tested = [record for record in records if "validation_bits_per_byte" in record]
+    if tested:
+        lines.append(
+            f"Validation at step {tested[-1]['step']:,}: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte "
+            "(an upper bound)."
+        )
+    return lines
