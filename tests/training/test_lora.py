@@ -178,6 +178,21 @@ def test_gradient_checkpointing_changes_nothing_and_dropout_does(lora):
     assert not same(ends[0], ends[2])
 
 
+def test_dropout_is_drawn_anew_for_every_forward_pass(lora, monkeypatch):
+    keys, seeded = [], trainer._seeded
+
+    def note(device, *key):
+        keys.append(key)
+        return seeded(device, *key)
+
+    monkeypatch.setattr(trainer, "_seeded", note)
+    train(lora(section={"dropout": 0.1}, steps=3))
+    assert len(set(keys)) == len(keys) == 3 * 2  # steps, micro-batches
+    keys.clear()
+    train(lora("without", steps=3))
+    assert keys == []
+
+
 def test_an_interrupted_run_holds_usable_adapters(lora, bases):
     recipe = lora(checkpoint_every=3)
     with pytest.MonkeyPatch.context() as patch:
