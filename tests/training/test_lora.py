@@ -256,7 +256,10 @@ def test_the_command_trains_an_adapter(lora, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == f"adapter written to {recipe.output}/adapter\n"
     assert "an adapter of 448 parameters beside" in said.err  # 2 layers x rank 2 x (32 + 32 for q, 32 + 16 for v)
+    assert "adapters want ten times as much" not in said.err
     assert adapter_base(Path(recipe.output) / "adapter") == recipe.model.start
+    cli.main([*words, "--output", f"{recipe.output}-low", "--training.learning_rate", "5e-6"])
+    assert "learning_rate 5e-06 suits all weights: adapters want ten times as much" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         cli.main([*words, "--lora.dropout", "0.2"])
     assert end.value.code == 2
@@ -299,6 +302,14 @@ def test_a_new_network_gets_no_adapter(make_recipe):
     recipe = make_recipe()
     recipe.lora = LoraRecipe(rank=4)
     refused(recipe, r"lora\.rank needs model\.start")
+
+
+def test_an_adapter_is_no_start(lora, adapter, bases, tmp_path):
+    shutil.copytree(bases / "tied", tmp_path / "start")
+    shutil.copy(adapter / CONFIG, tmp_path / "start")
+    recipe = lora()
+    recipe.model.start = str(tmp_path / "start")
+    refused(recipe, "start is an adapter: merge it with `illada export")
 
 
 def test_without_peft_there_is_one_clear_line(lora, monkeypatch):

@@ -118,7 +118,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
         return _seeded(device, settings.seed, DROPOUT, step, part) if recipe.lora.dropout else nullcontext()
 
     with _signals() as caught, Report(run, title, schedule.steps, state.step) as report:
-        for line in _remarks(start, model):
+        for line in _remarks(recipe, start, model):
             report.say(f"{title}: {line}")
         if state.step:
             report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
@@ -251,7 +251,7 @@ def _model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaFo
         base = os.path.abspath(start) if start is not None and Path(given).exists() else given
         alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
         targets = lora.targets or LORA_TARGETS
-        add_adapter(model.train(), lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
+        add_adapter(model, lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
     if recipe.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -368,7 +368,7 @@ def _fingerprint(model: IlladaForMaskedLM) -> str:
     return digest.hexdigest()
 
 
-def _remarks(start: Path | None, model: IlladaForMaskedLM) -> list[str]:
+def _remarks(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> list[str]:
     """Return what a user should know before the run begins."""
     lines = []
     if start is not None:
@@ -380,6 +380,8 @@ def _remarks(start: Path | None, model: IlladaForMaskedLM) -> list[str]:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in model.parameters())
         lines.append(f"an adapter of {trained:,} parameters beside {everything - trained:,} frozen ones")
+        if (rate := recipe.training.learning_rate) <= 2e-5:  # ours: between what is usual for weights and for adapters
+            lines.append(f"training.learning_rate {rate:g} suits all weights: adapters want ten times as much or more")
     return lines
 
 
