@@ -135,8 +135,9 @@ def _shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if found := [what for what, there in lacks.items() if there]:
         raise IlladaError(f"{folder} has {' and '.join(found)}: this network has not, so it cannot be converted")
     same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings"""
-    return {**{name: getattr(config, name) for name in same.split()}, "rope_theta": rope["rope_theta"]}, values
+        max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings"""
+    sizes = {name: getattr(config, name) for name in same.split()}
+    return {**sizes, "head_dim": getattr(config, "head_dim", None) or 0, "rope_theta": rope["rope_theta"]}, values
 
 
 def _tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 import illada
+from illada.adapters import CONFIG, adapter_base
 from illada.commands.folder import Layout, check_output, torch_dtype, write_model
 from illada.errors import IlladaError
 from illada.hub import is_hub_name
@@ -43,14 +44,16 @@ def export_model(
     if Path(model).resolve() in target.resolve().parents:
         raise IlladaError(f"{target} lies in {model}, which is being read: choose another --output")
     # On the CPU and in their own type, weights stay in the file they are read from.
-    network, _ = load_model(model, "auto", "cpu")
+    network, tokenizer = load_model(model, "auto", "cpu")
     folder = model_folder(model)
     tensors = network.state_dict()
     if layout == "illada" and network.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     kind = torch_dtype(dtype, network.dtype)
     card = _card(model, folder, network.num_parameters(), kind, layout, network.config.mask_token_id)
-    write_model(target, folder, network.config, tensors, kind, card, layout, max_shard_size)
+    # Files as they are, where they are: the released ones were written for transformers 4.
+    changed = None if (folder / "tokenizer.json").is_file() else tokenizer
+    write_model(target, folder, network.config, tensors, kind, card, layout, max_shard_size, changed)
 
 
 def card_head(base: str | None) -> list[str]:
@@ -87,7 +90,11 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     """Return a model card made of what the run folder knows; nothing is invented where it knows nothing."""
     run = _run_of(folder)
     recipe = _recipe(run)
-    base = recipe.get("model", {}).get("start") if run is not None else model if on_hub(model) else None
+    adapted = (folder / CONFIG).is_file()
+    if adapted:
+        base = adapter_base(folder)
+    else:
+        base = recipe.get("model", {}).get("start") if run is not None else model if on_hub(model) else None
     name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).split(".")[1], str(dtype))
     of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
     lines = [
@@ -97,12 +104,13 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
         f"the mask is token {mask}.",
         "",
     ]
-    if run is None and base is not None:
-        lines += [f"The weights are those of {base}.", ""]
+    start = base if base is None or on_hub(base) else f"`{base}`"
+    if run is None and start is not None:
+        lines += [f"The weights are those of {start}{', with a LoRA adapter merged in' if adapted else ''}.", ""]
     if run is not None:
         lines += ["## Training", ""]
-        if base is not None:
-            lines.append(f"Started from {base if on_hub(base) else f'`{base}`'}.")
+        if start is not None:
+            lines.append(f"Started from {start}{'; a LoRA adapter was trained and merged in' if adapted else ''}.")
         lines += _training(run, folder, recipe.get("training", {}).get("rule"))
         lines += ["", "Recipe:", "", "```yaml", (run / "recipe.yaml").read_text().strip(), "```", ""]
     lines += ["## Use", "", *card_use()]

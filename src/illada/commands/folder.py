@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,7 +146,7 @@ def _new_folder(target: Path, source: Path, size: int) -> Iterator[Path]:
     place = next(path for path in inside.parents if path.exists())
     shutil.rmtree(partial, ignore_errors=True)
     if (free := shutil.disk_usage(place).free) < size:
-        raise _no_room(target, size, f"{place} has {free:,} free")
+        raise _no_room(target, size, f"{place} has {decimal(free)} free")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -166,8 +167,8 @@ def _new_folder(target: Path, source: Path, size: int) -> Iterator[Path]:
 
 def _no_room(target: Path, size: int, fact: str) -> IlladaError:
     return IlladaError(
-        f"no room for {target}: it needs {size:,} bytes ({size / 1e9:.2f} GB) but {fact}: free some or choose another "
-        "--output; nothing was left behind"
+        f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {fact}: free some or choose "
+        "another --output; nothing was left behind"
     )
 
 
