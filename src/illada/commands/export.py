@@ -90,11 +90,11 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     """Return a model card made of what the run folder knows; nothing is invented where it knows nothing."""
     run = _run_of(folder)
     recipe = _recipe(run)
-    adapted = (folder / CONFIG).is_file()
-    if adapted:
+    base: str | None = model if on_hub(model) else None
+    if adapted := (folder / CONFIG).is_file():
         base = adapter_base(folder)
-    else:
-        base = recipe.get("model", {}).get("start") if run is not None else model if on_hub(model) else None
+    elif run is not None:
+        base = recipe.get("model", {}).get("start")
     name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).split(".")[1], str(dtype))
     of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
     lines = [
