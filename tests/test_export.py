@@ -296,7 +296,7 @@ def test_the_card_of_a_tuned_checkpoint(run, tmp_path, monkeypatch):
     assert f"{model.num_parameters():,} parameters in fp16" in card
     assert "Started from `GSAI-ML/LLaDA-8B-Base`." in card
     assert "Rule `llada`: the prompt stays visible" in card
-    assert "4 steps on 40 tokens. A checkpoint: the run was not finished." in card
+    assert "4 steps on 40 tokens (a checkpoint of the run)." in card
     assert "Validation at step 4: 5.0000 bits per byte" in card
     assert "copy `configuration_illada.py` and `modeling_illada.py`" in card
     assert "layout of the released iLLaDA" in card
@@ -305,6 +305,11 @@ def test_the_card_of_a_tuned_checkpoint(run, tmp_path, monkeypatch):
     head, card = card_of(tmp_path / "b")
     assert head["base_model"] == "GSAI-ML/LLaDA-8B-Base"
     assert "configuration_illada.py" not in card
+    # An export that merely lies in a run's folder is not that run.
+    (path / "c").mkdir()
+    (tmp_path / "b").rename(path / "c" / "b")
+    export_model(str(path / "c" / "b"), str(tmp_path / "d"))
+    assert "## Training" not in card_of(tmp_path / "d")[1]
 
 
 @pytest.mark.parametrize("size", ["5", "0GB", "-5GB", "5GiB", "1.5GB", "", "lots"])

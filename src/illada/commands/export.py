@@ -91,10 +91,11 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     run = _run_of(folder)
     recipe = _recipe(run)
     base: str | None = model if on_hub(model) else None
-    if adapted := (folder / CONFIG).is_file():
-        base = adapter_base(folder)
-    elif run is not None:
+    adapted = (folder / CONFIG).is_file()
+    if run is not None:
         base = recipe.get("model", {}).get("start")
+    elif adapted:
+        base = adapter_base(folder)
     name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).split(".")[1], str(dtype))
     of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
     lines = [
@@ -127,8 +128,9 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
 def _run_of(folder: Path) -> Path | None:
     """Return the run whose finished model or checkpoint this folder is, if it is one."""
     folder = folder.resolve()
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    return run if (run / "recipe.yaml").is_file() else None
+    runs = [folder.parent] if folder.name in ("model", "adapter") else []
+    runs += [folder.parent.parent] if folder.parent.name == "checkpoints" else []
+    return next((run for run in runs if (run / "recipe.yaml").is_file()), None)
 
 
 def _recipe(run: Path | None) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def _training(run: Path, folder: Path, rule: Any) -> list[str]:
         records = [record for record in records if record["step"] <= step]
     lines = [f"Rule `{rule}`: {_RULES[rule]}."] if rule in _RULES else []
     if records:
-        unfinished = " A checkpoint: the run was not finished." if state.is_file() else ""
-        lines.append(f"{records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens.{unfinished}")
+        where = " (a checkpoint of the run)" if state.is_file() else ""
+        lines.append(f"{records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens{where}.")
     tested = [record for record in records if "validation_bits_per_byte" in record]
     if tested:
         lines.append(
