@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,10 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
+    unreachable = (
+        f"no folder {name}, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or fetch it elsewhere "
+        f"with `hf download {name} --local-dir FOLDER` and give that folder"
+    )
     try:
         with _network():
             return Path(snapshot_download(name, allow_patterns=list(files)))
@@ -46,10 +51,7 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             f"neither a folder nor a hub repository {name}: check the name; for a private one, `hf auth login` first"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise IlladaError(
-            f"no folder {name}, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or fetch it "
-            f"elsewhere with `hf download {name} --local-dir FOLDER` and give that folder"
-        ) from error
+        raise IlladaError(unreachable) from error
     except errors.HfHubHTTPError as error:
         raise IlladaError(f"the hub refused {name}: {first_line(error)}") from error
     except OSError as error:
@@ -57,18 +59,26 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             f"{name} could not be stored ({error.strerror or first_line(error)}): free some disk or set HF_HOME to a "
             "larger one; what has arrived is kept"
         ) from error
-    except Exception as error:  # the transfer libraries below have errors of their own
-        raise IlladaError(f"{name} could not be downloaded: {first_line(error)}") from error
+    except Exception as error:  # a connection that broke: the transfer libraries have errors of their own
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
+        except Exception:
+            raise IlladaError(f"{unreachable} ({first_line(error)})") from error
 
 
 @contextmanager
 def _network() -> Iterator[None]:
     """Lift the command line's own ban on the network; one that the user set stays."""
     from huggingface_hub import constants
+    from transformers.utils import logging
 
-    banned = constants.HF_HUB_OFFLINE
+    banned, quiet = constants.HF_HUB_OFFLINE, not logging.is_progress_bar_enabled()
     constants.HF_HUB_OFFLINE = banned and BANNED_BY_US not in os.environ
+    if sys.stderr.isatty():  # 16 GB take a while
+        logging.enable_progress_bar()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = banned
+        if quiet:
+            logging.disable_progress_bar()

@@ -112,6 +112,8 @@ def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
         if tokenizer.mask_token_id is not None:
             named.insert(0, tokenizer.mask_token_id)
         config.mask_token_id = (named or [config.mask_token_id])[0]
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
     generation = folder / "generation_config.json"
     written = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = [*_ids(config.eos_token_id), *_ids(written), *(known[token] for token in TURN_ENDS if token in known)]

@@ -6,6 +6,7 @@ marker characters from messages while doing so).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -86,6 +87,9 @@ def encode_conversation(
     if ids[: len(prompt)] != prompt:
         raise IlladaError(f"{record}: the chat template renders the prompt differently once an answer follows it")
     answer = ids[len(prompt) :]
+    opening = _unasked_opening(tokenizer, str(tokenizer.chat_template))
+    if opening and answer[-len(opening) :] == opening:
+        answer = answer[: -len(opening)]
     if eos in answer:
         # Templates like to write a newline after the EOS; an answer with anything else there keeps it.
         end = len(answer) - answer[::-1].index(eos)
@@ -116,6 +120,22 @@ def _render(
         except (TemplateError, ValueError, NotImplementedError) as error:
             refused = refused or error
     raise IlladaError(f"{record}: the chat template refuses it: {' '.join(str(refused).split())}")
+
+
+@lru_cache(maxsize=4)
+def _unasked_opening(tokenizer: PreTrainedTokenizerFast, _: str) -> list[int]:
+    """Return what the template writes behind the token that ends an answer, to open the next one: mostly nothing.
+
+    LLaDA's templates open the assistant's turn whether asked to or not.
+    """
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    asked = _render(tokenizer, [question], "template", generation=True)
+    if asked != _render(tokenizer, [question], "template", generation=False):
+        return []
+    behind = _render(tokenizer, [question, answer], "template", generation=False)[len(asked) :]
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((place for place, token_id in enumerate(behind) if token_id in special), len(behind))
+    return behind[end + 1 :]
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -27,7 +27,9 @@ LLADA_TENSORS = {
     r"^model\.transformer\.ln_f\.": "model.norm.",
     r"^model\.transformer\.ff_out\.": "lm_head.",
     r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"model.layers.\1.input_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.([qkv]_proj)\.": r"model.layers.\1.self_attn.\2.",
+    r"^model\.transformer\.blocks\.(\d+)\.q_proj\.": r"model.layers.\1.self_attn.q_proj.",
+    r"^model\.transformer\.blocks\.(\d+)\.k_proj\.": r"model.layers.\1.self_attn.k_proj.",
+    r"^model\.transformer\.blocks\.(\d+)\.v_proj\.": r"model.layers.\1.self_attn.v_proj.",
     r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"model.layers.\1.self_attn.o_proj.",
     r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
     r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
@@ -128,7 +130,11 @@ def _read_llada(values: Mapping[str, Any]) -> dict[str, Any]:
     # The embedding may have more rows than the vocabulary.
     kept["vocab_size"] = values.get("embedding_size") or values["vocab_size"]
     kept.setdefault("tie_word_embeddings", False)
-    return {"pad_token_id": None, **FAMILY_IDS["llada"], **kept}
+    # The family's ids are those of its 126,464 tokens: a smaller relative has its own.
+    ids = {name: number for name, number in FAMILY_IDS["llada"].items() if number < kept["vocab_size"]}
+    if "mask_token_id" not in {**ids, **kept}:
+        raise IlladaError("config.json of type llada has no mask_token_id: add the id of the tokenizer's mask token")
+    return {"bos_token_id": None, "pad_token_id": None, **ids, **kept}
 
 
 def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -142,20 +148,33 @@ def released_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
     The mask id is kept beside the released fields: their code ignores it, and ours need not guess. `auto_map` names the
     two files of the authors' code, which are not ours to copy.
+
+    Raises:
+        IlladaError: when a head is not hidden_size / num_attention_heads wide: their code knows no other width.
     """
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if values["head_dim"] * heads != width:
+        raise IlladaError(
+            f"the released layout has no head_dim ({values['head_dim']} here): its heads are hidden_size / "
+            f"num_attention_heads wide ({width} / {heads}); choose --layout illada"
+        )
+    same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        max_position_embeddings rope_theta rms_norm_eps initializer_range tie_word_embeddings mask_token_id bos_token_id
+        pad_token_id eos_token_id dtype transformers_version"""
     return {
-        **{name: value for name, value in values.items() if name != "architectures"},
         "architectures": ["ILLaDAForCausalLM"],
+        "model_type": "illada",
         "auto_map": {
             "AutoConfig": "configuration_illada.ILLaDAConfig",
             "AutoModel": "modeling_illada.ILLaDAForCausalLM",
             "AutoModelForCausalLM": "modeling_illada.ILLaDAForCausalLM",
         },
+        **{name: values[name] for name in same.split()},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "layer_norm_eps": None,
         "rope_scaling": None,
-        "attention_dropout": 0.0,
-        "resid_pdrop": 0.0,
+        "attention_dropout": values.get("attention_dropout", 0.0),
+        "resid_pdrop": values.get("resid_pdrop", 0.0),
     }

@@ -120,6 +120,10 @@ class IlladaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # attention looks at the configuration each time; transformers would guess from the source text
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,

@@ -1,0 +1,100 @@
+"""Does a folder in the released iLLaDA layout load at full size, how fast, and with how much memory?
+
+    python bench/released.py make FOLDER                # 8B shape, random bf16, sharded: 16.5 GB of disk
+    python bench/released.py run FOLDER [--tokens 32] [--quantize int8]
+
+`run` loads the folder as `illada generate` does and generates. It prints bytes of weights, seconds, and the peaks of
+resident memory: in all, and without the pages of the weight files (bf16 weights on a CPU are mapped from the files, not
+copied; such pages can be taken back by the system at any time).
+"""
+
+import argparse
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+GB = 1e9
+
+
+def make(folder: Path, layers: int) -> None:
+    import torch
+
+    from released import write_released
+
+    kept = {}
+
+    def tensor(name, shape):
+        if name == "lm_head.weight":
+            return kept["embedding"]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        drawn = torch.empty(shape, dtype=torch.bfloat16)
+        for rows in drawn.split(8192):  # fp32 noise for all of a matrix would be twice its size
+            rows.copy_(torch.randn(rows.shape).mul_(0.02))
+        if name == "model.embed_tokens.weight":
+            kept["embedding"] = drawn
+        return drawn.clone() if name == "model.embed_tokens.weight" else drawn
+
+    shape = {"vocab": 155_136, "width": 4096, "inner": 14_336, "heads": 32, "kv_heads": 8, "context": 8192}
+    started = time.monotonic()
+    write_released(folder, "illada", tensor, **shape, layers=layers, per_shard=4_900_000_000, tokenizer_vocab=300)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"{size / GB:.2f} GB of tensors in {folder}, {time.monotonic() - started:.0f} s")
+
+
+def status(field: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def run(folder: Path, tokens: int, quantize: str | None, block: int) -> None:
+    from illada import GenerationSettings, generate
+    from illada.commands.generate import encode_plain
+    from illada.loading import load_model
+
+    peak, done = 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, status("RssAnon"))
+
+    before, started = status("RssAnon"), time.monotonic()
+    threading.Thread(target=watch, daemon=True).start()
+    model, tokenizer = load_model(str(folder), **({"quantize": quantize} if quantize else {}))
+    loaded, anonymous = time.monotonic() - started, peak - before
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"parameters         {sum(p.numel() for p in model.parameters()):,}")
+    print(f"weights            {weights / GB:6.2f} GB as stored in memory ({quantize or model.dtype})")
+    print(f"load               {loaded:6.1f} s   peak resident {high / GB:.2f} GB, not file {anonymous / GB:.2f} GB")
+    settings = GenerationSettings(max_new_tokens=tokens, block_length=block, eos_token_id=None)
+    for name in ("first", "second"):
+        started = time.monotonic()
+        answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
+        seconds = time.monotonic() - started
+        each = seconds / answer.forwards
+        print(f"{name:6} answer      {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
+    done.set()
+    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak resident      {high / GB:6.2f} GB, not file {(peak - before) / GB:.2f} GB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--quantize")
+    given = parser.parse_args()
+    if given.what == "make":
+        make(given.folder, given.layers)
+    else:
+        run(given.folder, given.tokens, given.quantize, given.block)
