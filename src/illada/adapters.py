@@ -5,6 +5,7 @@ loss and the sampler work on it unchanged. The base weights are frozen; only `at
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def attach(model: IlladaForMaskedLM, folder: Path, merge: bool) -> IlladaForMask
         model: the base (see `adapter_base`), in any dtype, on any device. After an error, throw it away.
         folder: adapter folder.
         merge: add the adapter to the weights, in fp32 and then rounded once to their dtype, and leave no trace of PEFT.
-            Otherwise it stays beside them, in fp32 and frozen.
+            Otherwise it stays beside them, in fp32 and frozen; better so on a quantised base, whose every merge is a
+            second quantisation.
 
     Raises:
         IlladaError: when PEFT is not installed, or the adapter is damaged or belongs to a base of another shape.
@@ -144,7 +146,9 @@ def attach(model: IlladaForMaskedLM, folder: Path, merge: bool) -> IlladaForMask
     if not merge:
         return model
     merged: IlladaForMaskedLM = tuner.merge_and_unload()
-    return merged.requires_grad_(True)
+    for parameter in merged.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # as it came; not so bitsandbytes' packed weights
+    return merged
 
 
 def _place(model: IlladaForMaskedLM, config: Any, seed: int) -> Any:
@@ -173,6 +177,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _peft() -> Any:
+    # PEFT imports it where it is installed, and it then advises to fetch kernels.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:

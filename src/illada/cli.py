@@ -53,6 +53,7 @@ def score(
     chat: bool = False,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     device: str = "auto",
+    quantize: Literal["int8", "int4", "int8-bnb", "nf4"] | None = None,
 ) -> None:
     """Score candidate continuations by confidence (paper Eq. 2) or Monte-Carlo likelihood (LLaDA Eq. 6), in nats.
 
@@ -67,12 +68,14 @@ def score(
         chat: wrap each context in the chat template as a user's question.
         dtype: of the weights; auto is the checkpoint's own.
         device: to run on; auto takes a GPU where there is one.
+        quantize: weights of the blocks in 8 or 4 bits, made while loading; int8 and int4 are torchao's, int8-bnb and
+            nf4 bitsandbytes'.
     """
     from illada.commands.score import read_items, score_items
     from illada.loading import load_model
 
     items = read_items(context, candidates, file)
-    network, text_tokenizer = load_model(model, dtype, device)
+    network, text_tokenizer = load_model(model, dtype, device, quantize)
     score_items(network, text_tokenizer, items, method, samples, seed, chat, sys.stdout)
 
 
@@ -144,7 +147,7 @@ def _train(command: str, arguments: Namespace) -> None:
     result = train(recipe, title=command)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
-    print(f"{result.model.name} written to {result.model}")
+    print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
 def _generate(arguments: Namespace) -> None:
@@ -154,7 +157,7 @@ def _generate(arguments: Namespace) -> None:
 
     prompts = read_prompts(arguments.prompt, arguments.file)
     settings = _settings(arguments)
-    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
     generate_text(model, text_tokenizer, prompts, settings, arguments.chat, arguments.json, sys.stdout)
 
 
@@ -164,7 +167,7 @@ def _chat(arguments: Namespace) -> None:
     from illada.loading import load_model
 
     settings = _settings(arguments)
-    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
     chat(model, text_tokenizer, settings, arguments.system)
 
 
@@ -242,6 +245,11 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
     dtypes = Literal["auto", "fp32", "bf16", "fp16"]
     parser.add_argument("--dtype", type=dtypes, default="auto", help="of the weights; auto is the checkpoint's own")
     parser.add_argument("--device", type=str, default="auto", help="to run on; auto takes a GPU where there is one")
+    parser.add_argument(
+        "--quantize",
+        type=Literal["int8", "int4", "int8-bnb", "nf4"] | None,
+        help="weights of the blocks in 8 or 4 bits, made while loading (the latter two by bitsandbytes)",
+    )
 
 
 def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
