@@ -4,6 +4,7 @@ PEFT replaces linear layers in place, so an adapted model is still the same `Ill
 loss and the sampler work on it unchanged. The base weights are frozen; only `attach(..., merge=True)` writes to them.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -71,6 +72,15 @@ def adapter_tensors(model: IlladaForMaskedLM) -> dict[str, Tensor]:
     # Anything but False would let PEFT look the base up on the hub.
     named = _peft().get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
     return {_PREFIX + name: tensor for name, tensor in named.items()}
+
+
+def base_fingerprint(model: IlladaForMaskedLM) -> str:
+    """Return a hash of the first numbers of every frozen tensor: enough to tell that a base is no longer the same."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_adapter(model: IlladaForMaskedLM, folder: Path) -> None:

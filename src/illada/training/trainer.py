@@ -4,7 +4,6 @@ A run is a pure function of its recipe: killed at any moment and started again, 
 bit.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from illada.adapters import CONFIG, add_adapter, is_adapted, save_adapter
+from illada.adapters import CONFIG, add_adapter, base_fingerprint, is_adapted, save_adapter
 from illada.data.batches import Batches
 from illada.data.shards import Shards
 from illada.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -100,7 +99,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     device = choose_device(settings.device)
     model = _model(recipe, start, config).to(device)
     # Last, so that a recipe that cannot work leaves nothing behind.
-    _claim(run, recipe, shards, _fingerprint(model) if is_adapted(model) else None)
+    _claim(run, recipe, shards, base_fingerprint(model) if is_adapted(model) else None)
     optimizer = _optimizer(model, recipe)
     state = RunState()
     saved = checkpoints(run)
@@ -357,15 +356,6 @@ def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> Path:
         path.replace(target / path.name)
     partial.rmdir()
     return target
-
-
-def _fingerprint(model: IlladaForMaskedLM) -> str:
-    """Return a hash of the first numbers of every frozen tensor: enough to tell that a base is no longer the same."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _remarks(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> list[str]:
