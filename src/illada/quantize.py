@@ -1,4 +1,4 @@
-"""Quantised inference: the blocks' linear layers in 8 or 4 bits, through torchao or bitsandbytes (ours; not in the paper).
+"""Quantised inference (ours): the linear layers of the blocks in 8 or 4 bits, through torchao or bitsandbytes.
 
 transformers quantises each tensor as it is read, so no full-precision copy of the model is ever in memory. Norms,
 embedding and LM head keep their type: the head gives the confidences that decide what is committed, and it is 8 % of
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from illada.errors import IlladaError
-from illada.model.config import IlladaConfig
+from illada.model import IlladaConfig, IlladaForMaskedLM
 
 Quantization = Literal["int8", "int4", "int8-bnb", "nf4"]
 
@@ -52,28 +52,34 @@ def quantized_loading(
         raise IlladaError(f"no quantization {name!r}: choose one of {', '.join(get_args(Quantization))}")
     if device.type == "cpu" and name in WIDTHS:
         _check_widths(name, config)
-    chosen = _bitsandbytes(name, config, dtype) if name in ("int8-bnb", "nf4") else _torchao(name, config, device, dtype)
+    computed = config.dtype if dtype == "auto" else dtype
+    chosen = _bitsandbytes(name, computed) if name in ("int8-bnb", "nf4") else _torchao(name, device, computed)
     return {"quantization_config": chosen, "device_map": {"": device}}
 
 
-def check_shapes(model: nn.Module) -> None:
-    """Check that every quantised weight has the shape its layer was built for.
+def check_shapes(model: IlladaForMaskedLM) -> None:
+    """Check that every linear layer of the blocks is quantised and has the shape that it was built for.
 
     Raises:
-        IlladaError: naming those that have not.
+        IlladaError: naming those of another shape.
+        RuntimeError: when a library passed over a layer.
     """
-    odd = []
-    for path, layer in model.named_modules():
+    odd, passed = [], []
+    for path, layer in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(layer, nn.Linear):
             state = getattr(layer.weight, "quant_state", None)  # bitsandbytes' packed weights have lost their shape
-            found = list((layer.weight if state is None else state).shape)
-            if found != [layer.out_features, layer.in_features]:
-                odd.append(f"{path}.weight is {found}, not {[layer.out_features, layer.in_features]}")
+            shapes = [list((state or layer.weight).shape), [layer.out_features, layer.in_features]]
+            if shapes[0] != shapes[1]:
+                odd.append(f"{path}.weight is {shapes[0]}, not {shapes[1]}")
+            elif type(layer.weight) is nn.Parameter:
+                passed.append(path)
     if odd:
         raise IlladaError(f"the weights do not fit config.json ({len(odd)} tensors): {'; '.join(odd)}")
+    if passed:
+        raise RuntimeError(f"not quantised: {', '.join(passed)}")
 
 
-def _torchao(name: str, config: IlladaConfig, device: torch.device, dtype: torch.dtype | str) -> Any:
+def _torchao(name: str, device: torch.device, dtype: torch.dtype | str | None) -> Any:
     _require(name, ("torchao", "accelerate"), "pip install 'illada[quantize]'")
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
@@ -81,14 +87,15 @@ def _torchao(name: str, config: IlladaConfig, device: torch.device, dtype: torch
     way: Any
     if name == "int8":
         way = Int8WeightOnlyConfig(set_inductor_config=False)
+    elif dtype != torch.bfloat16:
+        # A GPU's kernel knows no other type; the CPU's takes a hundred times longer in others.
+        raise IlladaError("int4 computes in bf16 only: load the model in bf16, or choose int8")
     elif device.type == "cpu":
         # torchao's public layouts of int4 all need a GPU; its CPU layout runs on a kernel of torch itself.
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
         way = PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP, set_inductor_config=False)
     elif device.type == "cuda":
-        if (config.dtype if dtype == "auto" else dtype) != torch.bfloat16:
-            raise IlladaError("int4 on a GPU computes in bf16 only: ask for bf16 weights, or choose int8")
         from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
         way = Int4WeightOnlyConfig(
@@ -101,7 +108,7 @@ def _torchao(name: str, config: IlladaConfig, device: torch.device, dtype: torch
     return TorchAoConfig(way, modules_to_not_convert=KEPT)
 
 
-def _bitsandbytes(name: str, config: IlladaConfig, dtype: torch.dtype | str) -> Any:
+def _bitsandbytes(name: str, dtype: torch.dtype | str | None) -> Any:
     # It advises to fetch kernels when imported, and says at every product that activations are rounded.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _require(name, ("bitsandbytes", "accelerate"), "pip install bitsandbytes accelerate")
@@ -112,7 +119,7 @@ def _bitsandbytes(name: str, config: IlladaConfig, dtype: torch.dtype | str) -> 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else dtype,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
         llm_int8_skip_modules=KEPT,
     )
 
