@@ -7,11 +7,13 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from illada import adapters
 from illada.data.tokenizer import load_tokenizer
 from illada.errors import IlladaError, first_line
 from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.model.formats import MASK_TOKENS, TURN_ENDS
+from illada.quantize import Quantization, check_shapes, quantized_loading
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype | str] = {
@@ -26,9 +28,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def model_folder(path: str) -> Path:
-    """Return the local folder meant by `path`: itself, a run's finished model, or the run's newest checkpoint.
+    """Return the local folder meant by `path`: itself, a run's finished model or adapter, or its newest checkpoint.
 
-    A path that does not exist and looks like a hub name is downloaded into the local cache.
+    It holds config.json or adapter_config.json. A path that does not exist and looks like a hub name is downloaded into
+    the local cache.
 
     Raises:
         IlladaError: when there is no model, or it cannot be downloaded.
@@ -40,8 +43,8 @@ def model_folder(path: str) -> Path:
         if not is_hub_name(path):
             raise IlladaError(f"no model at {path}: the folder does not exist")
         folder = hub_folder(path, MODEL_FILES)
-    for candidate in (folder, folder / "model", *reversed(checkpoints(folder))):
-        if (candidate / "config.json").is_file():
+    for candidate in (folder, folder / "model", folder / "adapter", *reversed(checkpoints(folder))):
+        if any((candidate / name).is_file() for name in ("config.json", adapters.CONFIG)):
             return candidate
     raise IlladaError(f"no model at {path}: give a folder with config.json, a run folder, or a hub name")
 
@@ -60,34 +63,47 @@ def load_config(folder: str | Path) -> IlladaConfig:
         raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
 
 
-def load_model(path: str, dtype: Dtype = "auto", device: str = "auto") -> tuple[IlladaForMaskedLM, Any]:
+def load_model(
+    path: str, dtype: Dtype = "auto", device: str = "auto", quantize: Quantization | None = None
+) -> tuple[IlladaForMaskedLM, Any]:
     """Load a model for inference, and its tokenizer; weights go straight into their type, without a second copy.
 
-    Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `settle_ids`).
+    Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `settle_ids`). An
+    adapter is put onto its base: merged into the weights, or beside them where those are quantised.
 
     Args:
-        path: model folder, run folder, or hub name; iLLaDA's, LLaDA's or our own files.
+        path: model, adapter or run folder, or hub name; iLLaDA's, LLaDA's or our own files.
         dtype: of the weights; auto is the checkpoint's own.
         device: to run on; auto takes a GPU where there is one.
+        quantize: how to make the weights smaller while loading (see `illada.quantize`); None for not at all.
 
     Raises:
         IlladaError: when there is no such model, or its weights or tokenizer are missing, damaged or do not fit.
     """
     folder = model_folder(path)
+    adapter = None
+    if not (folder / "config.json").is_file():
+        adapter, folder = folder, model_folder(adapters.adapter_base(folder))
     config = load_config(folder)
     check_shards(folder)
     tokenizer = load_tokenizer(folder)
     settle_ids(config, folder, tokenizer)
     place = choose_device(device)
+    options = {} if quantize is None else quantized_loading(quantize, config, place, DTYPES[dtype])
     try:
         model: IlladaForMaskedLM = IlladaForMaskedLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], local_files_only=True
+            folder, config=config, dtype=DTYPES[dtype], local_files_only=True, **options
         )
-        model = model.to(place)
+        if quantize is None:
+            model = model.to(place)
+        else:
+            check_shapes(model)
     except IlladaError:
         raise
     except Exception as error:
         raise IlladaError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+    if adapter is not None:
+        model = adapters.attach(model, adapter, merge=quantize is None)
     return model.eval(), tokenizer
 
 
