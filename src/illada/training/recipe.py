@@ -62,7 +62,7 @@ class LoraRecipe:
     Args:
         rank: inner width of an adapter, e.g. 16; none or 0 trains all weights.
         alpha: an adapter's product is scaled by alpha / rank; none for twice the rank.
-        dropout: chance that an input of an adapter is zeroed; drawn anew for every forward pass of the seed's run.
+        dropout: chance that an input of an adapter is zeroed; a function of seed, step and micro-batch.
         targets: which linear layers of each block get one; none for all (q_proj, k_proj, v_proj, o_proj, gate_proj,
             up_proj, down_proj).
     """
