@@ -62,7 +62,7 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     Raises:
         IlladaError: when the checkpoint is missing, damaged, or holds what our network does not have.
     """
-    target = check_output(output, max_shard_size)
+    target = check_output(output, source, max_shard_size)
     if mask_token is not None and not mask_token.strip():
         raise IlladaError("mask_token is empty: name a token, for instance '<[MASK]>'")
     folder = model_folder(source)

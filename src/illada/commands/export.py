@@ -11,7 +11,6 @@ from huggingface_hub import try_to_load_from_cache
 import illada
 from illada.adapters import CONFIG, adapter_base
 from illada.commands.folder import Layout, check_output, torch_dtype, write_model
-from illada.errors import IlladaError
 from illada.hub import is_hub_name
 from illada.loading import Dtype, load_model, model_folder
 
@@ -40,9 +39,7 @@ def export_model(
     Raises:
         IlladaError: when there is no model, `output` exists or lies in the model's folder, or the disk is full.
     """
-    target = check_output(output, max_shard_size)
-    if Path(model).resolve() in target.resolve().parents:
-        raise IlladaError(f"{target} lies in {model}, which is being read: choose another --output")
+    target = check_output(output, model, max_shard_size)
     # On the CPU and in their own type, weights stay in the file they are read from.
     network, tokenizer = load_model(model, "auto", "cpu")
     folder = model_folder(model)
@@ -111,7 +108,7 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     if run is not None:
         lines += ["## Training", ""]
         if start is not None:
-            lines.append(f"Started from {start}{'; a LoRA adapter was trained and merged in' if adapted else ''}.")
+            lines.append(f"- Started from {start}{'; a LoRA adapter was trained and merged in' if adapted else ''}.")
         lines += _training(run, folder, recipe.get("training", {}).get("rule"))
         lines += ["", "Recipe:", "", "```yaml", (run / "recipe.yaml").read_text().strip(), "```", ""]
     lines += ["## Use", "", *card_use()]
@@ -147,14 +144,14 @@ def _training(run: Path, folder: Path, rule: Any) -> list[str]:
     if state.is_file():
         step = json.loads(state.read_text())["step"]
         records = [record for record in records if record["step"] <= step]
-    lines = [f"Rule `{rule}`: {_RULES[rule]}."] if rule in _RULES else []
+    lines = [f"- Rule `{rule}`: {_RULES[rule]}."] if rule in _RULES else []
     if records:
         where = " (a checkpoint of the run)" if state.is_file() else ""
-        lines.append(f"{records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens{where}.")
+        lines.append(f"- {records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens{where}.")
     tested = [record for record in records if "validation_bits_per_byte" in record]
     if tested:
         lines.append(
-            f"Validation at step {tested[-1]['step']:,}: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte "
+            f"- Validation at step {tested[-1]['step']:,}: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte "
             "(an upper bound)."
         )
     return lines

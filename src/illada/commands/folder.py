@@ -38,11 +38,11 @@ TOKENIZER_FILES = (
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_output(output: str, max_shard_size: str) -> Path:
-    """Return the path of a folder to be made.
+def check_output(output: str, source: str, max_shard_size: str) -> Path:
+    """Return the path of a folder to be made, before anything is read.
 
     Raises:
-        IlladaError: when it exists, or the size is not a whole number with its unit.
+        IlladaError: when it exists or would touch what is read, or the size is not a whole number with its unit.
     """
     if not re.fullmatch(r"0*[1-9]\d* ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
         raise IlladaError(
@@ -51,6 +51,10 @@ def check_output(output: str, max_shard_size: str) -> Path:
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise IlladaError(f"{target} exists: choose another --output or delete it")
+    # The weights that are written lie in the files that are read: those must not be touched.
+    read, partial = Path(source).resolve(), _partial(target).resolve()
+    if read in partial.parents or partial in (read, *read.parents):
+        raise IlladaError(f"{target} cannot be written while {source} is being read: choose another --output")
     return target
 
 
@@ -87,7 +91,7 @@ def write_model(
         tokenizer: to save; None to copy the source's files as they are.
 
     Raises:
-        IlladaError: when `target` lies in `source`, the disk has no room, or a weight is too large for `dtype`.
+        IlladaError: when the disk has no room, or a weight is too large for `dtype`.
     """
     config.dtype = dtype
     config.architectures = ["IlladaForMaskedLM"]
@@ -102,7 +106,7 @@ def write_model(
     )
     texts = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     size = plan.metadata["total_size"] + sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
-    with _new_folder(target, source, size) as folder:
+    with _new_folder(target, size) as folder:
         for file, names in plan.filename_to_tensors.items():
             save_file(_shard(tensors, names, dtype), folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
@@ -135,15 +139,11 @@ def _shard(tensors: Mapping[str, Tensor], names: list[str], dtype: torch.dtype) 
 
 
 @contextmanager
-def _new_folder(target: Path, source: Path, size: int) -> Iterator[Path]:
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
     """Yield a folder to fill; it becomes `target` if all goes well, else nothing of it stays."""
-    partial = target.with_name(f".{target.name}.partial")
-    inside, read = target.resolve(), source.resolve()
-    # The weights that are written lie in the files that are read: those must not be touched.
-    if read in inside.parents or partial.resolve() in (read, *read.parents):
-        raise IlladaError(f"{target} lies in {source}, which is being read: choose another --output")
+    partial = _partial(target)
     missing = [path for path in target.parents if not path.exists()]
-    place = next(path for path in inside.parents if path.exists())
+    place = next(path for path in target.resolve().parents if path.exists())
     shutil.rmtree(partial, ignore_errors=True)
     if (free := shutil.disk_usage(place).free) < size:
         raise _no_room(target, size, f"{place} has {decimal(free)} free")
@@ -163,6 +163,10 @@ def _new_folder(target: Path, source: Path, size: int) -> Iterator[Path]:
                 raise _no_room(target, size, f"{place} is full") from error
             raise IlladaError(f"{target} cannot be written: {first_line(error)}") from error
         raise
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _no_room(target: Path, size: int, fact: str) -> IlladaError:
