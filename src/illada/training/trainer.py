@@ -28,7 +28,7 @@ from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
-from illada.keyed import ORDER, bits
+from illada.keyed import DROPOUT, bits
 from illada.loading import choose_device, load_config, load_model, model_folder
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
@@ -37,7 +37,6 @@ from illada.training.report import Report
 from illada.training.schedule import Schedule, on_plateau
 
 DECAY_FILE = "DECAY"
-DROPOUT = ORDER + 1  # the stream of random numbers after those of illada.keyed
 FREE_TO_CHANGE = (
     "training.validate_every",
     "training.checkpoint_every",
