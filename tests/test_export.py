@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from illada import GenerationSettings, cli, confidence_scores, generate
+from illada import GenerationSettings, adapters, cli, confidence_scores, generate
 from illada.commands import export, folder
 from illada.commands.export import export_model
 from illada.errors import IlladaError
@@ -395,3 +395,29 @@ def test_values_too_large_for_fp16_are_refused(build_model, tiny_tokenizer, tmp_
     with pytest.raises(IlladaError, match=r"lm_head.weight holds values too large for fp16: choose --dtype bf16"):
         export_model(str(tmp_path / "a"), str(tmp_path / "b"), "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_adapter_is_exported_merged_into_its_base(run, tmp_path):
+    pytest.importorskip("peft")
+    base = run[0] / "model"
+    model, tokenizer = load_model(str(base), device="cpu")
+    adapters.add_adapter(model, 2, 4, 0.0, ["q_proj", "down_proj"], str(base), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        beside = model(ids).logits
+    adapters.save_adapter(model, tmp_path / "tuned" / "adapter")
+    tokenizer.save_pretrained(tmp_path / "tuned" / "adapter")
+    (tmp_path / "tuned" / "recipe.yaml").write_text(yaml.safe_dump({"model": {"start": "runs/base"}}))
+    before = weights(base)
+    export_model(str(tmp_path / "tuned"), str(tmp_path / "out"))
+    assert_same(weights(base), before)
+    assert weights(tmp_path / "out").keys() == before.keys()
+    merged, _ = load_model(str(tmp_path / "out"), device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, beside, rtol=1e-4, atol=1e-4)
+        assert (beside - run[1](ids).logits).abs().max() > 0.1
+    assert "Started from `runs/base`; a LoRA adapter was trained and merged in." in card_of(tmp_path / "out")[1]
