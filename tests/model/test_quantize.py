@@ -1,6 +1,5 @@
 import copy
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from illada.errors import IlladaError
 from illada.generation import GenerationSettings, generate
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.quantize import check_shapes, quantized_loading
+from released import random_tensors, write_released
 
 CPU = torch.device("cpu")
 TORCHAO, BITSANDBYTES = ("int8", "int4"), ("int8-bnb", "nf4")
@@ -134,7 +134,21 @@ def test_generation_runs(folders, way):
     answers = generate(model, [[7, 9, 11], [3]], settings)
     assert [len(x.ids) for x in answers] == [16, 16]
     assert model.config.mask_token_id not in answers[0].ids
-    assert generate(model, [[7, 9, 11], [3]], replace(settings)) == answers
+    assert generate(model, [[7, 9, 11], [3]], settings) == answers
+
+
+@pytest.mark.parametrize("family", ["illada", "llada"])
+@torch.inference_mode()
+def test_released_layouts(way, family, tmp_path):
+    write_released(tmp_path / "model", family, random_tensors(3), width=64, inner=128)
+    plain, model = load(tmp_path / "model", None), load(tmp_path / "model", way)
+    assert linears(model).keys() == linears(plain).keys()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "illada")
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    path = "1.mlp.down_proj"
+    effective_NK = linears(model)[path](torch.eye(128, dtype=torch.bfloat16)).T
+    original_NK = linears(plain)[path].weight
+    assert 0 < (effective_NK - original_NK).norm() < 0.1 * original_NK.norm()
 
 
 @pytest.mark.parametrize("damage", ["missing", "narrow", "short"])
