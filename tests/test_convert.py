@@ -152,10 +152,11 @@ def test_a_mask_is_added_as_the_mean_of_the_others(tmp_path, tie, extra_rows):
 def test_an_unused_reserved_token_becomes_the_mask(tmp_path):
     """Not one that the chat template or a special id uses, nor an ordinary word that happens to say so."""
     names = ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|reserved_special_token_2|>"]
-    tokenizer = tokenizer_without_mask(names)
+    tokenizer = tokenizer_without_mask()
     tokenizer.add_tokens(["unused_word"])
+    tokenizer.add_tokens(names, special_tokens=True)
     tokenizer.chat_template = "{{ '<|reserved_special_token_0|>' }}"
-    first = len(tokenizer) - 4
+    first = len(tokenizer) - 3
     theirs = make(tmp_path / "causal", tokenizer, eos_token_id=[2, first + 1])
     model, again = convert(tmp_path / "causal", tmp_path / "out")
     assert again.mask_token == names[2]
@@ -247,6 +248,7 @@ def change_weights(path, edit):
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
 BAD = {
     "scaled": (
         lambda p: change(p, rope_parameters={**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 1e4}),
@@ -255,6 +257,10 @@ BAD = {
     "scaled, old": (
         lambda p: change(p, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
         r"has rotary embedding scaled \(linear\)",
+    ),
+    "scaled without a factor": (
+        lambda p: change(p, rope_parameters=None, rope_scaling={"type": "longrope", **LONG}),
+        r"has rotary embedding scaled \(longrope\)",
     ),
     "bias": (lambda p: change(p, attention_bias=True), "has biases: this network has not"),
     "bias in the files": (

@@ -79,7 +79,6 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     shape["vocab_size"] = max(rows, mask.id + 1)
     config = IlladaConfig(**shape, **ids, mask_token_id=mask.id)
     settle_ids(config, folder, tokenizer)
-    config.mask_token_id = mask.id
     if mask.fresh:
         for name in (_EMBEDDING, _HEAD):
             if name in tensors:
