@@ -177,10 +177,11 @@ def main() -> None:
         failed: dict[str, str] = {}
         for _ in range(given.rounds):
             for way in (way for way in ways if way not in failed):
+                print(way, file=sys.stderr)
                 command = [sys.executable, __file__, "--way", way, *words]
                 done = subprocess.run(command, check=False, capture_output=True, text=True)
                 if done.returncode:
-                    failed[way] = done.stderr.strip().splitlines()[-1]
+                    failed[way] = done.stderr.strip().splitlines()[-1].partition(": ")[2]
                 else:
                     rows[way].append(json.loads(done.stdout.splitlines()[-1]))
     config = load_config(given.model) if os.path.isdir(given.model) else None

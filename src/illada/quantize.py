@@ -4,11 +4,13 @@ transformers quantises each tensor as it is read, so no full-precision copy of t
 embedding and LM head keep their type: the head gives the confidences that decide what is committed, and it is 8 % of
 the 8B model's weights.
 
-    name      library       bits a weight     arithmetic
-    int8      torchao       8, one scale per output                        weights widened for each product
-    int4      torchao       5, scale and offset per 32 inputs              fused kernel
-    int8-bnb  bitsandbytes  8, one scale per output (LLM.int8())           activations in int8 too, outliers apart
-    nf4       bitsandbytes  4.5, normal-float, one scale per 64 inputs     fused kernel where the CPU has AVX-512 BF16
+    name      library       bits of a weight                      products
+    int8      torchao       8, a scale per output                 weights widened each time
+    int4      torchao       5, scale and offset per 32 inputs     a kernel of torch; bf16 only
+    int8-bnb  bitsandbytes  8, a scale per output                 LLM.int8(): activations in int8 too, outliers apart
+    nf4       bitsandbytes  4.5, normal float per 64 inputs       a kernel where the CPU has AVX-512 BF16
+
+With int8-bnb an outlier decides for all rows of a forward pass, so company can change a row by the rounding's error.
 """
 
 import logging

@@ -151,6 +151,21 @@ def test_released_layouts(way, family, tmp_path):
     assert 0 < (effective_NK - original_NK).norm() < 0.1 * original_NK.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_on_a_gpu(folders, way):
+    gpu = torch.device("cuda", 0)
+    config = IlladaConfig.from_pretrained(folders[torch.bfloat16])
+    arguments = quantized_loading(way, config, gpu)
+    model = IlladaForMaskedLM.from_pretrained(folders[torch.bfloat16], config=config, dtype="auto", **arguments).eval()
+    check_shapes(model)
+    assert {x.device for x in model.parameters()} == {gpu}
+    original = load(folders[torch.bfloat16], None)(IDS).logits.float()
+    found = model(IDS.to(gpu)).logits.float().cpu()
+    assert (found - original).norm() < (0.1 if way.startswith("int8") else 0.6) * original.norm()
+
+
 @pytest.mark.parametrize("damage", ["missing", "narrow", "short"])
 def test_a_tensor_that_does_not_fit_is_refused(folders, way, damage, tmp_path):
     folder = folders[TYPES[way]]
