@@ -61,7 +61,7 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "tokenizer", "prepare", "pretrain", "sft", "generate", "chat", "score", "export"]
+    "command", ["", "demo", "tokenizer", "prepare", "pretrain", "sft", "generate", "chat", "score", "export", "convert"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:

@@ -95,7 +95,10 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = values.get("model_type", "illada")
     if family not in FAMILY_IDS:
-        raise IlladaError(f"this is a {family!r} model; illada reads model_type illada and llada")
+        raise IlladaError(
+            f"this is a {family!r} model; illada reads model_type illada and llada, and `illada convert` makes a "
+            "starting point for training of a llama-like one"
+        )
     if quantised := values.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise IlladaError(
