@@ -377,3 +377,9 @@ def test_chat_knows_a_system_message(work, capsys, monkeypatch):
         ["system", "user", "assistant", "user"],
     ]
     assert seen[1][3]["content"] == "two"
+
+
+def test_importing_says_nothing():
+    """Optional libraries complain on import of kernels for other machines."""
+    done = subprocess.run([sys.executable, "-c", "import illada"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

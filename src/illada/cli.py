@@ -12,9 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-# Before torch and transformers are imported: no telemetry, no advice, no network (but see illada.hub).
-if "HF_HUB_OFFLINE" not in os.environ and "TRANSFORMERS_OFFLINE" not in os.environ:
-    os.environ["HF_HUB_OFFLINE"] = os.environ["ILLADA_BANNED_NETWORK"] = "1"
+# Keeps tokenizers from advising about processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -360,6 +358,9 @@ def main(words: list[str] | None = None) -> None:
     try:
         from transformers.utils import logging
 
+        from illada.hub import ban_network
+
+        ban_network()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         parser, actions = _build()

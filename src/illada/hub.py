@@ -1,17 +1,15 @@
 """The Hugging Face hub: the one place where this package may use the network, and only for a name the user gave."""
 
-import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from illada.errors import IlladaError, first_line
 
-BANNED_BY_US = "ILLADA_BANNED_NETWORK"
-"""Set by the command line beside HF_HUB_OFFLINE, to tell its own ban from the user's."""
-
+_banned_by_us = threading.Event()
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
@@ -66,14 +64,23 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             raise IlladaError(f"{unreachable} ({first_line(error)})") from error
 
 
+def ban_network() -> None:
+    """Keep the libraries below from the network, except while `hub_folder` fetches what the user named."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        constants.HF_HUB_OFFLINE = True
+        _banned_by_us.set()
+
+
 @contextmanager
 def _network() -> Iterator[None]:
-    """Lift the command line's own ban on the network; one that the user set stays."""
+    """Lift our own ban on the network; one that the user set (HF_HUB_OFFLINE) stays."""
     from huggingface_hub import constants
     from transformers.utils import logging
 
     banned, quiet = constants.HF_HUB_OFFLINE, not logging.is_progress_bar_enabled()
-    constants.HF_HUB_OFFLINE = banned and BANNED_BY_US not in os.environ
+    constants.HF_HUB_OFFLINE = banned and not _banned_by_us.is_set()
     if sys.stderr.isatty():  # 16 GB take a while
         logging.enable_progress_bar()
     try:
