@@ -102,7 +102,7 @@ def sample(config: IlladaConfig, folder: str, text: str | None, length: int) -> 
     return torch.where(masked, config.mask_token_id, ids), masked
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Load one way here, time forward passes, compare with the log-probabilities of the unquantised model."""
     device = choose_device(given.device)
@@ -123,8 +123,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             times = []
             for _ in range(given.repeats + 1):
                 start = time.perf_counter()
-                hidden = model.model(ids[None, :length].to(device)).last_hidden_state
-                model.lm_head(hidden[:, -BLOCK:]).cpu()
+                hidden = model.model(ids[None, :length].to(device)).last_hidden_state[0]
+                model.lm_head(hidden[-BLOCK:]).cpu()
                 times.append(time.perf_counter() - start)
             found[f"seconds_{length}"] = times[1:]
     logits = model.lm_head(model.model(ids[None].to(device)).last_hidden_state[0, masked.to(device)])

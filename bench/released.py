@@ -52,7 +52,9 @@ def status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def run(folder: Path, tokens: int, quantize: str | None, block: int) -> None:
+def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int | None) -> None:
+    from quantize import stored_gigabytes
+
     from illada import GenerationSettings, generate
     from illada.commands.generate import encode_plain
     from illada.loading import load_model
@@ -68,18 +70,16 @@ def run(folder: Path, tokens: int, quantize: str | None, block: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     model, tokenizer = load_model(str(folder), **({"quantize": quantize} if quantize else {}))
     loaded, anonymous = time.monotonic() - started, peak - before
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"parameters         {sum(p.numel() for p in model.parameters()):,}")
-    print(f"weights            {weights / GB:6.2f} GB as stored in memory ({quantize or model.dtype})")
+    print(f"weights            {stored_gigabytes(model):6.2f} GB as stored in memory ({quantize or model.dtype})")
     print(f"load               {loaded:6.1f} s   peak resident {high / GB:.2f} GB, not file {anonymous / GB:.2f} GB")
-    settings = GenerationSettings(max_new_tokens=tokens, block_length=block, eos_token_id=None)
-    for name in ("first", "second"):
-        started = time.monotonic()
-        answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
-        seconds = time.monotonic() - started
-        each = seconds / answer.forwards
-        print(f"{name:6} answer      {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
+    settings = GenerationSettings(max_new_tokens=tokens, block_length=block, steps_per_block=steps, eos_token_id=None)
+    started = time.monotonic()
+    answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
+    seconds = time.monotonic() - started
+    each = seconds / answer.forwards
+    print(f"answer             {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
     done.set()
     high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak resident      {high / GB:6.2f} GB, not file {(peak - before) / GB:.2f} GB")
@@ -92,9 +92,10 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="forwards of a block; one a token without it")
     parser.add_argument("--quantize")
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.layers)
     else:
-        run(given.folder, given.tokens, given.quantize, given.block)
+        run(given.folder, given.tokens, given.quantize, given.block, given.steps)
