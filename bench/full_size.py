@@ -1,7 +1,7 @@
 """Does a folder in the released iLLaDA layout load at full size, how fast, and with how much memory?
 
-    python bench/released.py make FOLDER                # 8B shape, random bf16, sharded: 16.5 GB of disk
-    python bench/released.py run FOLDER [--tokens 32] [--quantize int8]
+    python bench/full_size.py make FOLDER                # 8B shape, random bf16, sharded: 16.5 GB of disk
+    python bench/full_size.py run FOLDER [--tokens 32] [--quantize int8]
 
 `run` loads the folder as `illada generate` does and generates. It prints bytes of weights, seconds, and the peaks of
 resident memory: in all, and without the pages of the weight files (bf16 weights on a CPU are mapped from the files, not
