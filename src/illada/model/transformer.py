@@ -51,8 +51,14 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THK.dtype)
 
 
-class BranchEnd(nn.Linear):
-    """The last linear layer of a residual branch: an ordinary one that starts narrower (spec §1)."""
+def branch_end(inputs: int, outputs: int) -> nn.Linear:
+    """Return the last linear layer of a residual branch, marked to start narrower (spec §1).
+
+    A mark and not a class of its own: libraries that replace linear layers look for exactly `nn.Linear`.
+    """
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.ends_branch = True  # type: ignore[assignment]
+    return layer
 
 
 class Attention(nn.Module):
@@ -67,7 +73,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, queries, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, keys, bias=False)
-        self.o_proj = BranchEnd(queries, width, bias=False)
+        self.o_proj = branch_end(queries, width)
 
     def forward(self, hidden_TD: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Attend within each segment."""
@@ -86,7 +92,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = BranchEnd(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = branch_end(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
@@ -161,7 +167,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
         """Initialise as the released model code does (spec §1): narrower at the two ends of the residual branches."""
         config = self.config
         if isinstance(module, nn.Linear):
-            depth = math.sqrt(2 * config.num_hidden_layers) if isinstance(module, BranchEnd) else 1.0
+            depth = math.sqrt(2 * config.num_hidden_layers) if hasattr(module, "ends_branch") else 1.0
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2 * config.hidden_size) ** -0.5)
