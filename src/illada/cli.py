@@ -136,6 +136,56 @@ def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
     run_demo(Path(output), quick, seed)
 
 
+def bench_generate(
+    model: str | None = None,
+    random: str | None = None,
+    vocab_size: int | None = None,
+    tasks: str | None = None,
+    limit: int = 64,
+    batch: int = 32,
+    block_length: int = 16,
+    max_new_tokens: int = 48,
+    repeats: int = 3,
+    only: list[str] | None = None,
+    outside: list[str] | None = None,
+    output: str | None = None,
+    seed: int = 0,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Measure every way to generate on one model: speed, work, memory, agreement with exact decoding, accuracy.
+
+    Args:
+        model: model or run folder, or a hub name.
+        random: instead, a shape to fill with random weights: 1m, 5m, 15m, 50m, illada-8b or llada-8b.
+        vocab_size: of the random model.
+        tasks: jsonl with {"prompt": str, "answer": str} on each line; null takes the demo's held-out problems.
+        limit: most problems to answer.
+        batch: prompts given to the engine at once; the plain loop and outside samplers take one at a time.
+        block_length: masks appended at a time.
+        max_new_tokens: most tokens of an answer.
+        repeats: timed runs of each variant; the median counts.
+        only: variants to run, by their names in the table, beside the plain loop and "1 token".
+        outside: Python files that define LLaDA's `generate(model, prompt, steps=..., ...)`; they are run.
+        output: folder for results.json, table.md and frontier.png; null only prints the table.
+        seed: of random weights and prompts, and of the choice of problems.
+        dtype: of the weights; auto is the checkpoint's own, or fp32 for random ones.
+        device: to run on; auto takes a GPU where there is one.
+    """
+    arguments: dict[str, Any] = dict(locals())
+    from rich.console import Console
+
+    from illada.benchmark import generation
+
+    with Console(stderr=True).status("loading") as status:
+        results = generation.bench_generate(**arguments, on_run=lambda name: status.update(f"running {name}"))
+    print(generation.table(results))
+    for name, reason in results["refused"].items():
+        print(f"left out: {name} ({reason})")
+    if output is not None:
+        print(f"written to {output}")
+
+
 def _train(command: str, arguments: Namespace) -> None:
     import signal
 
@@ -210,6 +260,8 @@ class _Parser(ArgumentParser):
             return "the recipe is not YAML: " + line[25:].replace(' in "<unicode string>",', " at")
         if found := re.match(r'Parser key "([^"]*)": Unable to load config', line):
             return f"{found[1]} has keys of its own: give them one by one, as --{found[1]}.KEY VALUE (see --help)"
+        if found := re.fullmatch(r'expected "(\w+)\.subcommand" to be one of \{(.*?)\}.*', line):
+            return f"what to {found[1]} is missing or unknown: choose {found[2].replace(',', ' or ')}"
         if found := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
             return f"{found[1]} needs a value"
         return line
@@ -320,6 +372,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         "--from", dest="source", type=str, help="causal llama-like model: folder or hub name (required)"
     )
     command.add_function_arguments(convert, as_positional=False, skip={"source"})
+    bench = add("bench", lambda arguments: bench_generate(**_given(arguments.generate)), "Measure this package.")
+    text = " ".join((bench_generate.__doc__ or "").split("\n\n")[0].split())
+    command = _Parser(description=text)
+    bench.add_subcommands(required=True, metavar="WHAT").add_subcommand("generate", command, help=text)
+    many = {"--only": "variants to run, by their names in the table, beside the plain loop and 1 token"}
+    many["--outside"] = "Python files that define LLaDA's generate(model, prompt, steps=..., ...); they are run"
+    for name, help_text in many.items():
+        command.add_argument(name, type=str, nargs="+", help=help_text)
+    command.add_function_arguments(bench_generate, as_positional=False, skip={name[2:] for name in many})
     return parser, actions
 
 

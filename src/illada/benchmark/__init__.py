@@ -1,0 +1,1 @@
+"""Measurements of this package on any model: what each way to generate costs, and what it is worth."""

@@ -1,0 +1,317 @@
+"""`illada bench generate`: every way to generate, on one model in one run, as a table, JSON and a picture."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from illada.benchmark.measure import Measurement, agreement, measure
+from illada.benchmark.samplers import EXACT, PLAIN, engine_samplers, outside_sampler, plain_sampler
+from illada.commands.files import read_lines
+from illada.commands.generate import settings_for, show_ids
+from illada.data.chat import encode_prompt
+from illada.data.shards import write_json
+from illada.demo.tasks import TASKS, held_out
+from illada.errors import IlladaError
+from illada.generation import GenerationSettings
+from illada.keyed import bits, uniform_int
+from illada.loading import DTYPES, Dtype, choose_device, load_model
+from illada.model import IlladaConfig, IlladaForMaskedLM
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question as ids, with its right answer if there is one."""
+
+    prompt: list[int]
+    answer: str | None = None
+
+
+def bench_generate(
+    model: str | None = None,
+    random: str | None = None,
+    vocab_size: int | None = None,
+    tasks: str | None = None,
+    limit: int = 64,
+    batch: int = 32,
+    block_length: int = 16,
+    max_new_tokens: int = 48,
+    repeats: int = 3,
+    only: Sequence[str] | None = None,
+    outside: Sequence[str] | None = None,
+    output: str | None = None,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    on_run: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure every mode and rule and return what results.json holds; arguments as in `illada bench generate`.
+
+    Raises:
+        IlladaError: when an argument cannot be used.
+    """
+    arguments = {name: value for name, value in locals().items() if name != "on_run"}
+    for name, number in (("limit", limit), ("batch", batch), ("repeats", repeats)):
+        if number < 1:
+            raise IlladaError(f"{name} must be at least 1, got {number}")
+    if output is not None and (Path(output) / "results.json").exists():
+        raise IlladaError(f"{output} holds the results of another run: choose another --output")
+    exact = GenerationSettings(max_new_tokens=max_new_tokens, block_length=block_length, seed=seed, eos_token_id=None)
+    if (model is None) == (random is None):
+        raise IlladaError("give --model FOLDER, or --random SHAPE for random weights")
+    tokenizer: Any = None
+    if model is not None:
+        if vocab_size is not None:
+            raise IlladaError("--vocab_size goes with --random: a trained model has its own")
+        network, tokenizer = load_model(model, dtype, device)
+        exact = settings_for(network, exact)
+        problems = _read_problems(tokenizer, tasks, limit) if tasks else _demo_problems(tokenizer, model, limit, seed)
+    else:
+        if tasks is not None:
+            raise IlladaError("--tasks needs --model: random weights answer nothing")
+        network = _random_model(str(random), vocab_size, dtype, device, seed)
+        problems = _random_problems(network, limit, max_new_tokens, seed)
+    exact = _fit(exact, problems, network.config.max_position_embeddings)
+
+    engine, refused = engine_samplers(network, exact, batch)
+    samplers = [plain_sampler(network, exact), *engine]
+    samplers += [outside_sampler(path, network, exact) for path in outside or ()]
+    if only:
+        names = [sampler.name for sampler in samplers]
+        if unknown := [name for name in only if name not in names]:
+            raise IlladaError(f"no variant {unknown[0]!r}: choose from {', '.join(names)}")
+        # Exact decoding is what the others are compared with, the plain loop what they are timed against.
+        samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *only)]
+    measurements = measure(network, samplers, [problem.prompt for problem in problems], repeats, on_run)
+    results = {
+        "arguments": arguments,
+        "environment": _environment(network),
+        "problems": len(problems),
+        "rows": _rows(measurements, problems, tokenizer),
+        "refused": refused,
+    }
+    if output is not None:
+        write_results(Path(output), results)
+    return results
+
+
+def _random_model(shape: str, vocab_size: int | None, dtype: Dtype, device: str, seed: int) -> IlladaForMaskedLM:
+    config = IlladaConfig.preset(shape, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+    place = choose_device(device)
+    kind = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    # fork_rng: the seed must not leak into the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: IlladaForMaskedLM = IlladaForMaskedLM._from_config(config, dtype=kind)
+    return network.to(place).eval()
+
+
+def _random_problems(network: IlladaForMaskedLM, count: int, max_new_tokens: int, seed: int) -> list[Problem]:
+    """Return prompts of 8 to 64 random ids, or fewer where the context is short."""
+    longest = max(8, min(64, network.config.max_position_embeddings - max_new_tokens))
+    problems = []
+    for number in range(count):
+        length = 8 + int(uniform_int(seed, number) * (longest - 7))
+        problems.append(Problem((bits(seed, number, torch.arange(length)) % network.config.vocab_size).tolist()))
+    return problems
+
+
+def _read_problems(tokenizer: Any, file: str, limit: int) -> list[Problem]:
+    problems = []
+    for number, line in read_lines(file):
+        try:
+            record = json.loads(line)
+            prompt, answer = record["prompt"], record["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise IlladaError(f'{file} line {number} is not {{"prompt": ..., "answer": ...}}') from error
+        problems.append(_problem(tokenizer, str(prompt), str(answer), f"{file} line {number}"))
+        if len(problems) == limit:
+            break
+    return problems
+
+
+def _demo_problems(tokenizer: Any, model: str, limit: int, seed: int) -> list[Problem]:
+    """Return the demo's held-out problems, mixed evenly: of the tasks that a demo's model was taught, else of all."""
+    markers = [folder / "demo.json" for folder in (Path(model), Path(model).parent)]
+    names = next((json.loads(marker.read_text())["tasks"] for marker in markers if marker.is_file()), list(TASKS))
+    each = [held_out(name, -(-limit // len(names)), seed) for name in names]
+    mixed = [examples[i] for i in range(max(map(len, each))) for examples in each if i < len(examples)]
+    return [_problem(tokenizer, example.prompt, example.answer, "demo task") for example in mixed[:limit]]
+
+
+def _problem(tokenizer: Any, prompt: str, answer: str, record: str) -> Problem:
+    return Problem(encode_prompt(tokenizer, [{"role": "user", "content": prompt}], record), answer.strip())
+
+
+def _fit(exact: GenerationSettings, problems: Sequence[Problem], context: int) -> GenerationSettings:
+    """Return the settings with a budget of whole blocks that every prompt leaves room for."""
+    longest = max(len(problem.prompt) for problem in problems)
+    block = exact.block_length
+    budget = min(exact.max_new_tokens, context - longest) // block * block
+    if budget < block:
+        raise IlladaError(
+            f"max_new_tokens {exact.max_new_tokens} and context {context} - longest prompt {longest} leave no room for "
+            f"one block of {block}: lower --block_length or shorten the prompts"
+        )
+    return replace(exact, max_new_tokens=budget)
+
+
+def _rows(measurements: Sequence[Measurement], problems: Sequence[Problem], tokenizer: Any) -> list[dict[str, Any]]:
+    by_name = {measurement.sampler.name: measurement for measurement in measurements}
+    exact, plain = by_name[EXACT].answers, by_name[PLAIN]
+    rows = []
+    for m in measurements:
+        same_answers, same_tokens = agreement(m.answers, exact)
+        row: dict[str, Any] = {
+            "name": m.sampler.name,
+            "tokens_per_second": m.tokens_per_second,
+            # Paired: each repeat's own quotient, in tokens per second, as answers may differ in length.
+            "speedup": statistics.median(
+                a / b * sum(map(len, m.answers)) / max(1, sum(map(len, plain.answers)))
+                for a, b in zip(plain.seconds, m.seconds, strict=True)
+            ),
+            **asdict(m.work),
+            "peak_bytes": m.peak_bytes,
+            "same_answers": same_answers,
+            "same_tokens": same_tokens,
+            "accuracy": None,
+            "standard_error": None,
+            "answer_tokens": sum(map(len, m.answers)),
+            "seconds": m.seconds,
+            "settings": None if m.sampler.settings is None else asdict(m.sampler.settings),
+        }
+        if tokenizer is not None:
+            pairs = zip(m.answers, problems, strict=True)
+            share = sum(show_ids(tokenizer, ids).strip() == p.answer for ids, p in pairs) / len(problems)
+            row["accuracy"] = share
+            row["standard_error"] = (share * (1 - share) / len(problems)) ** 0.5
+        rows.append(row)
+    return rows
+
+
+def _environment(network: IlladaForMaskedLM) -> dict[str, Any]:
+    device = network.device
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("illada", "torch", "transformers", "numpy")},
+        },
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "parameters": network.num_parameters(),
+        "vocab_size": network.config.vocab_size,
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of this package's checkout, "-dirty" behind it if changed; None when it is not in one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's repository, which does not track it.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    head = ("variant", "tokens/s", "× plain", "forwards", "positions", "head pos.", "peak MB")
+    lines = [(*head, "same answers", "same tokens", "accuracy")]
+    for row in results["rows"]:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}"
+        lines.append(
+            (
+                row["name"],
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['speedup']:.2f}",
+                f"{row['forwards']:,}",
+                f"{row['positions']:,}",
+                f"{row['head_positions']:,}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+                f"{row['same_answers']:.1%}",
+                "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
+                accuracy,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "| "
+        + " | ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    return "\n".join(text)
+
+
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    """Write results.json, table.md and, where matplotlib is installed, frontier.png into a folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "results.json", results)
+    (output / "table.md").write_text(table(results) + "\n")
+    try:
+        picture = frontier(results["rows"])
+    except ImportError:
+        print("no frontier.png: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
+        return
+    (output / "frontier.png").write_bytes(picture)
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Draw speed against accuracy, or against agreement where there is none, as PNG; the line joins what none beats.
+
+    Raises:
+        ImportError: when matplotlib is missing.
+    """
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    from illada.demo.report import ACCENT, INK, MUTED
+
+    judged = rows[0]["accuracy"] is not None
+    points = [
+        (
+            row["tokens_per_second"],
+            100 * row["accuracy" if judged else "same_answers"],
+            100 * (row["standard_error"] or 0),
+        )
+        for row in rows
+    ]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    x, y, error = zip(*points, strict=True)
+    axes.errorbar(x, y, yerr=error, fmt="o", color=ACCENT, ecolor=MUTED, capsize=2)
+    best = sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points))
+    axes.plot([p[0] for p in best], [p[1] for p in best], color=ACCENT, lw=1)
+    for row, point in zip(rows, points, strict=True):
+        axes.annotate(row["name"], point[:2], (4, 4), textcoords="offset points", fontsize=7, color=INK)
+    label = "exact match, %" if judged else "answers equal to exact decoding's, %"
+    axes.set(xscale="log", xlabel="tokens per second", ylabel=label, ylim=(-3, 105))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
