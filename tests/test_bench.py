@@ -157,13 +157,17 @@ def test_accuracy_is_exact_match_after_stripping(trained_folder, tmp_path, monke
     assert (row["accuracy"], row["standard_error"]) == (0.5, 0.25)
 
 
-def test_demo_problems_are_those_of_the_demo(trained_folder, tmp_path):
+def test_demo_problems_are_those_of_the_demo(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["one"], 264)
-    found = generation._demo_problems(tokenizer, str(trained_folder), 9, 0)
-    assert len(found) == 9
+
+    def tasks(model):
+        found = generation._demo_problems(tokenizer, str(model), 5, 0)
+        return [tokenizer.decode(problem.prompt).removeprefix("<|bos|><|user|>").split()[0] for problem in found]
+
+    monkeypatch.setattr(generation, "TASKS", {"shift": None, "sorting": None})
+    assert tasks(tmp_path / "model") == ["Shift:", "Sort", "Shift:", "Sort", "Shift:"]
     (tmp_path / "demo.json").write_text('{"tasks": ["addition", "capitals"]}')
-    found = generation._demo_problems(tokenizer, str(tmp_path / "model"), 5, 0)
-    assert ["Capitals" in tokenizer.decode(problem.prompt) for problem in found] == [False, True] * 2 + [False]
+    assert tasks(tmp_path / "model") == tasks(tmp_path) == ["Add", "Capitals:", "Add", "Capitals:", "Add"]
 
 
 def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkeypatch, capsys):
@@ -190,7 +194,8 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
         ("--random 2m", "no preset '2m'"),
         ("--random 1m --tasks a", "--tasks needs --model"),
         ("--random 1m --limit 0", "limit must be at least 1"),
-        ("--random 1m --only sideways", "no variant 'sideways'"),
+        ("--random 1m --only sideways", "no variant 'sideways': a table made without"),
+        ("--random 1m --only token", "did you mean 1 token or"),
         ("--random 1m --outside nowhere.py", "no Python file nowhere.py"),
         ("--random 1m --max_new_tokens 8", "no room for one block of 16"),
         ("--random llada-8b --vocab_size 64", "mask_token_id 126336 is outside"),
@@ -220,3 +225,17 @@ def test_bad_tasks(trained_folder, tmp_path, line):
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "one", "answer": "two"}\n' + line)
     with pytest.raises(IlladaError, match="line 2 is not"):
         generation.bench_generate(str(trained_folder), tasks=str(tmp_path / "tasks.jsonl"))
+
+
+@pytest.mark.parametrize("words", ["bench", "bench generate"])
+def test_help(words, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words.split(), "--help"])
+    assert "generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["bench", "bench sideways"])
+def test_what_to_bench(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert "generate" in capsys.readouterr().err

@@ -173,15 +173,16 @@ def bench_generate(
         device: to run on; auto takes a GPU where there is one.
     """
     arguments: dict[str, Any] = dict(locals())
-    from rich.console import Console
-
     from illada.benchmark import generation
 
-    with Console(stderr=True).status("loading") as status:
-        results = generation.bench_generate(**arguments, on_run=lambda name: status.update(f"running {name}"))
+    def show(name: str) -> None:
+        # A line and no spinner: its thread would take time from what is measured.
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
+
+    results = generation.bench_generate(**arguments, on_run=show)
+    show("")
     print(generation.table(results))
-    for name, reason in results["refused"].items():
-        print(f"left out: {name} ({reason})")
     if output is not None:
         print(f"written to {output}")
 

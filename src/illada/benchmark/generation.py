@@ -1,5 +1,6 @@
 """`illada bench generate`: every way to generate, on one model in one run, as a table, JSON and a picture."""
 
+import difflib
 import json
 import os
 import platform
@@ -88,7 +89,9 @@ def bench_generate(
     if only:
         names = [sampler.name for sampler in samplers]
         if unknown := [name for name in only if name not in names]:
-            raise IlladaError(f"no variant {unknown[0]!r}: choose from {', '.join(names)}")
+            close = " or ".join(difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.4))
+            hint = f"did you mean {close}?" if close else "a table made without --only names them all"
+            raise IlladaError(f"no variant {unknown[0]!r}: {hint}")
         # Exact decoding is what the others are compared with, the plain loop what they are timed against.
         samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *only)]
     measurements = measure(network, samplers, [problem.prompt for problem in problems], repeats, on_run)
@@ -262,6 +265,15 @@ def table(results: dict[str, Any]) -> str:
         for line in lines
     ]
     text.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    environment, arguments = results["environment"], results["arguments"]
+    text += [
+        "",
+        f"{results['problems']} problems, engine in batches of {arguments['batch']}, the others one at a time; "
+        f"median of {arguments['repeats']} paired repeats; {environment['dtype']}, {environment['device']}, "
+        f"{environment['threads']} of {environment['cores']} cores, torch {environment['versions']['torch']}, commit "
+        f'{environment["commit"] or "unknown"}. Tokens: of answers, without their end. Same: as in the row "{EXACT}".',
+        *(f"Left out: {name} ({reason})." for name, reason in results["refused"].items()),
+    ]
     return "\n".join(text)
 
 
@@ -287,31 +299,43 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     from io import BytesIO
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    from illada.demo.report import ACCENT, INK, MUTED
+    from illada.demo.report import COLOURS, MUTED
 
     judged = rows[0]["accuracy"] is not None
-    points = [
-        (
-            row["tokens_per_second"],
-            100 * row["accuracy" if judged else "same_answers"],
-            100 * (row["standard_error"] or 0),
-        )
-        for row in rows
-    ]
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    quality = "accuracy" if judged else "same_answers"
+    points = [(row["tokens_per_second"], 100 * row[quality]) for row in rows]
+    best = sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points))
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
-    x, y, error = zip(*points, strict=True)
-    axes.errorbar(x, y, yerr=error, fmt="o", color=ACCENT, ecolor=MUTED, capsize=2)
-    best = sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points))
-    axes.plot([p[0] for p in best], [p[1] for p in best], color=ACCENT, lw=1)
-    for row, point in zip(rows, points, strict=True):
-        axes.annotate(row["name"], point[:2], (4, 4), textcoords="offset points", fontsize=7, color=INK)
+    axes.plot(*zip(*best, strict=True), color=MUTED, lw=1, zorder=0)
+    kinds = [_mode(row) for row in rows]
+    for number, (row, point, kind) in enumerate(zip(rows, points, kinds, strict=True), 1):
+        # The number is the marker: names beside the points would cover one another.
+        colour = COLOURS[list(dict.fromkeys(kinds)).index(kind) % len(COLOURS)]
+        style: dict[str, Any] = {
+            "marker": f"${number}$",
+            "ms": 5 * len(str(number)) + 2,
+            "color": colour,
+            "ecolor": "#d5dbe1",
+        }
+        error = None if row["standard_error"] is None else 100 * row["standard_error"]
+        axes.errorbar(*point, yerr=error, ls="", label=row["name"], elinewidth=0.8, **style)
     label = "exact match, %" if judged else "answers equal to exact decoding's, %"
-    axes.set(xscale="log", xlabel="tokens per second", ylabel=label, ylim=(-3, 105))
+    axes.set(xscale="log", xlabel="tokens per second", ylabel=label)
+    axes.margins(0.06)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    handles = [container[0] for container in axes.containers]
+    figure.legend(handles, [row["name"] for row in rows], loc="outside right upper", frameon=False, fontsize=7)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _mode(row: dict[str, Any]) -> str:
+    """Return what gives a row its colour: the cache of our engine, or that it is another sampler."""
+    return "other" if row["settings"] is None else str(row["settings"]["cache"])
