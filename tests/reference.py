@@ -1,6 +1,6 @@
 """The paper's equations written plainly and slowly: the oracle of every fast path.
 
-One row at a time, no packing, no chunks, no cache; a model is anything with `model(input_ids [1, L]).logits` and a
+One row at a time, no packing, no chunks; a model is anything with `model(input_ids [1, L]).logits` and a
 `config`. Random numbers come from plain-integer SplitMix64, so they too are checked against the vectorised ones.
 """
 
@@ -31,6 +31,40 @@ def logits_of(model, ids):
     return model(torch.tensor([ids])).logits[0].double()
 
 
+@torch.no_grad()
+def logits_with_past(model, ids, start, past):
+    """Logits of positions start…, whose layers attend to keys and values before `start` as `past` has them.
+
+    `past` is a list of (keys, values) for each layer, and is brought up to date.
+    """
+    config, trunk = model.config, model.model
+    group = config.num_attention_heads // config.num_key_value_heads
+    where = torch.arange(start, len(ids), dtype=torch.float32)[:, None, None]
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    turn = torch.polar(torch.ones(()), where * config.rope_theta**-pairs)
+
+    def rotated(x):  # a pair (i, i + half) is a complex number, turned by its angle
+        first, second = x.chunk(2, -1)
+        turned = torch.complex(first, second) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    hidden = trunk.embed_tokens(torch.tensor(ids[start:]))
+    for n, block in enumerate(trunk.layers):
+        normal = block.input_layernorm(hidden)
+        q, k, v = (
+            getattr(block.self_attn, f"{name}_proj")(normal).unflatten(-1, (-1, config.head_dim)) for name in "qkv"
+        )
+        q, k = rotated(q), rotated(k)
+        if start:
+            k, v = (torch.cat((old[:start], new)) for old, new in zip(past[n], (k, v), strict=True))
+        past[n] = (k, v)
+        k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        weights = (q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(config.head_dim)).softmax(-1)
+        hidden = hidden + block.self_attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return model.lm_head(trunk.norm(hidden)).double()
+
+
 def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
     """Eq. 1 in nats per token. One t per segment; token i is masked when its uniform number is below p."""
     total, start = 0.0, 0
@@ -56,13 +90,24 @@ def reference_generate(model, prompt, settings, think=()):
     steps = s.steps_per_block or block
     answer = [None] * budget  # None is a masked position
     forwards = answer_step = 0
+    past = [None] * model.config.num_hidden_layers
     for start in range(0, budget, block):
         positions = range(start, start + block)
         view = budget if s.later_masks else start + block
         block_step = 0
         while any(answer[i] is None for i in positions):
             seen = [mask if x is None else x for x in answer[:view]]
-            logits = logits_of(model, list(prompt) + seen)[len(prompt) :]
+            if s.cache == "none":
+                logits = logits_of(model, list(prompt) + seen)[len(prompt) :]
+            else:
+                # Everything in the first pass of a block ("prefix"), or of the answer; the finished block once more
+                # in the first pass of the next ("frozen"); else the active block alone.
+                first = len(prompt) + start
+                if block_step == 0:
+                    first = 0 if s.cache == "prefix" or start == 0 else first - block
+                computed = logits_with_past(model, list(prompt) + seen, first, past)
+                logits = torch.zeros(start + block, computed.shape[-1], dtype=torch.float64)
+                logits[start:] = computed[-block:]
             forwards += 1
             if s.guidance_scale:
                 free = logits_of(model, [mask] * len(prompt) + seen)[len(prompt) :]

@@ -50,6 +50,9 @@ def requests(draw):
     )
     block = draw(st.integers(1, 8))
     rule = draw(st.sampled_from(["steps", "random", "threshold"]))
+    cache = draw(st.sampled_from(["none", "none", "prefix", "frozen"]))
+    if cache != "none":  # masks alone look alike at every position, and the oracle rounds otherwise there
+        prompt = [9, *prompt]
     return prompt, GenerationSettings(
         max_new_tokens=draw(st.integers(block, 17)),
         block_length=block,
@@ -59,8 +62,9 @@ def requests(draw):
         temperature=draw(st.sampled_from([0.0, 0.0, 0.5, 1.5])),
         seed=draw(st.integers(0, 2**63 - 1)),
         eos_token_id=draw(st.sampled_from([None, 2, tuple(range(12)), (7, 63)])),
-        guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
-        later_masks=draw(st.booleans()),
+        guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])) if cache == "none" else 0.0,
+        later_masks=draw(st.booleans()) if cache == "none" else False,
+        cache=cache,
         think_boost=draw(st.sampled_from([0.0, 0.0, 3.0, 100.0])),
         think_boost_power=draw(st.sampled_from([0.0, 1.0, 3.0])),
     )
@@ -94,6 +98,35 @@ def test_generate_is_the_reference_alone_and_in_any_batch(tied, untied, tie, bat
     backwards = generate(model, prompts[::-1], settings[::-1], Pieces())
     assert [plain(g) for g in backwards[::-1]] == want
     assert plain(generate(model, prompts[:1], settings[0], Pieces())[0]) == want[0]
+
+
+@pytest.mark.parametrize(("cache", "block", "steps"), [("prefix", 4, 1), ("prefix", 1, None), ("frozen", 12, 1)])
+def test_a_cache_that_is_always_fresh_is_exact(tied, cache, block, steps):
+    """One pass a block renews a prefix each time; one pass in all uses nothing old."""
+    exact = GenerationSettings(max_new_tokens=12, block_length=block, steps_per_block=steps, eos_token_id=None)
+    cached = dataclasses.replace(exact, cache=cache)
+    prompts = [[8, 9, 10, 11], [20], []]
+    assert [plain(a) for a in generate(tied, prompts, cached)] == [plain(a) for a in generate(tied, prompts, exact)]
+
+
+def test_positions_computed_are_counted(tied):
+    settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": None}
+    prompt = [8, 9, 10, 11, 12]
+    counted = {
+        cache: generate(tied, [prompt], GenerationSettings(**settings, cache=cache))[0].positions
+        for cache in ("none", "prefix", "frozen")
+    }
+    assert counted["none"] == 4 * (5 + 4) + 4 * (5 + 8) + 4 * (5 + 12)
+    assert counted["prefix"] == (9 + 3 * 4) + (13 + 3 * 4) + (17 + 3 * 4)
+    assert counted["frozen"] == (9 + 3 * 4) + (8 + 3 * 4) + (8 + 3 * 4)
+    guided = GenerationSettings(**settings, guidance_scale=1.0)
+    assert generate(tied, [prompt], guided)[0].positions == 2 * counted["none"]
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"later_masks": True}])
+def test_a_cache_refuses_what_it_cannot_do(change):
+    with pytest.raises(IlladaError, match="cache prefix cannot be used with"):
+        GenerationSettings(cache="prefix", **change)
 
 
 class Biased(torch.nn.Module):
@@ -368,7 +401,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"stop": "x"}, "list of strings"),
         ({"stop": ("",)}, "not empty"),
         ({"eos_token_id": -2}, "eos_token_id"),
-        ({"cache": "prefix"}, "cache"),
+        ({"cache": "nonsense"}, "cache"),
     ],
 )
 def test_bad_settings_are_refused(change, says):

@@ -1,7 +1,7 @@
 """Generation of many requests at once: rows, the loop over steps and blocks, and where an answer ends (spec §5)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal, Protocol
 
@@ -39,6 +39,8 @@ class Generation:
     """Forward passes this row took part in; guidance counts two a step."""
     text: str | None = None
     """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
+    positions: int = field(default=0, compare=False)
+    """Positions that the passes computed for this row; those a cache gave are not among them."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def generate(
                         generation = _advance(row, *proposed, tokenizer)
                         if generation is not None:
                             ended[row.index] = generation
+                            row.past = None
                         if on_step is not None:
                             on_step(_event(row, *step, generation is not None))
     finally:
@@ -153,13 +156,12 @@ def _groups(rows: Sequence[Row], max_batch_tokens: int) -> Iterator[list[Row]]:
     """Divide rows into forward passes, by length, so that equal lengths share attention calls."""
     group: list[Row] = []
     held = 0
-    for row in sorted(rows, key=lambda row: len(row.prompt_P) + row.view):
-        tokens = row.passes * (len(row.prompt_P) + row.view)
-        if group and held + tokens > max_batch_tokens:
+    for row in sorted(rows, key=lambda row: row.size):
+        if group and held + row.size > max_batch_tokens:
             yield group
             group, held = [], 0
         group.append(row)
-        held += tokens
+        held += row.size
     if group:
         yield group
 
@@ -177,6 +179,7 @@ def _advance(
     chosen_K = positions_to_commit(row.settings, confidence_M, position_M, row.block_step, row.answer_step)
     row.masked_G[position_M[chosen_K]] = False
     row.forwards += row.passes
+    row.positions += row.size
     row.answer_step += 1
     row.block_step += 1
     if row.masked_G[row.block : row.block_end].any():
@@ -186,7 +189,8 @@ def _advance(
         return stopped
     if row.block_end == row.budget:
         ids = row.ids_G.tolist()
-        return Generation(ids, "length", row.forwards, None if tokenizer is None else tokenizer.decode(ids))
+        text = None if tokenizer is None else tokenizer.decode(ids)
+        return Generation(ids, "length", row.forwards, text, row.positions)
     row.block, row.block_step = row.block_end, 0
     return None
 
@@ -199,7 +203,7 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
     if ends:
         ids = ids[: ends[0]]
     if tokenizer is None:
-        return Generation(ids, "stop", row.forwards) if ends else None
+        return Generation(ids, "stop", row.forwards, None, row.positions) if ends else None
     if not ends and not row.settings.stop:
         return None
     text = tokenizer.decode(ids)
@@ -208,7 +212,7 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
         text = text[: min(cuts)]
         # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
         ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
-    return Generation(ids, "stop", row.forwards, text) if ends or cuts else None
+    return Generation(ids, "stop", row.forwards, text, row.positions) if ends or cuts else None
 
 
 def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepEvent:

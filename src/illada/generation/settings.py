@@ -29,7 +29,10 @@ class GenerationSettings:
         think_boost: logit added, rising along the answer, to the next id of `</think>` until it is written; 0 for none
             (authors' evaluation code: 100). Needs a tokenizer.
         think_boost_power: exponent of that rise (authors' evaluation code: 3; HumanEval 1).
-        cache: "none": every pass sees all tokens afresh, which is exact.
+        cache: "none": every pass sees all tokens afresh, which is exact. The others keep keys and values of the tokens
+            before the active block, which is faster and not the paper's decoding: "prefix" renews them in the first
+            pass of every block, "frozen" computes those of a finished block once more, together with the first pass of
+            the next, and never again.
 
     Raises:
         IlladaError: when a value is out of range or two of them contradict each other.
@@ -48,7 +51,7 @@ class GenerationSettings:
     later_masks: bool = False
     think_boost: float = 0.0
     think_boost_power: float = 3.0
-    cache: Literal["none"] = "none"
+    cache: Literal["none", "prefix", "frozen"] = "none"
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -78,8 +81,10 @@ class GenerationSettings:
             _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
             if self.remasking == "random":
                 raise IlladaError("threshold needs remasking low_confidence: a random choice has no confidence")
-        if self.cache != "none":
-            raise IlladaError(f"no cache {self.cache!r}: only exact decoding exists, use none")
+        _require(self.cache in ("none", "prefix", "frozen"), "cache", self.cache, "none, prefix or frozen")
+        if self.cache != "none" and (self.guidance_scale or self.later_masks):
+            name = "guidance_scale" if self.guidance_scale else "later_masks"
+            raise IlladaError(f"cache {self.cache} cannot be used with {name}: choose cache none")
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

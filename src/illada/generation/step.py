@@ -16,7 +16,7 @@ from torch import Tensor
 
 from illada import keyed
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaForMaskedLM, Packing
+from illada.model import IlladaForMaskedLM, Packing, Past
 
 GUMBEL = 16
 """Stream of sampling; the streams of training lie below 16."""
@@ -44,6 +44,8 @@ class Row:
     block_step: int = 0
     answer_step: int = 0
     forwards: int = 0
+    positions: int = 0
+    past: Past | None = None
     ids_G: NDArray[np.int64] = field(init=False)
     masked_G: NDArray[np.bool_] = field(init=False)
     confidence_G: NDArray[np.float32] = field(init=False)
@@ -73,10 +75,26 @@ class Row:
         """Return the still-masked positions of the active block, as answer positions [M]."""
         return self.block + np.flatnonzero(self.masked_G[self.block : self.block_end])
 
+    @property
+    def first(self) -> int:
+        """Where in prompt and answer the positions begin that this step computes: those before come from the past."""
+        cache, done = self.settings.cache, len(self.prompt_P) + self.block
+        if cache == "none" or self.answer_step == 0:
+            return 0
+        if self.block_step:
+            return done
+        # A new block: the one before it has its last tokens only now.
+        return 0 if cache == "prefix" else done - self.settings.block_length
+
+    @property
+    def size(self) -> int:
+        """How many positions this step computes."""
+        return self.passes * (len(self.prompt_P) + self.view - self.first)
+
     def inputs(self, mask_id: int) -> list[NDArray[np.int64]]:
-        """Return the row as the model sees it; under guidance also with its prompt masked."""
+        """Return the row as this step computes it; under guidance also with its prompt masked."""
         answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.view]
-        seen = np.concatenate((self.prompt_P, answer))
+        seen = np.concatenate((self.prompt_P, answer))[self.first :]
         if self.passes == 1:
             return [seen]
         return [seen, np.concatenate((np.full_like(self.prompt_P, mask_id), answer))]
@@ -112,14 +130,20 @@ def denoise(
     inputs: list[NDArray[np.int64]] = []
     selected: list[NDArray[np.int64]] = []
     start = 0
+    pasts: list[Past | None] = []
     for row in rows:
-        selected.append(start + len(row.prompt_P) + row.open_positions())
+        if row.settings.cache != "none":
+            row.past = row.past or Past(len(row.prompt_P) + row.budget)
+            row.past.start = row.first
+        selected.append(start + len(row.prompt_P) - row.first + row.open_positions())
         for sequence in row.inputs(mask_id):
             inputs.append(sequence)
+            pasts.append(row.past)
             start += len(sequence)
     extras = _Extras(rows, [len(positions) for positions in selected])
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
-    hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs))))
+    kept = tuple(pasts) if any(past is not None for past in pasts) else ()
+    hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), kept))
 
     def head(at_C: NDArray[np.int64]) -> Tensor:
         return model.lm_head(hidden_TD[_on(at_C, hidden_TD)]).float()

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from illada.model.attention import Packing
+from illada.model.attention import Packing, Past
 from illada.model.config import PRESETS, IlladaConfig, LladaConfig
 from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
@@ -13,4 +13,4 @@ AutoConfig.register("llada", LladaConfig, exist_ok=True)
 for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
     auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
 
-__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing"]
+__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing", "Past"]

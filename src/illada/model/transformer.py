@@ -64,8 +64,9 @@ def branch_end(inputs: int, outputs: int) -> nn.Linear:
 class Attention(nn.Module):
     """Grouped-query attention without bias or mask."""
 
-    def __init__(self, config: IlladaConfig):
+    def __init__(self, config: IlladaConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.config = config  # its attn_implementation may be changed later
         self.head_dim = config.head_dim
         width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         key_TGK = rotate(self.k_proj(hidden_TD).unflatten(-1, heads), *rotary)
         value_TGK = self.v_proj(hidden_TD).unflatten(-1, heads)
         kernel = self.config._attn_implementation
-        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing, kernel).flatten(-2))
+        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing, kernel, self.layer).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -102,10 +103,10 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: IlladaConfig):
+    def __init__(self, config: IlladaConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -198,7 +199,7 @@ class IlladaModel(IlladaPreTrainedModel):
     def __init__(self, config: IlladaConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
