@@ -84,11 +84,12 @@ def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
 
 
 def reference_generate(model, prompt, settings, think=()):
-    """Spec §5 for one prompt without stop strings; returns (ids, finish reason, forwards)."""
+    """Spec §5 for one prompt without stop strings; returns (ids, finish reason, forwards, log-probabilities)."""
     s, mask, block = settings, model.config.mask_token_id, settings.block_length
     budget = min(s.max_new_tokens, model.config.max_position_embeddings - len(prompt)) // block * block
     steps = s.steps_per_block or block
     answer = [None] * budget  # None is a masked position
+    log_probs = [None] * budget
     forwards = answer_step = 0
     past = [None] * model.config.num_hidden_layers
     for start in range(0, budget, block):
@@ -114,37 +115,65 @@ def reference_generate(model, prompt, settings, think=()):
                 logits = free + (s.guidance_scale + 1) * (logits - free)
                 forwards += 1
             opened = [i for i in positions if answer[i] is None]
+            for v in {*prompt, *answer} - {None}:
+                for i in opened:
+                    logits[i, v] *= s.repetition_penalty if logits[i, v] < 0 else 1 / s.repetition_penalty
             if s.think_boost and not contains(answer, think):
                 at = opened[0]
                 for n in range(len(think)):
                     if n <= at and answer[at - n : at] == list(think[:n]):
                         following = think[n]  # the longest prefix wins: n rises
                 logits[at, following] += s.think_boost * min(1, (at + 1) / budget) ** s.think_boost_power
-            proposal, confidence = {}, {}
+            proposal, confidence, order = {}, {}, {}
             for i in opened:
                 choice = logits[i].clone()
                 choice[mask] = -math.inf
+                probability = logits[i].softmax(-1)
+                best, second = sorted((float(probability[v]) for v in range(len(choice)) if v != mask), reverse=True)[
+                    :2
+                ]
+                entropy = -sum(float(p * p.log()) for p in choice.softmax(-1) if p > 0)
                 if s.temperature:
+                    kept = reference_kept(choice / s.temperature, s.top_k, s.top_p)
                     for v in range(len(choice)):
                         u = reference_uniform(s.seed, GUMBEL, answer_step, i, v)
-                        choice[v] -= s.temperature * math.log(-math.log(u))
+                        choice[v] -= s.temperature * math.log(-math.log(u)) if v in kept else math.inf
                 proposal[i] = int(choice.argmax())
-                confidence[i] = float(logits[i].softmax(-1)[proposal[i]])
-                if s.remasking == "random":
-                    confidence[i] = reference_uniform(s.seed, REMASK, answer_step, i)
-            ranked = sorted(opened, key=lambda i: (-confidence[i], i))
+                confidence[i] = float(probability[proposal[i]])
+                if s.entropy_bound is not None:
+                    order[i] = entropy
+                elif s.remasking == "random":
+                    order[i] = -reference_uniform(s.seed, REMASK, answer_step, i)
+                elif s.remasking == "margin":
+                    order[i] = second - best
+                else:
+                    order[i] = -confidence[i]
+            ranked = sorted(opened, key=lambda i: (order[i], i))
             if s.threshold is not None:
                 count = max(1, sum(c >= s.threshold for c in confidence.values()))
+            elif s.entropy_bound is not None:
+                sums = [[order[i] for i in ranked[:n]] for n in range(1, len(ranked) + 1)]
+                count = sum(math.fsum(x) - max(x) <= s.entropy_bound for x in sums)
             else:
                 count = block // steps + (1 if block_step < block % steps else 0)
             for i in ranked[:count]:
                 answer[i] = proposal[i]
+                log_probs[i] = math.log(confidence[i])
             block_step += 1
             answer_step += 1
         for i in positions:
             if answer[i] in s.eos_ids:
-                return answer[:i], "stop", forwards
-    return answer, "length", forwards
+                return answer[:i], "stop", forwards, log_probs[:i]
+    return answer, "length", forwards, log_probs
+
+
+def reference_kept(logits, top_k, top_p):
+    """The ids left to draw from: the k best and those tied with them, of these what less than top_p outranks."""
+    best = sorted(logits.tolist(), reverse=True)[:top_k]
+    weights = [math.exp(x - best[0]) for x in best]
+    if top_p < 1:
+        best = [x for n, x in enumerate(best) if sum(weights[:n]) < top_p * sum(weights)]
+    return {v for v in range(len(logits)) if logits[v] >= best[-1]}
 
 
 def contains(answer, sequence):

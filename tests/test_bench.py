@@ -85,7 +85,9 @@ def test_plain_loop_is_exact_decoding(tied, stops):
     if stops:  # at what is the second block's first token
         free = plain_sampler(tied, EXACT).answer(PROMPTS)
         settings = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=free[0][B])
-    plain = plain_sampler(tied, settings).answer(PROMPTS)
+    with counted(tied) as work:
+        plain = plain_sampler(tied, settings).answer(PROMPTS)
+    assert work.forwards == sum(min(G, len(answer) // B * B + B) for answer in plain)  # to the end of the last block
     assert plain == by_name(engine_samplers(tied, settings, 2)[0])["1 token"].answer(PROMPTS)
     assert len(plain[0]) < 2 * B if stops else len(plain[0]) == G
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import Generation, GenerationSettings, generate, step
+from illada.generation import GenerationSettings, generate, step
 from illada.generation.unmask import positions_to_commit, quota
 from reference import reference_generate
 
@@ -43,23 +43,27 @@ THINK = (13, 2, 3, 4)
 
 @st.composite
 def requests(draw):
-    prompt = draw(
-        st.sampled_from([0, 1, 2, 5, 12, 12, 87]).flatmap(
-            lambda n: st.lists(st.integers(0, 63), min_size=n, max_size=n)
-        )
-    )
+    rule = draw(st.sampled_from(["low_confidence", "margin", "random", "threshold", "entropy"]))
+    # Where all is MASK all positions are alike, and rounding alone would rank them; random ranks do not care.
+    sizes = [0, 1, 2, 5, 12, 12, 87] if rule == "random" else [1, 2, 5, 12, 12, 87]
+    prompt = draw(st.sampled_from(sizes).flatmap(lambda n: st.lists(st.integers(0, 63), min_size=n, max_size=n)))
+    assume(rule == "random" or not {*prompt} <= {5, 63})
     block = draw(st.integers(1, 8))
-    rule = draw(st.sampled_from(["steps", "random", "threshold"]))
+    temperature = draw(st.sampled_from([0.0, 0.0, 0.5, 1.5]))
     cache = draw(st.sampled_from(["none", "none", "prefix", "frozen"]))
-    if cache != "none":  # masks alone look alike at every position, and the oracle rounds otherwise there
+    if cache != "none":  # the oracle rounds otherwise, which masks alone would show
         prompt = [9, *prompt]
     return prompt, GenerationSettings(
         max_new_tokens=draw(st.integers(block, 17)),
         block_length=block,
-        steps_per_block=draw(st.none() | st.integers(1, block)) if rule != "threshold" else None,
+        steps_per_block=None if rule in ("threshold", "entropy") else draw(st.none() | st.integers(1, block)),
         threshold=draw(st.sampled_from([0.05, 0.3, 0.6, 1.0])) if rule == "threshold" else None,
-        remasking="random" if rule == "random" else "low_confidence",
-        temperature=draw(st.sampled_from([0.0, 0.0, 0.5, 1.5])),
+        entropy_bound=draw(st.sampled_from([0.05, 0.2, 1.5, 6.0])) if rule == "entropy" else None,
+        remasking=rule if rule in ("margin", "random") else "low_confidence",
+        temperature=temperature,
+        top_k=draw(st.none() | st.sampled_from([1, 3, 10, 100])) if temperature else None,
+        top_p=draw(st.sampled_from([1e-6, 0.5, 0.9, 1.0, 1.0])) if temperature else 1.0,
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.7, 1.4, 30.0])),
         seed=draw(st.integers(0, 2**63 - 1)),
         eos_token_id=draw(st.sampled_from([None, 2, tuple(range(12)), (7, 63)])),
         guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])) if cache == "none" else 0.0,
@@ -71,7 +75,7 @@ def requests(draw):
 
 
 def expected(model, prompt, settings):
-    return reference_generate(model, prompt, settings, THINK)
+    return reference_generate(model, prompt, settings, THINK)[:3]
 
 
 def plain(generation):
@@ -88,13 +92,16 @@ def plain(generation):
 def test_generate_is_the_reference_alone_and_in_any_batch(tied, untied, tie, batch, max_batch_tokens, held):
     model = tied if tie else untied
     prompts, settings = zip(*batch, strict=True)
-    want = [expected(model, *request) for request in batch]
+    answers = [reference_generate(model, *request, THINK) for request in batch]
+    want = [answer[:3] for answer in answers]
     saved, step.LOGITS_HELD = step.LOGITS_HELD, held
     try:
         together = generate(model, prompts, settings, Pieces(), max_batch_tokens=max_batch_tokens)
     finally:
         step.LOGITS_HELD = saved
     assert [plain(g) for g in together] == want
+    for generation, (*_, log_probs) in zip(together, answers, strict=True):
+        assert generation.log_probs == pytest.approx(log_probs, abs=2e-4)
     backwards = generate(model, prompts[::-1], settings[::-1], Pieces())
     assert [plain(g) for g in backwards[::-1]] == want
     assert plain(generate(model, prompts[:1], settings[0], Pieces())[0]) == want[0]
@@ -152,7 +159,15 @@ SMALL = GenerationSettings(max_new_tokens=12, block_length=4, eos_token_id=None)
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"threshold": 0.9}, {"steps_per_block": 2}, {"temperature": 1.0}, {"remasking": "random"}]
+    "change",
+    [
+        {},
+        {"threshold": 0.9},
+        {"steps_per_block": 2},
+        {"temperature": 1.0},
+        {"remasking": "random"},
+        {"remasking": "margin"},
+    ],
 )
 def test_a_model_that_wants_mask_everywhere_still_progresses(build_model, change):
     model = biased(build_model(tie=True, seed=3), i5=50.0)
@@ -188,7 +203,10 @@ def test_the_mask_id_inside_the_prompt_is_a_token_like_any_other(tied):
 def test_a_batch_of_two_is_two_batches_of_one(untied):
     prompts = [[8, 9, 10], [30] * 11]
     both = generate(untied, prompts, SMALL)
-    assert both == [generate(untied, [prompt], SMALL)[0] for prompt in prompts]
+    for one, prompt in zip(both, prompts, strict=True):
+        (alone,) = generate(untied, [prompt], SMALL)
+        assert plain(one) == plain(alone)
+        assert one.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
     assert both[0].ids != both[1].ids
 
 
@@ -278,6 +296,158 @@ def test_gumbel_max_samples_the_softmax(build_model):
     assert chi_square < 25  # at most 6 degrees of freedom: p < 4e-4
 
 
+def next_logits(model, prompt):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, model.config.mask_token_id]])).logits[0, -1].double()
+    logits[model.config.mask_token_id] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(3, 1.0, 9.0), (None, 0.7, 2.0), (4, 0.6, 9.0)])
+def test_the_draw_is_from_all_the_ids_kept_and_no_others(build_model, top_k, top_p, temperature):
+    model = build_model(tie=False, seed=5, vocab_size=8)
+    prompt = [3, 6]
+    settings = [
+        GenerationSettings(1, 1, eos_token_id=None, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        for seed in range(300)
+    ]
+    logits = next_logits(model, prompt)
+    ranked = logits.argsort(descending=True)[:top_k]
+    p = (logits[ranked] / temperature).softmax(-1)
+    kept = {int(v) for n, v in enumerate(ranked) if p[:n].sum() < top_p}
+    assert 1 < len(kept) < 7
+    assert {g.ids[0] for g in generate(model, [prompt] * 300, settings)} == kept
+
+
+WARM = dataclasses.replace(SMALL, temperature=1.5, seed=11)
+
+
+@pytest.mark.parametrize("change", [{"top_k": 1}, {"top_p": 1e-9}, {"top_k": 64, "temperature": 1e-300}])
+def test_narrow_enough_sampling_is_greedy(untied, change):
+    greedy, warm = generate(untied, [[8, 9]] * 2, [SMALL, WARM])
+    assert greedy.ids != warm.ids
+    assert plain(generate(untied, [[8, 9]], dataclasses.replace(WARM, **change))[0]) == plain(greedy)
+
+
+def test_a_top_k_of_the_vocabulary_keeps_all(untied):
+    (warm,) = generate(untied, [[8, 9]], WARM)
+    for top_k in (63, 64, 10**6):
+        assert generate(untied, [[8, 9]], dataclasses.replace(WARM, top_k=top_k)) == [warm]
+    # Beside a row that narrows, all is still all.
+    both = generate(untied, [[8, 9]] * 2, [dataclasses.replace(WARM, top_k=10**6), dataclasses.replace(WARM, top_k=2)])
+    assert plain(both[0]) == plain(warm)
+    assert both[0].ids != both[1].ids
+
+
+class Level(torch.nn.Module):
+    """An LM head that says the same everywhere: falling logits from `top` by steps of 0.1."""
+
+    def __init__(self, top):
+        super().__init__()
+        self.top = top
+
+    def forward(self, hidden):
+        return (self.top - 0.1 * torch.arange(64)).expand(len(hidden), 64).clone()
+
+
+@pytest.mark.parametrize("top", [20.0, -3.0])
+def test_the_penalty_counts_the_prompt_and_committed_tokens_only(build_model, top):
+    model = build_model(tie=True, seed=3, mask_token_id=63)
+    model.lm_head = Level(top)
+    prompt = [0, 2, 3]
+    (answer,) = generate(model, [prompt], dataclasses.replace(SMALL, repetition_penalty=1000.0))
+    assert answer.ids == [1, *range(4, 15)]
+    # What a step commits at once is alike at all of its positions: proposals count for nothing.
+    settings = dataclasses.replace(SMALL, repetition_penalty=1000.0, steps_per_block=1)
+    (answer,) = generate(model, [prompt], settings)
+    assert answer.ids == [1] * 4 + [4] * 4 + [5] * 4
+
+
+def test_ids_tied_with_the_last_one_kept_stay(build_model):
+    model = build_model(tie=True, seed=3, mask_token_id=63)
+    model.lm_head = Biased(Level(0.0), torch.where(torch.arange(64) < 3, 0.1 * torch.arange(64), -100.0))
+    settings = [dataclasses.replace(SMALL, temperature=1.0, top_k=2, seed=seed) for seed in range(20)]
+    drawn = {i for g in generate(model, [[9]] * 20, settings) for i in g.ids}
+    assert drawn == {0, 1, 2}
+
+
+def test_log_probs_are_those_of_the_moment_of_commitment(tied):
+    events = []
+    settings = dataclasses.replace(WARM, top_k=3, top_p=0.8, max_new_tokens=8, steps_per_block=3)
+    (answer,) = generate(tied, [[9, 8]], settings, on_step=events.append)
+    for at, log_prob in enumerate(answer.log_probs):
+        then = next(e for e in events if len(e.ids) > at and e.committed[at])
+        assert log_prob == pytest.approx(math.log(then.confidence[at]), abs=1e-5)
+    # The first committed token's: what temperature and truncation did to the draw is left out.
+    seen = torch.tensor([[9, 8, 5, 5, 5, 5]])
+    at = events[0].committed.index(True)
+    with torch.no_grad():
+        log_p = tied(seen).logits[0, 2 + at].log_softmax(-1)
+    assert answer.log_probs[at] == pytest.approx(float(log_p[answer.ids[at]]), abs=1e-4)
+
+
+def test_log_probs_stay_finite_where_the_confidence_underflows(build_model):
+    model = biased(build_model(tie=True, seed=3), i5=500.0)
+    (answer,) = generate(model, [[8, 9]], SMALL)
+    assert all(-600 < x < -400 for x in answer.log_probs)
+
+
+@hypothesis_settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.5, 2.0]), min_size=1, max_size=9), st.floats(0, 3))
+def test_an_entropy_bound_commits_as_many_as_it_allows(entropies, bound):
+    settings = GenerationSettings(block_length=16, entropy_bound=bound)
+    entropy_M = np.array(entropies, dtype=np.float32)
+    chosen = positions_to_commit(settings, entropy_M, np.arange(len(entropy_M)), 0, 0).tolist()
+    ranked = sorted(range(len(entropies)), key=lambda i: (entropies[i], i))
+    assert chosen == ranked[: len(chosen)]
+    assert math.fsum(entropy_M[chosen]) - max(entropy_M[chosen]) <= bound + 1e-6
+    if len(chosen) < len(ranked):
+        assert math.fsum(entropy_M[ranked[: len(chosen)]]) > bound - 1e-6
+
+
+def test_an_entropy_bound_from_zero_to_all(build_model, tied):
+    def forwards(model, bound):
+        return generate(model, [[9, 8]], dataclasses.replace(SMALL, entropy_bound=bound))[0].forwards
+
+    assert forwards(tied, 0.0) == 12
+    assert 3 < forwards(tied, 2.0) < 12
+    assert forwards(tied, 100.0) == 3
+    # Tokens that are exactly certain cost nothing; a model certain of MASK is certain of no token.
+    assert forwards(biased(build_model(tie=True, seed=3), i7=500.0), 0.0) == 3
+    assert forwards(biased(build_model(tie=True, seed=3), i5=500.0), 0.0) == 12
+
+
+def test_an_entropy_that_is_no_number_still_progresses():
+    settings = GenerationSettings(block_length=4, entropy_bound=0.1)
+    assert positions_to_commit(settings, np.full(4, np.nan, np.float32), np.arange(4), 0, 0).tolist() == [0]
+
+
+class Rows(torch.nn.Module):
+    """An LM head that gives the first positions of a block these probabilities for ids 0, 1, 2, ... ."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.logits = torch.full((len(rows), 64), -math.inf)
+        for at, row in enumerate(rows):
+            self.logits[at, : len(row)] = torch.tensor(row).log()
+
+    def forward(self, hidden):
+        return self.logits[: len(hidden)].clone()
+
+
+def test_margin_prefers_a_clear_lead_to_a_high_probability(build_model):
+    model = build_model(tie=True, seed=3, mask_token_id=63)
+    model.lm_head = Rows([0.5, 0.45, 0.05], [0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    first = {}
+    for remasking in ("low_confidence", "margin"):
+        settings = GenerationSettings(2, 2, eos_token_id=None, remasking=remasking)
+        events = []
+        generate(model, [[9]], settings, on_step=events.append)
+        first[remasking] = events[0].committed
+        assert events[0].confidence == pytest.approx([0.5, 0.4])  # the confidence is not the margin
+    assert first == {"low_confidence": [True, False], "margin": [False, True]}
+
+
 def test_random_remasking_begins_anywhere(tied):
     first = []
     settings = [dataclasses.replace(SMALL, max_new_tokens=4, remasking="random", seed=seed) for seed in range(200)]
@@ -310,13 +480,17 @@ def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
     settings = dataclasses.replace(SMALL, stop=("Py", "nothing", "STOP", "SP"))
     (answer,) = generate(model, [[20]], settings, Pieces())
     # Text: a ab xS Py | ST OP a a | ...: "SP" starts inside the third token, which the ids leave out.
-    assert answer == Generation([6, 8], "stop", 4, "aabx")
+    assert (*plain(answer), answer.text) == ([6, 8], "stop", 4, "aabx")
+    assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("PySTO",)), Pieces())
-    assert answer == Generation([6, 8, 11], "stop", 8, "aabxS")
+    assert (*plain(answer), answer.text) == ([6, 8, 11], "stop", 8, "aabxS")
+    assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("OPaa",), eos_token_id=6), Pieces())
-    assert answer == Generation([], "stop", 4, "")
+    assert (*plain(answer), answer.text) == ([], "stop", 4, "")
+    assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("zz",), eos_token_id=10), Pieces())
-    assert answer == Generation([6, 8, 11, 12, 9], "stop", 8, "aabxSPyST")
+    assert (*plain(answer), answer.text) == ([6, 8, 11, 12, 9], "stop", 8, "aabxSPyST")
+    assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("bbb[",)), Pieces())
     assert (answer.finish_reason, answer.text) == ("length", "aabxSPySTOPaabbbb")
 
@@ -395,9 +569,21 @@ def test_the_training_flag_is_restored(build_model):
         ({"seed": -1}, "seed"),
         ({"threshold": 0.0}, "threshold"),
         ({"threshold": 1.1}, "threshold"),
-        ({"threshold": 0.5, "steps_per_block": 4}, "replaces"),
-        ({"threshold": 0.5, "remasking": "random"}, "low_confidence"),
+        ({"threshold": 0.5, "steps_per_block": 4}, "steps_per_block and threshold each say"),
+        ({"threshold": 0.5, "entropy_bound": 0.1}, "threshold and entropy_bound each say"),
+        ({"entropy_bound": 0.1, "steps_per_block": 4}, "steps_per_block and entropy_bound each say"),
+        ({"threshold": 0.5, "remasking": "random"}, "leave out remasking random"),
+        ({"entropy_bound": 0.5, "remasking": "margin"}, "leave out remasking margin"),
+        ({"entropy_bound": -0.1}, "entropy_bound must be finite and at least 0"),
+        ({"entropy_bound": math.inf}, "entropy_bound"),
         ({"remasking": "entropy"}, "remasking"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
+        ({"top_k": 4}, "do nothing at temperature 0"),
+        ({"top_p": 0.9}, "do nothing at temperature 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": ("",)}, "not empty"),
         ({"eos_token_id": -2}, "eos_token_id"),

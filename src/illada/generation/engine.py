@@ -37,6 +37,11 @@ class Generation:
     finish_reason: Literal["stop", "length"]
     forwards: int
     """Forward passes this row took part in; guidance counts two a step."""
+    log_probs: list[float] = field(compare=False)
+    """Natural log of the confidence at which each id was committed: its softmax probability, over the full vocabulary,
+    under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
+    did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step not on each
+    other, so their sum is no likelihood of the answer: see `illada.scoring` for those."""
     text: str | None = None
     """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
     positions: int = field(default=0, compare=False)
@@ -170,13 +175,14 @@ def _advance(
     row: Row,
     position_M: NDArray[np.int64],
     proposal_M: NDArray[np.int64],
-    confidence_M: NDArray[np.float32],
+    log_prob_M: NDArray[np.float32],
+    score_M: NDArray[np.float32],
     tokenizer: Tokenizer | None,
 ) -> Generation | None:
     """Commit one step; return the answer when the row has ended."""
     row.ids_G[position_M] = proposal_M
-    row.confidence_G[position_M] = confidence_M
-    chosen_K = positions_to_commit(row.settings, confidence_M, position_M, row.block_step, row.answer_step)
+    row.log_prob_G[position_M] = log_prob_M
+    chosen_K = positions_to_commit(row.settings, score_M, position_M, row.block_step, row.answer_step)
     row.masked_G[position_M[chosen_K]] = False
     row.forwards += row.passes
     row.positions += row.size
@@ -189,8 +195,7 @@ def _advance(
         return stopped
     if row.block_end == row.budget:
         ids = row.ids_G.tolist()
-        text = None if tokenizer is None else tokenizer.decode(ids)
-        return Generation(ids, "length", row.forwards, text, row.positions)
+        return _generation(row, ids, "length", None if tokenizer is None else tokenizer.decode(ids))
     row.block, row.block_step = row.block_end, 0
     return None
 
@@ -203,7 +208,7 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
     if ends:
         ids = ids[: ends[0]]
     if tokenizer is None:
-        return Generation(ids, "stop", row.forwards, None, row.positions) if ends else None
+        return _generation(row, ids, "stop", None) if ends else None
     if not ends and not row.settings.stop:
         return None
     text = tokenizer.decode(ids)
@@ -212,7 +217,11 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
         text = text[: min(cuts)]
         # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
         ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
-    return Generation(ids, "stop", row.forwards, text, row.positions) if ends or cuts else None
+    return _generation(row, ids, "stop", text) if ends or cuts else None
+
+
+def _generation(row: Row, ids: list[int], reason: Literal["stop", "length"], text: str | None) -> Generation:
+    return Generation(ids, reason, row.forwards, row.log_prob_G[: len(ids)].tolist(), text, row.positions)
 
 
 def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepEvent:
@@ -222,6 +231,6 @@ def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepE
         step,
         row.ids_G[:block_end].tolist(),
         (~row.masked_G[:block_end]).tolist(),
-        row.confidence_G[:block_end].tolist(),
+        np.exp(row.log_prob_G[:block_end]).tolist(),
         done,
     )

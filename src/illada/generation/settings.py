@@ -18,13 +18,24 @@ class GenerationSettings:
         block_length: masks appended at a time (paper: 32 mostly).
         steps_per_block: forward passes per block, none for one token a pass; fewer commit several tokens at once.
         temperature: of Gumbel-max sampling; 0 takes the most probable token.
+        top_k: draw from this many most probable tokens only, and those tied with the last; none for all. Needs a
+            temperature above 0, like top_p.
+        top_p: draw only from tokens that less than this probability outranks, counted at the temperature and within
+            the top_k; 1 for all.
+        repetition_penalty: divides the positive logits of every id in the prompt and among the committed tokens and
+            multiplies the negative ones; 1 for none, above 1 against repetition.
         seed: of sampling and of random remasking; the answer depends on it and on the prompt, never on the batch.
         eos_token_id: id or ids that end the answer; none to go on to the full length.
         stop: strings that end the answer; they need a tokenizer.
-        remasking: "low_confidence" commits the most confident tokens first, "random" random ones (LLaDA's baseline).
+        remasking: which tokens steps_per_block commits first: "low_confidence" the most probable; "margin" those of the
+            positions whose best id leads the second by the most probability (arXiv:2502.06768); "random" random ones
+            (LLaDA's baseline).
         guidance_scale: w of classifier-free guidance against a masked prompt; 0 for none, otherwise twice the work.
         threshold: commit every token of at least this probability, and always the most probable one, instead of
             steps_per_block: faster, and not the paper's decoding.
+        entropy_bound: commit the positions of least entropy, as many as keep the sum of their entropies less the
+            largest of them within this many nats, instead of steps_per_block: a bound on what choosing them at once
+            can cost (EB-sampler, arXiv:2505.24857).
         later_masks: keep the masks of all later blocks in view from the start: LLaDA's semi-autoregressive form.
         think_boost: logit added, rising along the answer, to the next id of `</think>` until it is written; 0 for none
             (authors' evaluation code: 100). Needs a tokenizer.
@@ -42,12 +53,16 @@ class GenerationSettings:
     block_length: int = 32
     steps_per_block: int | None = None
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     eos_token_id: int | tuple[int, ...] | None = 2
     stop: tuple[str, ...] = ()
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    remasking: Literal["low_confidence", "margin", "random"] = "low_confidence"
     guidance_scale: float = 0.0
     threshold: float | None = None
+    entropy_bound: float | None = None
     later_masks: bool = False
     think_boost: float = 0.0
     think_boost_power: float = 3.0
@@ -67,24 +82,39 @@ class GenerationSettings:
         if self.steps_per_block is not None:
             wanted = f"between 1 and block_length {self.block_length}"
             _require(1 <= self.steps_per_block <= self.block_length, "steps_per_block", self.steps_per_block, wanted)
-            if self.threshold is not None:
-                raise IlladaError("threshold replaces steps_per_block: give one of them")
         for name in ("temperature", "guidance_scale", "think_boost", "think_boost_power"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "finite and at least 0")
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "between 0 and 2^63 - 1")
         _require(all(i >= 0 for i in self.eos_ids), "eos_token_id", self.eos_token_id, "at least 0 (or none)")
-        _require(
-            self.remasking in ("low_confidence", "random"), "remasking", self.remasking, "low_confidence or random"
-        )
+        known = self.remasking in ("low_confidence", "margin", "random")
+        _require(known, "remasking", self.remasking, "low_confidence, margin or random")
         if self.threshold is not None:
             _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
-            if self.remasking == "random":
-                raise IlladaError("threshold needs remasking low_confidence: a random choice has no confidence")
+        if self.entropy_bound is not None:
+            holds = math.isfinite(self.entropy_bound) and self.entropy_bound >= 0
+            _require(holds, "entropy_bound", self.entropy_bound, "finite and at least 0")
+        rules = [n for n in ("steps_per_block", "threshold", "entropy_bound") if getattr(self, n) is not None]
+        if len(rules) > 1:
+            raise IlladaError(f"{' and '.join(rules)} each say how many tokens a step commits: give one of them")
+        if self.remasking != "low_confidence" and rules not in ([], ["steps_per_block"]):
+            raise IlladaError(
+                f"{rules[0]} has an order of its own: leave out remasking {self.remasking}, or give steps_per_block"
+            )
+        self._check_sampling()
         _require(self.cache in ("none", "prefix", "frozen"), "cache", self.cache, "none, prefix or frozen")
         if self.cache != "none" and (self.guidance_scale or self.later_masks):
             name = "guidance_scale" if self.guidance_scale else "later_masks"
             raise IlladaError(f"cache {self.cache} cannot be used with {name}: choose cache none")
+
+    def _check_sampling(self) -> None:
+        penalty = self.repetition_penalty
+        _require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", penalty, "finite and above 0")
+        if self.top_k is not None:
+            _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1):
+            raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ def quota(block_length: int, steps: int, step: int) -> int:
 
 def positions_to_commit(
     settings: GenerationSettings,
-    confidence_M: NDArray[np.float32],
+    score_M: NDArray[np.float32],
     position_M: NDArray[np.int64],
     block_step: int,
     answer_step: int,
@@ -30,16 +30,22 @@ def positions_to_commit(
 
     Args:
         settings: of the row.
-        confidence_M: probability of each position's proposal.
+        score_M: what the row's rule looks at: probability of each position's proposal; its margin or its entropy in
+            nats where the rule is that.
         position_M: position in the answer, the key of random remasking.
         block_step: steps this block has had.
         answer_step: steps the answer has had, the key of random remasking.
     """
     if settings.threshold is not None:
-        above_K = np.flatnonzero(confidence_M >= settings.threshold)
-        return above_K if above_K.size else np.argmax(confidence_M, keepdims=True)
+        above_K = np.flatnonzero(score_M >= settings.threshold)
+        return above_K if above_K.size else np.argmax(score_M, keepdims=True)
+    if settings.entropy_bound is not None:
+        # In ascending order the largest entropy is the last, so the bounded sum is that of all before it.
+        order_M = np.argsort(score_M, kind="stable")
+        before_M = np.concatenate(([0.0], score_M[order_M][:-1].cumsum(dtype=np.float64)))
+        return order_M[: np.count_nonzero(before_M <= settings.entropy_bound)]
     count = quota(settings.block_length, settings.steps_per_block or settings.block_length, block_step)
-    priority_M: NDArray[np.floating] = confidence_M
+    priority_M: NDArray[np.floating] = score_M
     if settings.remasking == "random":
         key = (settings.seed, REMASK, answer_step, torch.from_numpy(position_M))
         priority_M = keyed.uniform(*key, dtype=torch.float64).numpy()
