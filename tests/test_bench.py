@@ -136,7 +136,8 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["name"] for row in results["rows"]]
     rules = [*(f"{k} tokens" for k in (2, 4, 8)), *(f"threshold {p}" for p in (0.99, 0.95, 0.9))]
-    assert names[:10] == ["plain loop", "1 token", *rules, "one block", "later masks"]
+    rules += [f"entropy {nats}" for nats in (0.05, 0.2, 0.5)]
+    assert names[:13] == ["plain loop", "1 token", *rules, "one block", "later masks"]
     assert all(name in said for name in names)
     assert results["problems"] == 2
     assert [results["rows"][1][key] for key in ("same_answers", "accuracy", "standard_error")] == [1.0, 0.0, 0.0]
@@ -177,11 +178,14 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
     words = (
         "bench generate --random 1m --vocab_size 50 --limit 1 --repeats 1 --max_new_tokens 4 --block_length 4 --only"
     )
-    cli.main([*words.split(), "2 tokens", "--output", str(tmp_path / "out")])
+    (tmp_path / "theirs.py").write_text(OUTSIDE.replace("RESULT", "x"))
+    more = ["--outside", str(tmp_path / "theirs.py"), "--output", str(tmp_path / "out")]
+    cli.main([*words.split(), "2 tokens", *more])
     said = capsys.readouterr()
     assert "illada[report]" in said.err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["plain loop", "1 token", "2 tokens"]
+    assert [row["name"] for row in rows] == ["plain loop", "1 token", "2 tokens", "outside theirs.py"]
+    assert rows[3]["same_answers"] == 1  # one block, so both see the same
     assert all(row["accuracy"] is None and row["answer_tokens"] == 4 for row in rows)
     assert not (tmp_path / "out" / "frontier.png").exists()
 

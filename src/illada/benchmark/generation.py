@@ -85,7 +85,6 @@ def bench_generate(
 
     engine, refused = engine_samplers(network, exact, batch)
     samplers = [plain_sampler(network, exact), *engine]
-    samplers += [outside_sampler(path, network, exact) for path in outside or ()]
     if only:
         names = [sampler.name for sampler in samplers]
         if unknown := [name for name in only if name not in names]:
@@ -94,6 +93,7 @@ def bench_generate(
             raise IlladaError(f"no variant {unknown[0]!r}: {hint}")
         # Exact decoding is what the others are compared with, the plain loop what they are timed against.
         samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *only)]
+    samplers += [outside_sampler(path, network, exact) for path in outside or ()]
     measurements = measure(network, samplers, [problem.prompt for problem in problems], repeats, on_run)
     results = {
         "arguments": arguments,

@@ -38,6 +38,7 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
         EXACT: {},
         **{f"{k} tokens": {"steps_per_block": -(-block // k)} for k in (2, 4, 8) if k <= block},
         **{f"threshold {p}": {"threshold": p} for p in (0.99, 0.95, 0.9)},
+        **{f"entropy {nats}": {"entropy_bound": nats} for nats in (0.05, 0.2, 0.5)},
         "one block": {"block_length": budget},
         "later masks": {"later_masks": True},
     }
