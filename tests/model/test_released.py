@@ -11,15 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from fake_hub import serve
 from illada import GenerationSettings, confidence_scores, diffusion_loss, generate
@@ -28,7 +20,6 @@ from illada.data.chat import encode_conversation, encode_prompt
 from illada.errors import IlladaError
 from illada.loading import load_model
 from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel
-from illada.model.formats import has_spare_head
 from released import LLADA_SPECIAL, ours, random_tensors, tensors, write_released
 
 IDS = torch.tensor([[3, 5, 5, 60, 1, 0, 300]])
@@ -106,29 +97,11 @@ def test_every_auto_class_gives_the_model_with_its_head_and_runs_no_code_of_thei
             assert isinstance(model, IlladaForMaskedLM)
             with torch.no_grad():
                 assert torch.equal(model(IDS).logits, mine(IDS).logits)
-    for words in ({}, {"config": AutoConfig.from_pretrained(folder)}):
-        trunk = IlladaModel.from_pretrained(folder, **words)
-        with torch.no_grad():
-            assert torch.equal(trunk(IDS).last_hidden_state, mine.model(IDS).last_hidden_state)
+    trunk = IlladaModel.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(trunk(IDS).last_hidden_state, mine.model(IDS).last_hidden_state)
     text = "one two <eos> three"
     assert AutoTokenizer.from_pretrained(folder).encode(text) == load_model(str(folder))[1].encode(text)
-
-
-def test_a_head_that_is_the_embedding_once_more_is_not_loaded(released, tmp_path, monkeypatch):
-    family, folder = released
-    assert has_spare_head(folder) == (family == "illada")
-    assert not has_spare_head(tmp_path)
-    renamed = {}
-    original = PreTrainedModel.from_pretrained.__func__
-
-    def spy(cls, *args, key_mapping, **words):
-        renamed.update(key_mapping)
-        return original(cls, *args, key_mapping=key_mapping, **words)
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
-    model, _ = load_model(str(folder))
-    assert ("spare_head." in renamed.values()) == (family == "illada")
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "illada")
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])

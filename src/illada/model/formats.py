@@ -5,13 +5,8 @@ Two families are read. iLLaDA (model_type "illada", class ILLaDAForCausalLM) use
 (spec §8). Everything here is about names: no tensor is changed.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from illada.errors import IlladaError
 
@@ -90,32 +85,6 @@ _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
 
 # Neutral or only for the authors' own code: of no use in a configuration of ours.
 _DROPPED = {*_ILLADA_FIXED, "rope_scaling", "rope_parameters", "auto_map", "use_cache", "pretraining_tp"}
-
-
-SPARE_HEAD = {r"^lm_head\.": "spare_head."}
-"""Renames a head that need not be loaded, as it is the embedding once more, to a name that the model ignores."""
-
-
-def has_spare_head(folder: Path) -> bool:
-    """Say whether the files in a folder hold an lm_head.weight that equals their embedding, as iLLaDA's do (spec §1).
-
-    Compares a few rows at a time, from mappings that end here: neither stays in memory.
-    """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    try:
-        index = folder / "model.safetensors.index.json"
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-        files = [folder / places.get(name, "model.safetensors") for name in (head, embedding)]
-        with safe_open(files[0], "pt") as ours, safe_open(files[1], "pt") as theirs:
-            if head not in ours.keys() or embedding not in theirs.keys():  # noqa: SIM118  (not a dict)
-                return False
-            a, b = ours.get_slice(head), theirs.get_slice(embedding)
-            rows = a.get_shape()[0]
-            return a.get_shape() == b.get_shape() and all(
-                torch.equal(a[row : row + 4096], b[row : row + 4096]) for row in range(0, rows, 4096)
-            )
-    except Exception:  # whatever is wrong with the files, loading them says it better
-        return False
 
 
 def read_config(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ V vocabulary · M selected tokens.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from illada.errors import IlladaError
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
-from illada.model.formats import LLADA_TENSORS, SPARE_HEAD, has_spare_head
+from illada.model.formats import LLADA_TENSORS
 
 
 class RMSNorm(nn.Module):
@@ -146,13 +145,10 @@ class IlladaPreTrainedModel(PreTrainedModel):
             IlladaError: when a tensor is missing, not expected or of another shape, naming them, or when a head that
                 should be tied differs from the embedding. Nothing is ever initialised afresh.
         """
-        tied = getattr(kwargs.get("config"), "tie_word_embeddings", False)
-        folder = Path(str(pretrained_model_name_or_path))
-        spare = SPARE_HEAD if tied and folder.is_dir() and has_spare_head(folder) else {}
         model, notes = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
-            key_mapping={**LLADA_TENSORS, **spare, **(key_mapping or {})},
+            key_mapping={**LLADA_TENSORS, **(key_mapping or {})},
             output_loading_info=True,
             # Odd shapes are refused below, together with odd names.
             **{**kwargs, "ignore_mismatched_sizes": True},
@@ -198,7 +194,7 @@ def _refuse_odd(path: Any, notes: dict[str, Any]) -> None:
 class IlladaModel(IlladaPreTrainedModel):
     """The trunk: token ids to final hidden states."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^spare_head\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: IlladaConfig):
         super().__init__(config)
@@ -269,7 +265,6 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"^spare_head\."]  # noqa: RUF012
 
     def __init__(self, config: IlladaConfig):
         super().__init__(config)
