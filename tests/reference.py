@@ -176,6 +176,25 @@ def reference_kept(logits, top_k, top_p):
     return {v for v in range(len(logits)) if logits[v] >= best[-1]}
 
 
+def reference_infill(model, template, threshold=None):
+    """Fill slots (None) greedily, one a forward or all above the threshold; returns (ids, forwards)."""
+    mask, filled, forwards = model.config.mask_token_id, list(template), 0
+    while None in filled:
+        logits = logits_of(model, [mask if x is None else x for x in filled])
+        forwards += 1
+        sure = {}
+        for i, x in enumerate(filled):
+            if x is None:
+                choice = logits[i].clone()
+                choice[mask] = -math.inf
+                sure[i] = (float(logits[i].softmax(-1)[choice.argmax()]), int(choice.argmax()))
+        best = max(sure, key=lambda i: (sure[i][0], -i))
+        for i, (confidence, token) in sure.items():
+            if i == best or (threshold is not None and confidence >= threshold):
+                filled[i] = token
+    return filled, forwards
+
+
 def contains(answer, sequence):
     return any(answer[i : i + len(sequence)] == list(sequence) for i in range(len(answer) - len(sequence) + 1))
 

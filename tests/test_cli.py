@@ -304,6 +304,19 @@ def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):
     assert not {3, 4} & set(plain)
 
 
+def test_generate_fills_slots(work, fails, capsys):
+    words = ["generate", "--model", work.run, "--prompt", "one ___ three ___", "___ two"]
+    cli.main([*words, "--slot_tokens", "3", "--json"])
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["text"].startswith("one ")
+    assert " three " in first["text"]
+    assert second["text"].endswith(" two")
+    assert (first["forwards"], second["forwards"]) == (6, 3)
+    assert "there is no ___ to fill" in fails(*words, "none", "--slot_tokens", "3")
+    assert "slot_tokens is 0" in fails(*words, "--slot_tokens", "0")
+    assert "exclude each other" in fails(*words, "--slot_tokens", "3", "--chat")
+
+
 def test_generate_from_files(work, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     cli.main(["generate", "--model", work.run, "--file", str(tmp_path / "p.txt"), *GENERATE])

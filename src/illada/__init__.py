@@ -13,7 +13,7 @@ for _name in _noisy:
 
 from illada.diffusion import diffusion_loss  # noqa: E402
 from illada.errors import IlladaError  # noqa: E402
-from illada.generation.engine import Generation, StepEvent, generate  # noqa: E402
+from illada.generation.engine import Generation, StepEvent, generate, infill  # noqa: E402
 from illada.generation.settings import GenerationSettings  # noqa: E402
 from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel  # noqa: E402
 from illada.scoring import confidence_scores, likelihood_scores  # noqa: E402
@@ -35,5 +35,6 @@ __all__ = [
     "confidence_scores",
     "diffusion_loss",
     "generate",
+    "infill",
     "likelihood_scores",
 ]

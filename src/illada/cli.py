@@ -207,7 +207,9 @@ def _generate(arguments: Namespace) -> None:
     prompts = read_prompts(arguments.prompt, arguments.file)
     settings = _settings(arguments)
     model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
-    generate_text(model, text_tokenizer, prompts, settings, arguments.chat, arguments.json, sys.stdout)
+    generate_text(
+        model, text_tokenizer, prompts, settings, arguments.chat, arguments.json, sys.stdout, arguments.slot_tokens
+    )
 
 
 def _chat(arguments: Namespace) -> None:
@@ -359,6 +361,11 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
     command.add_argument("--file", type=str, help='file with a prompt on each line (or jsonl with "prompt"), instead')
     command.add_argument("--chat", type=bool, default=False, help="put each prompt into the chat template")
+    command.add_argument(
+        "--slot_tokens",
+        type=int | None,
+        help="fill in each ___ of the prompts with so many tokens, instead of writing on",
+    )
     command.add_argument("--json", type=bool, default=False, help="print one JSON object per prompt")
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     command = add("chat", _chat, "Talk to a tuned model in the terminal and watch each answer form.")

@@ -13,9 +13,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings, generate, step
+from illada.generation import GenerationSettings, generate, infill, step
 from illada.generation.unmask import positions_to_commit, quota
-from reference import reference_generate
+from reference import reference_generate, reference_infill
 
 
 class Pieces:
@@ -134,6 +134,46 @@ def test_positions_computed_are_counted(tied):
 def test_a_cache_refuses_what_it_cannot_do(change):
     with pytest.raises(IlladaError, match="cache prefix cannot be used with"):
         GenerationSettings(cache="prefix", **change)
+
+
+@hypothesis_settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    st.lists(
+        st.lists(st.none() | st.integers(6, 60), min_size=2, max_size=20).filter(
+            lambda t: None in t and any(x is not None for x in t)
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([None, 0.3]),
+)
+def test_infill_is_the_reference_alone_and_in_any_batch(tied, templates, threshold):
+    settings = GenerationSettings(threshold=threshold)
+    want = [reference_infill(tied, template, threshold) for template in templates]
+    together = infill(tied, templates, settings, tokenizer=Pieces())
+    assert [(g.ids, g.forwards) for g in together] == want
+    assert [g.ids for g in infill(tied, templates[::-1], settings)[::-1]] == [ids for ids, _ in want]
+    for template, answer in zip(templates, together, strict=True):
+        assert all(a == b for a, b in zip(template, answer.ids, strict=True) if a is not None)
+        assert len(answer.log_probs) == template.count(None)
+        assert not any(map(math.isnan, answer.log_probs))
+        assert answer.text == Pieces().decode(answer.ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "words"),
+    [
+        ([7, 8], {}, "template 0 has no slot"),
+        ([None, 99], {}, "template 0 holds ids outside"),
+        ([None] * 97, {}, "template 0 has 97 tokens but the context is 96"),
+        (["a", None], {}, "not a list of token ids"),
+        ([None, 7], {"steps_per_block": 2}, "steps_per_block cannot be used to fill slots"),
+        ([None, 7], {"guidance_scale": 1.0}, "guidance_scale cannot be used"),
+    ],
+)
+def test_templates_that_cannot_be_filled_are_refused(tied, template, change, words):
+    with pytest.raises(IlladaError, match=words):
+        infill(tied, [template], GenerationSettings(**change))
 
 
 class Biased(torch.nn.Module):

@@ -14,10 +14,11 @@ from rich.text import Text
 from illada.commands.files import read_lines
 from illada.data.chat import Message, encode_prompt
 from illada.errors import IlladaError
-from illada.generation import Generation, GenerationSettings, StepEvent, generate
+from illada.generation import Generation, GenerationSettings, StepEvent, generate, infill
 from illada.model import IlladaForMaskedLM
 
 MASK_SIGN = "░"
+SLOT_SIGN = "___"
 
 
 def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
@@ -55,6 +56,24 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
     return begin + list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def encode_template(tokenizer: Any, text: str, slot_tokens: int) -> list[int | None]:
+    """Return a document's ids, from BOS to EOS where the tokenizer has them, with slots in place of each `___`.
+
+    Raises:
+        IlladaError: when there is no slot in the text or none in a slot.
+    """
+    pieces = text.split(SLOT_SIGN)
+    if len(pieces) == 1:
+        raise IlladaError(f"there is no {SLOT_SIGN} to fill in {text[:40]!r}: write one, or leave out slot_tokens")
+    if slot_tokens < 1:
+        raise IlladaError(f"slot_tokens is {slot_tokens}: it must be at least 1")
+    ids: list[int | None] = [*encode_plain(tokenizer, pieces[0])]
+    for piece in pieces[1:]:
+        ids += [None] * slot_tokens
+        ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
 def show_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return the text of generated ids, special tokens left out."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -68,13 +87,20 @@ def generate_text(
     chat: bool,
     as_json: bool,
     out: TextIO,
+    slot_tokens: int | None = None,
 ) -> None:
-    """Answer every prompt in one batch and print the answers in order."""
-    if chat:
+    """Answer every prompt, or fill in its slots, in one batch and print the answers in order."""
+    if slot_tokens is not None:
+        if chat:
+            raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
+        templates = [encode_template(tokenizer, prompt, slot_tokens) for prompt in prompts]
+        answers = infill(model, templates, settings, tokenizer=tokenizer)
+    elif chat:
         ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
     else:
         ids = [encode_plain(tokenizer, prompt) for prompt in prompts]
-    answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
+        answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
     for prompt, answer in zip(prompts, answers, strict=True):
         text = show_ids(tokenizer, answer.ids)
         if as_json:

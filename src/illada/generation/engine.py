@@ -1,7 +1,7 @@
 """Generation of many requests at once: rows, the loop over steps and blocks, and where an answer ends (spec §5)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol
 
@@ -95,12 +95,70 @@ def generate(
         IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, or
             when settings need a tokenizer and none is given.
     """
+    each = _settings_each(settings, len(prompts), "prompts")
+    rows = [_start(model, i, *pair, tokenizer) for i, pair in enumerate(zip(prompts, each, strict=True))]
+    return _decode(model, rows, tokenizer, on_step, max_batch_tokens)
+
+
+def infill(
+    model: IlladaForMaskedLM,
+    templates: Sequence[Sequence[int | None]],
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    tokenizer: Tokenizer | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    max_batch_tokens: int = 16_384,
+) -> list[Generation]:
+    """Fill the slots of every template; each is filled as it would be alone, by the same steps as `generate`.
+
+    All slots of a template are open at once, and everything fixed, before and behind them, is seen from the start.
+
+    Args:
+        model: as in `generate`.
+        templates: token ids, with None for each token to fill in.
+        settings: as in `generate`; one token a pass unless threshold or entropy_bound is given. How much to generate
+            follows from the template, so max_new_tokens, block_length, eos_token_id and stop are not used.
+        tokenizer: needed for `Generation.text`.
+        on_step: as in `generate`; the answer of an event begins at the first slot.
+        max_batch_tokens: as in `generate`.
+
+    Returns:
+        one `Generation` per template: ids and text are the whole of it, log_probs those of the slots in order.
+
+    Raises:
+        IlladaError: when a template has no slot or does not fit the context or the vocabulary, or when the settings ask
+            for steps_per_block, guidance or a boost, which are defined for answers only.
+    """
+    each = _settings_each(settings, len(templates), "templates")
+    rows = [_open(model, i, *pair) for i, pair in enumerate(zip(templates, each, strict=True))]
+    slots = [np.flatnonzero(row.masked_G) for row in rows]
+    filled = []
+    for row, slots_M, answer in zip(rows, slots, _decode(model, rows, None, on_step, max_batch_tokens), strict=True):
+        ids = [*row.prompt_P.tolist(), *answer.ids]
+        log_probs = row.log_prob_G[slots_M].tolist()
+        text = None if tokenizer is None else tokenizer.decode(ids)
+        filled.append(Generation(ids, "length", answer.forwards, log_probs, text, answer.positions))
+    return filled
+
+
+def _settings_each(
+    settings: GenerationSettings | Sequence[GenerationSettings], count: int, what: str
+) -> list[GenerationSettings]:
+    each = [settings] * count if isinstance(settings, GenerationSettings) else list(settings)
+    if len(each) != count:
+        raise IlladaError(f"{count} {what} but {len(each)} settings: give one for all or one for each")
+    return each
+
+
+def _decode(
+    model: IlladaForMaskedLM,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer | None,
+    on_step: Callable[[StepEvent], None] | None,
+    max_batch_tokens: int,
+) -> list[Generation]:
+    """Advance all rows until each has ended; return their answers in order."""
     if max_batch_tokens < 1:
         raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
-    each = [settings] * len(prompts) if isinstance(settings, GenerationSettings) else list(settings)
-    if len(each) != len(prompts):
-        raise IlladaError(f"{len(prompts)} prompts but {len(each)} settings: give one for all or one per prompt")
-    rows = [_start(model, i, *pair, tokenizer) for i, pair in enumerate(zip(prompts, each, strict=True))]
     ended: dict[int, Generation] = {}
     was_training = model.training
     model.eval()
@@ -129,17 +187,8 @@ def _start(
     tokenizer: Tokenizer | None,
 ) -> Row:
     """Check one request and mask its answer."""
-    config = model.config
-    if not isinstance(prompt, Iterable) or not all(isinstance(i, Integral) for i in prompt):
-        raise IlladaError(f"prompt {index} is not a list of token ids: give one list of integers per prompt")
-    prompt_P = np.array(prompt, dtype=np.int64)
-    if prompt_P.size and not 0 <= prompt_P.min() <= prompt_P.max() < config.vocab_size:
-        raise IlladaError(
-            f"prompt {index} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer"
-        )
-    context = config.max_position_embeddings
-    if len(prompt_P) > context:
-        raise IlladaError(f"prompt {index} has {len(prompt_P)} tokens but the context is {context}: shorten it")
+    prompt_P = _checked_ids(model, f"prompt {index}", prompt)
+    context = model.config.max_position_embeddings
     block = settings.block_length
     room = min(settings.max_new_tokens, context - len(prompt_P))
     if room < block:
@@ -155,6 +204,38 @@ def _start(
     if settings.think_boost and tokenizer is not None:
         think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
     return Row(index, prompt_P, room // block * block, settings, think)
+
+
+def _open(model: IlladaForMaskedLM, index: int, template: Sequence[int | None], settings: GenerationSettings) -> Row:
+    """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
+    name = f"template {index}"
+    for setting in ("steps_per_block", "guidance_scale", "think_boost"):
+        if getattr(settings, setting):
+            raise IlladaError(f"{setting} cannot be used to fill slots: leave it out")
+    slot_L = np.array([token is None for token in template], dtype=np.bool_)
+    if not slot_L.any():
+        raise IlladaError(f"{name} has no slot to fill: put None where a token is wanted")
+    ids_L = _checked_ids(model, name, [0 if token is None else token for token in template])
+    first = int(slot_L.argmax())
+    budget = len(ids_L) - first
+    whole = replace(settings, max_new_tokens=budget, block_length=budget, eos_token_id=None, stop=(), later_masks=False)
+    row = Row(index, ids_L[:first], budget, whole)
+    row.ids_G[:] = ids_L[first:]
+    row.masked_G[:] = slot_L[first:]
+    return row
+
+
+def _checked_ids(model: IlladaForMaskedLM, name: str, ids: Sequence[int]) -> NDArray[np.int64]:
+    config = model.config
+    if not isinstance(ids, Iterable) or not all(isinstance(i, Integral) for i in ids):
+        raise IlladaError(f"{name} is not a list of token ids: give one list of integers per prompt")
+    ids_L = np.array(ids, dtype=np.int64)
+    if ids_L.size and not 0 <= ids_L.min() <= ids_L.max() < config.vocab_size:
+        raise IlladaError(f"{name} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer")
+    context = config.max_position_embeddings
+    if len(ids_L) > context:
+        raise IlladaError(f"{name} has {len(ids_L)} tokens but the context is {context}: shorten it")
+    return ids_L
 
 
 def _groups(rows: Sequence[Row], max_batch_tokens: int) -> Iterator[list[Row]]:
