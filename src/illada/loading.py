@@ -56,7 +56,7 @@ def load_config(folder: str | Path) -> IlladaConfig:
         IlladaError: when it is damaged, of another family, or asks for what the network does not do.
     """
     path = Path(folder) / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     try:
         return IlladaConfig.from_dict(values)
     except Exception as error:
@@ -123,7 +123,7 @@ def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
             "it belongs to another model"
         )
     known = tokenizer.get_vocab()
-    if "mask_token_id" not in _read_json(folder / "config.json"):
+    if "mask_token_id" not in read_json(folder / "config.json"):
         named = [known[token] for token in MASK_TOKENS if token in known]
         if tokenizer.mask_token_id is not None:
             named.insert(0, tokenizer.mask_token_id)
@@ -131,21 +131,21 @@ def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
     if config.bos_token_id is None:
         config.bos_token_id = tokenizer.bos_token_id
     generation = folder / "generation_config.json"
-    written = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    written = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = [*_ids(config.eos_token_id), *_ids(written), *(known[token] for token in TURN_ENDS if token in known)]
     ends = list(dict.fromkeys(ends))
     if ends:
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
-def check_shards(folder: Path) -> None:
-    """Check that every file of weights is there and whole, without reading the weights.
+def check_shards(folder: Path) -> list[Path]:
+    """Return the files of weights, after checking that each is there and whole, without reading the weights.
 
     Raises:
         IlladaError: naming the file.
     """
     if (folder / INDEX).is_file():
-        places = _read_json(folder / INDEX).get("weight_map")
+        places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise IlladaError(f"{folder / INDEX} names no files: fetch it again")
         names = sorted(set(map(str, places.values())))
@@ -164,6 +164,7 @@ def check_shards(folder: Path) -> None:
             raise IlladaError(
                 f"{folder / name} is damaged or incomplete ({first_line(error)}): fetch it again"
             ) from error
+    return [folder / name for name in names]
 
 
 def choose_device(name: str) -> torch.device:
@@ -186,7 +187,12 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        IlladaError: when it cannot be read or holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

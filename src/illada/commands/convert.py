@@ -7,7 +7,6 @@ Shape letters: V vocabulary · D width.
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from illada.commands.export import card_head, card_use, on_hub
 from illada.commands.folder import check_output, torch_dtype, write_model
 from illada.data.tokenizer import load_tokenizer
 from illada.errors import IlladaError, first_line
-from illada.loading import INDEX, WEIGHTS, Dtype, check_shards, model_folder, settle_ids
+from illada.loading import Dtype, check_shards, model_folder, read_json, settle_ids
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.model.formats import FAMILY_IDS, MASK_TOKENS
 
@@ -102,11 +101,8 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
 def _shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the sizes as arguments of `IlladaConfig`, and the contents of config.json."""
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        family = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
+    values = read_json(path)
+    family = values.get("model_type")
     if family in FAMILY_IDS:
         raise IlladaError(f"{folder} is a masked diffusion model already: train it with --model.start {folder}")
     if family not in FAMILIES:
@@ -145,13 +141,9 @@ def _tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         IlladaError: naming those that do not fit.
     """
-    check_shards(folder)
-    files = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     found: dict[str, Tensor] = {}
-    for file in files:
-        found |= load_file(folder / file)
+    for file in check_shards(folder):
+        found |= load_file(file)
     # Old checkpoints hold the rotary frequencies too, which follow from rope_theta.
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     parts = {

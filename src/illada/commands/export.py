@@ -12,7 +12,7 @@ import illada
 from illada.adapters import CONFIG, adapter_base
 from illada.commands.folder import Layout, check_output, torch_dtype, write_model
 from illada.hub import is_hub_name
-from illada.loading import Dtype, load_model, model_folder
+from illada.loading import DTYPES, Dtype, load_model, model_folder
 
 _RULES = {
     "illada": "every token may be masked, prompt and answer alike (paper Eq. 1)",
@@ -40,9 +40,10 @@ def export_model(
         IlladaError: when there is no model, `output` exists or lies in the model's folder, or the disk is full.
     """
     target = check_output(output, model, max_shard_size)
-    # On the CPU and in their own type, weights stay in the file they are read from.
-    network, tokenizer = load_model(model, "auto", "cpu")
+    # Once: it may be a hub name, or a run whose newest checkpoint changes.
     folder = model_folder(model)
+    # On the CPU and in their own type, weights stay in the file they are read from.
+    network, tokenizer = load_model(str(folder), "auto", "cpu")
     tensors = network.state_dict()
     if layout == "illada" and network.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -93,7 +94,7 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
         base = recipe.get("model", {}).get("start")
     elif adapted:
         base = adapter_base(folder)
-    name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).split(".")[1], str(dtype))
+    name = next((name for name, kind in DTYPES.items() if kind == dtype), str(dtype))
     of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
     lines = [
         *card_head(base),

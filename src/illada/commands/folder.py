@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from illada.errors import IlladaError, first_line
-from illada.loading import DTYPES, INDEX, Dtype
+from illada.loading import DTYPES, INDEX, Dtype, read_json
 from illada.model import IlladaConfig
 from illada.model.formats import released_config
 
@@ -179,10 +179,7 @@ def _no_room(target: Path, size: int, fact: str) -> IlladaError:
 def _generation_config(source: Path, config: IlladaConfig) -> dict[str, Any]:
     """Return the source's generation_config.json with the special ids of `config`."""
     path = source / "generation_config.json"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
+    before = read_json(path) if path.is_file() else {}
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {**before, **{name: value for name, value in ids.items() if value is not None}}
 

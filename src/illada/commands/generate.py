@@ -95,11 +95,11 @@ def generate_text(
             raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
         templates = [encode_template(tokenizer, prompt, slot_tokens) for prompt in prompts]
         answers = infill(model, templates, settings, tokenizer=tokenizer)
-    elif chat:
-        ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-        answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
     else:
-        ids = [encode_plain(tokenizer, prompt) for prompt in prompts]
+        if chat:
+            ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        else:
+            ids = [encode_plain(tokenizer, prompt) for prompt in prompts]
         answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
     for prompt, answer in zip(prompts, answers, strict=True):
         text = show_ids(tokenizer, answer.ids)

@@ -153,8 +153,7 @@ def denoise(
             start += len(sequence)
     extras = _Extras(rows, [len(positions) for positions in selected])
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
-    kept = tuple(pasts) if any(past is not None for past in pasts) else ()
-    hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), kept))
+    hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), tuple(pasts)))
 
     def head(at_C: NDArray[np.int64]) -> Tensor:
         return model.lm_head(hidden_TD[_on(at_C, hidden_TD)]).float()
