@@ -9,9 +9,7 @@ copied; such pages can be taken back by the system at any time).
 """
 
 import argparse
-import resource
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -46,43 +44,31 @@ def make(folder: Path, layers: int) -> None:
     print(f"{size / GB:.2f} GB of tensors in {folder}, {time.monotonic() - started:.0f} s")
 
 
-def status(field: str) -> int:
-    """Bytes of one line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
 def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int | None) -> None:
-    from quantize import stored_gigabytes
+    from quantize import anonymous_peak, status, stored_gigabytes
 
     from illada import GenerationSettings, generate
     from illada.commands.generate import encode_plain
     from illada.loading import load_model
 
-    peak, done = 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, status("RssAnon"))
-
-    before, started = status("RssAnon"), time.monotonic()
-    threading.Thread(target=watch, daemon=True).start()
-    model, tokenizer = load_model(str(folder), **({"quantize": quantize} if quantize else {}))
-    loaded, anonymous = time.monotonic() - started, peak - before
-    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"parameters         {sum(p.numel() for p in model.parameters()):,}")
-    print(f"weights            {stored_gigabytes(model):6.2f} GB as stored in memory ({quantize or model.dtype})")
-    print(f"load               {loaded:6.1f} s   peak resident {high / GB:.2f} GB, not file {anonymous / GB:.2f} GB")
-    settings = GenerationSettings(max_new_tokens=tokens, block_length=block, steps_per_block=steps, eos_token_id=None)
-    started = time.monotonic()
-    answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
-    seconds = time.monotonic() - started
-    each = seconds / answer.forwards
-    print(f"answer             {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
-    done.set()
-    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak resident      {high / GB:6.2f} GB, not file {(peak - before) / GB:.2f} GB")
+    peak: dict[str, float] = {}
+    with anonymous_peak(peak, "all"):
+        started = time.monotonic()
+        with anonymous_peak(peak, "load"):
+            model, tokenizer = load_model(str(folder), **({"quantize": quantize} if quantize else {}))
+        loaded, high = time.monotonic() - started, status("VmHWM")
+        print(f"parameters         {sum(p.numel() for p in model.parameters()):,}")
+        print(f"weights            {stored_gigabytes(model):6.2f} GB as stored in memory ({quantize or model.dtype})")
+        print(f"load               {loaded:6.1f} s   peak resident {high:.2f} GB, not file {peak['load']:.2f} GB")
+        settings = GenerationSettings(
+            max_new_tokens=tokens, block_length=block, steps_per_block=steps, eos_token_id=None
+        )
+        started = time.monotonic()
+        answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
+        seconds = time.monotonic() - started
+        each = seconds / answer.forwards
+        print(f"answer             {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
+    print(f"peak resident      {status('VmHWM'):6.2f} GB, not file {peak['all']:.2f} GB")
 
 
 if __name__ == "__main__":
