@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from illada import cli
+from illada.commands.generate import encode_plain
+from illada.data.tokenizer import load_tokenizer
 from illada.training import DivergedError
 from illada.training.report import read_metrics
 
@@ -280,14 +282,21 @@ def test_generate(work, capsys):
     cli.main(["generate", "--model", work.run, "--prompt", "one two", *GENERATE, "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["prompt"] == "one two"
-    assert record.keys() == {"prompt", "text", "ids", "finish_reason", "forwards"}
+    assert record.keys() == {"prompt", "text", "ids", "finish_reason", "forwards", "positions", "log_probs"}
     assert record["forwards"] >= 4
+    prompt_tokens = len(encode_plain(load_tokenizer(work.tok), "one two"))
+    blocks = record["forwards"] // 4  # without a cache, each pass computes everything up to its block's end
+    assert record["positions"] == sum(4 * (prompt_tokens + 4 * block) for block in range(1, blocks + 1))
+    assert len(record["log_probs"]) == len(record["ids"])
+    assert all(log_prob < 0 for log_prob in record["log_probs"])
     cli.main(["generate", "--model", f"{work.run}/model", "--prompt", "one two", *GENERATE])
     assert capsys.readouterr().out == record["text"] + "\n"
     cli.main(["generate", "--model", work.run, "--prompt", "three", "one two", *GENERATE, "--json", "true"])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["prompt"] for r in records] == ["three", "one two"]
+    log_probs = [r.pop("log_probs") for r in (records[1], record)]
     assert records[1] == record  # company changes nothing
+    assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-5)
 
 
 def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):

@@ -110,6 +110,8 @@ def generate_text(
                 "ids": list(answer.ids),
                 "finish_reason": answer.finish_reason,
                 "forwards": answer.forwards,
+                "positions": answer.positions,
+                "log_probs": answer.log_probs,
             }
             print(json.dumps(record, ensure_ascii=False), file=out)
         else:
