@@ -2,16 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from illada import cli
 from illada.benchmark import generation
 from illada.benchmark.measure import agreement, counted, measure
-from illada.benchmark.samplers import engine_samplers, outside_sampler, plain_sampler
+from illada.benchmark.outside import OutsideModel, outside_samplers
+from illada.benchmark.samplers import Answer, engine_samplers, modes, plain_sampler, rules, steps_of_rule
 from illada.data.tokenizer import train_tokenizer
 from illada.errors import IlladaError
 from illada.generation import GenerationSettings
+from reference import logits_with_past
 
 B, G = 4, 12
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15]]
@@ -38,9 +42,60 @@ def generate(model, prompt, attention_mask=None, steps=8, gen_length=8, block_le
     return RESULT
 """
 
+# Fast-dLLM's calls, in the paper's variable-length decoding: the first pass of a block makes keys and values, the
+# others take those before the block (prefix) or put the block's into all of them (dual).
+CACHED = """
+import torch
+
+def commit(logits, x, mask_id, threshold):
+    p, best = logits.softmax(-1).max(-1)
+    p = torch.where(x == mask_id, p, -1)
+    chosen = p == p.max() if threshold is None else (p >= threshold) | (p == p.max())
+    x[chosen] = best[chosen]
+
+def prefix(model, prompt, gen_length, block_length, mask_id, threshold=None, dual=False):
+    x = prompt.clone()
+    while x.shape[1] < prompt.shape[1] + gen_length:
+        start = x.shape[1]
+        x = torch.cat((x, torch.full((1, block_length), mask_id)), 1)
+        out = model(x, use_cache=True)
+        commit(out.logits[:, start:], x[:, start:], mask_id, threshold)
+        past, places = out.past_key_values, None
+        if dual:
+            places = torch.zeros_like(x, dtype=torch.bool)
+            places[:, start:] = True
+        else:
+            past = [tuple(kv[:, :, :start] for kv in layer) for layer in past]
+        while (x == mask_id).any():
+            out = model(x[:, start:], past_key_values=past, use_cache=True, replace_position=places)
+            commit(out.logits, x[:, start:], mask_id, threshold)
+    return x, 0
+
+def dual(model, prompt, gen_length, block_length, mask_id, threshold=None):
+    return prefix(model, prompt, gen_length, block_length, mask_id, threshold, dual=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def sure(build_model):
+    """A model sure enough of itself for a threshold to commit several tokens at once."""
+    model = build_model(False, 5, initializer_range=0.5)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    return model
+
 
 def by_name(samplers):
     return {sampler.name: sampler for sampler in samplers}
+
+
+def ids_of(answers):
+    return [answer.ids for answer in answers]
+
+
+def outside(spec, model, settings=EXACT):
+    (sampler,) = outside_samplers([str(spec)], model, settings)
+    return sampler
 
 
 @pytest.fixture(scope="module")
@@ -84,36 +139,186 @@ def test_plain_loop_is_exact_decoding(tied, stops):
     settings = EXACT
     if stops:  # at what is the second block's first token
         free = plain_sampler(tied, EXACT).answer(PROMPTS)
-        settings = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=free[0][B])
+        settings = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=free[0].ids[B])
     with counted(tied) as work:
         plain = plain_sampler(tied, settings).answer(PROMPTS)
-    assert work.forwards == sum(min(G, len(answer) // B * B + B) for answer in plain)  # to the end of the last block
+    assert work.forwards == sum(answer.forwards for answer in plain)
+    assert work.forwards == sum(min(G, len(ids) // B * B + B) for ids in ids_of(plain))  # to the end of the last block
     assert plain == by_name(engine_samplers(tied, settings, 2)[0])["1 token"].answer(PROMPTS)
-    assert len(plain[0]) < 2 * B if stops else len(plain[0]) == G
+    assert len(plain[0].ids) < 2 * B if stops else len(plain[0].ids) == G
 
 
 @pytest.mark.parametrize("result", ["x", "(x, 12)"])
 def test_outside_sampler_agrees_with_ours(untied, tmp_path, result):
     file = tmp_path / "theirs.py"
     file.write_text(OUTSIDE.replace("RESULT", result))
-    theirs = outside_sampler(str(file), untied, EXACT)
+    theirs = outside(file, untied)
     assert theirs.name == "outside theirs.py"
     found = theirs.answer(PROMPTS)
     assert found == by_name(engine_samplers(untied, EXACT, 1)[0])["later masks"].answer(PROMPTS)
-    end = found[0][5]
-    ended = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=end)
-    assert outside_sampler(str(file), untied, ended).answer(PROMPTS)[0] == found[0][: found[0].index(end)]
+    end = found[0].ids[5]
+    ended = outside(file, untied, replace(EXACT, eos_token_id=end)).answer(PROMPTS)[0]
+    assert ended == Answer(found[0].ids[: found[0].ids.index(end)], G)  # it does not look for the end
 
 
-def test_outside_sampler_gets_only_the_arguments_it_names(untied, tmp_path):
+def test_outside_sampler_gets_the_arguments_that_it_names_and_the_options(untied, tmp_path):
     file = tmp_path / "theirs.py"
-    file.write_text("def generate(model, prompt, gen_length):\n    return prompt.repeat(1, 1 + gen_length)\n")
-    assert outside_sampler(str(file), untied, EXACT).answer([[7]]) == [[7] * G]
+    file.write_text(
+        "def generate(model, prompt, gen_length):\n    return prompt.repeat(1, 1 + gen_length)\n"
+        "def odd(model, prompt, a=0, b='', threshold=0, **more):\n"
+        "    assert more.pop('steps') == 3 and model.device == prompt.device\n"
+        "    return prompt.new_tensor([[*prompt[0], repr((a, b, threshold, sorted(more))) == WANTED]])\n"
+        "WANTED = \"(None, 'last', 0.5, ['block_length', 'cfg_scale', 'gen_length', 'mask_id', 'remasking', \"\\\n"
+        "         \"'temperature'])\"\n"
+    )
+    assert outside(file, untied).answer([[7]]) == [Answer([7] * G, 0)]
+    sampler = outside(f"{file}:odd,a=None,b=last,threshold=0.5,steps=3", untied)
+    assert sampler.name == "outside theirs.py:odd,a=None,b=last,threshold=0.5,steps=3"
+    assert sampler.threshold == 0.5
+    assert ids_of(sampler.answer([[7]])) == [[1]]
+    with pytest.raises(IlladaError, match=r"theirs.py,threshold=1: threshold is none of its options: gen_length$"):
+        outside(f"{file},threshold=1", untied)
+
+
+def test_outside_sampler_finds_what_lies_beside_it(untied, tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        (folder / "beside").mkdir(parents=True)
+        (folder / "beside" / "__init__.py").write_text(f"NUMBER = {number}")
+        code = "from beside import NUMBER\ndef generate(model, prompt):\n    return prompt.repeat(1, 1 + NUMBER)\n"
+        (folder / "theirs.py").write_text(code)
+    first, second = outside_samplers([str(tmp_path / n / "theirs.py") for n in "12"], untied, EXACT)
+    assert ids_of(first.answer([[7]]) + second.answer([[7]])) == [[7], [7, 7]]
+    assert "beside" not in sys.modules
+    assert not any(str(tmp_path) in path for path in sys.path)
+
+
+def test_outside_sampler_that_never_ends_is_ended(untied, tmp_path):
+    file = tmp_path / "theirs.py"
+    file.write_text("def generate(model, prompt):\n    while True:\n        model(prompt)\n")
+    with pytest.raises(IlladaError, match=r"theirs.py failed: it was ended after 96 forwards"):
+        outside(file, untied).answer(PROMPTS)
+
+
+@pytest.mark.parametrize("rule", ["1 token", "threshold 0.9"])
+@pytest.mark.parametrize("function", ["prefix", "dual"])
+def test_outside_samplers_with_a_cache_do_what_our_prefix_cache_does(sure, tmp_path, function, rule):
+    (tmp_path / "theirs.py").write_text(CACHED)
+    option = ",threshold=0.9" if rule.startswith("threshold") else ""
+    theirs = outside(f"{tmp_path / 'theirs.py'}:{function}{option}", sure)
+    ours = by_name(engine_samplers(sure, EXACT, 1)[0])[f"{rule} (prefix cache)"]
+    works = []
+    for sampler in (theirs, ours):
+        with counted(sure) as work:
+            answers = sampler.answer(PROMPTS)
+        works.append((answers, work.forwards, work.positions))
+    assert works[0] == works[1]
+    assert work.forwards == 2 * G if not option else work.forwards < 2 * G
+
+
+def plain_logits(model, ids, where, past):
+    """Logits of tokens at positions `where`, which renew their keys and values in `past` and attend to all of it."""
+    config = model.config
+    pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
+    turn = torch.polar(torch.ones(()), torch.tensor(where)[:, None, None] * config.rope_theta**-pairs)
+
+    def heads(x):
+        return x.unflatten(-1, (-1, config.head_dim))
+
+    def rotated(x):
+        turned = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    hidden = model.model.embed_tokens(torch.tensor(ids))
+    for block, (keys, values) in zip(model.model.layers, past, strict=True):
+        normal, attention = block.input_layernorm(hidden), block.self_attn
+        keys[where], values[where] = rotated(heads(attention.k_proj(normal))), heads(attention.v_proj(normal))
+        shared = config.num_attention_heads // config.num_key_value_heads
+        k, v = (x.repeat_interleave(shared, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", rotated(heads(attention.q_proj(normal))), k) / config.head_dim**0.5
+        hidden = hidden + attention.o_proj(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return model.lm_head(model.model.norm(hidden))
+
+
+def test_adapter_is_the_network_and_its_caches_are_fast_dllms(tied):
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    theirs = OutsideModel(tied, 99)
+    ids = torch.arange(7, 19)[None]
+    shape = (12, tied.config.num_key_value_heads, tied.config.head_dim)
+    plain = [(torch.zeros(shape), torch.zeros(shape)) for _ in tied.model.layers]
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, tied(ids).logits)
+        assert not hasattr(theirs(ids), "past_key_values")
+        rows = torch.stack((ids[0], ids[0].flip(0)))
+        assert torch.equal(theirs(rows, attention_mask=rows > 8).logits, tied(rows, attention_mask=rows > 8).logits)
+
+        full = theirs(ids, use_cache=True)
+        torch.testing.assert_close(full.logits, tied(ids).logits, **close)
+        torch.testing.assert_close(full.logits[0], plain_logits(tied, ids[0].tolist(), list(range(12)), plain), **close)
+        past = full.past_key_values
+        assert past[0][0].shape == (1, shape[1], 12, shape[2])
+
+        # Prefix: keys and values before position 4 stay what they were, whatever is said behind.
+        changed = [*ids[0, :4].tolist(), *range(30, 38)]
+        prefix = [tuple(kv[:, :, :4] for kv in layer) for layer in past]
+        found = theirs(torch.tensor([changed[4:]]), past_key_values=prefix, use_cache=True)
+        old = [tuple(kv[0].transpose(0, 1) for kv in layer) for layer in prefix]
+        torch.testing.assert_close(found.logits[0].double(), logits_with_past(tied, changed, 4, old), **close)
+        assert found.past_key_values[1][1].shape[2] == 12
+        assert theirs(torch.tensor([changed[4:]]), past_key_values=prefix).past_key_values is None
+
+        # Dual: a block in the middle renews its own, in the caller's tensors, and sees both sides as they were.
+        for where in ([4, 5, 6, 7], [8, 9, 10], [4, 5, 6, 7]):
+            places = torch.zeros(1, 12, dtype=torch.bool)
+            places[0, where] = True
+            block = [changed[i] for i in where]
+            found = theirs(torch.tensor([block]), past_key_values=past, replace_position=places)
+            torch.testing.assert_close(found.logits[0], plain_logits(tied, block, where, plain), **close)
+    assert theirs.calls == 9
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"replace_position": [[0, 1]]}, "replace_position needs past_key_values"),
+        ({"use_cache": True, "position_ids": [[0, 1]]}, "cannot have position_ids"),
+        ({"use_cache": True, "rows": 2}, "takes one row, got 2"),
+        ({"past": True, "replace_position": [[1, 0, 1]]}, "must mark one stretch of 2 places"),
+        ({"past": True, "replace_position": [[1, 1, 1]]}, "must mark one stretch of 2 places"),
+        ({"past": True, "replace_position": [[0, 0, 0]]}, "must mark one stretch of 2 places"),
+    ],
+)
+def test_calls_that_mean_nothing_are_refused(untied, call, expected):
+    theirs = OutsideModel(untied, 9)
+    ids = torch.tensor([[7, 8]] * call.pop("rows", 1))
+    past = theirs(torch.tensor([[7, 8, 9]]), use_cache=True).past_key_values if call.pop("past", False) else None
+    tensors = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in call.items()}
+    with pytest.raises(IlladaError, match=expected):
+        theirs(ids, past_key_values=past, **tensors)
+
+
+def test_every_rule_and_mode_is_a_row_or_refused():
+    found = rules(16, 48)
+    assert found["margin, 4 tokens"] == {"steps_per_block": 4, "remasking": "margin"}
+    assert [name for name in rules(2, 4) if "tokens" in name] == ["2 tokens", "margin, 2 tokens"]
+    assert modes() == {"": {}, **{f" ({name} cache)": {"cache": name} for name in ("frozen", "prefix")}}
+
+
+def test_a_threshold_implies_as_many_forwards_as_steps(sure):
+    settings = replace(EXACT, threshold=0.9)
+    answers = by_name(engine_samplers(sure, EXACT, 2)[0])["threshold 0.9"].answer(PROMPTS)
+    steps = steps_of_rule(sure, PROMPTS, settings)
+    assert steps == sum(answer.forwards for answer in answers) < 2 * G
+    assert steps_of_rule(sure, PROMPTS, replace(EXACT, steps_per_block=1)) == 2 * G // B
 
 
 def test_agreement():
-    assert agreement([[1, 2], [1, 3, 4]], [[1, 2], [1, 2]]) == (0.5, 0.75)
-    assert agreement([[]], [[1]]) == (0.0, None)
+    def answers(*ids):
+        return [Answer(list(each), 1) for each in ids]
+
+    assert agreement(answers([1, 2], [1, 3, 4]), answers([1, 2], [1, 2])) == (0.5, 0.75)
+    assert agreement(answers([]), answers([1])) == (0.0, None)
 
 
 def test_every_sampler_runs_in_every_repeat(untied):
@@ -137,11 +342,16 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys):
     names = [row["name"] for row in results["rows"]]
     rules = [*(f"{k} tokens" for k in (2, 4, 8)), *(f"threshold {p}" for p in (0.99, 0.95, 0.9))]
     rules += [f"entropy {nats}" for nats in (0.05, 0.2, 0.5)]
-    assert names[:13] == ["plain loop", "1 token", *rules, "one block", "later masks"]
+    rules += ["margin, 2 tokens", "margin, 4 tokens"]
+    assert names[:15] == ["plain loop", "1 token", *rules, "one block", "later masks"]
     assert all(name in said for name in names)
     assert results["problems"] == 2
     assert [results["rows"][1][key] for key in ("same_answers", "accuracy", "standard_error")] == [1.0, 0.0, 0.0]
     assert results["rows"][1]["settings"]["block_length"] == 8
+    # What a threshold implies is what the engine needs, and stands beside the rows with a cache, too.
+    of_rule = {row["name"]: (row["answer_forwards"], row["forwards_minimum"]) for row in results["rows"]}
+    assert of_rule["1 token"] == (32, None)
+    assert of_rule["threshold 0.9"][0] == of_rule["threshold 0.9"][1] == of_rule["threshold 0.9 (prefix cache)"][1] > 1
     assert results["environment"]["dtype"] == "float32"
     assert results["arguments"]["limit"] == 2
     assert (tmp_path / "out" / "table.md").read_text() in said
@@ -187,6 +397,7 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
     assert [row["name"] for row in rows] == ["plain loop", "1 token", "2 tokens", "outside theirs.py"]
     assert rows[3]["same_answers"] == 1  # one block, so both see the same
     assert all(row["accuracy"] is None and row["answer_tokens"] == 4 for row in rows)
+    assert [row["answer_forwards"] for row in rows] == [4, 4, 2, 4]
     assert not (tmp_path / "out" / "frontier.png").exists()
 
 
@@ -203,6 +414,8 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
         ("--random 1m --only sideways", "no variant 'sideways': a table made without"),
         ("--random 1m --only token", "did you mean 1 token or"),
         ("--random 1m --outside nowhere.py", "no Python file nowhere.py"),
+        ("--random 1m --outside a.txt", "'a.txt' does not say what to run: write FILE.py"),
+        ("--random 1m --outside a.py:f,x", "does not say what to run: write FILE.py"),
         ("--random 1m --max_new_tokens 8", "no room for one block of 16"),
         ("--random llada-8b --vocab_size 64", "mask_token_id 126336 is outside"),
     ],
@@ -223,7 +436,7 @@ def test_bad_input_is_one_clear_line(words, expected, capsys):
 def test_outside_files_that_do_not_work(untied, tmp_path, code, expected):
     (tmp_path / "theirs.py").write_text(code)
     with pytest.raises(IlladaError, match=expected):
-        outside_sampler(str(tmp_path / "theirs.py"), untied, EXACT).answer(PROMPTS)
+        outside(tmp_path / "theirs.py", untied).answer(PROMPTS)
 
 
 @pytest.mark.parametrize("line", ["[", '{"prompt": "one"}', "[1]"])

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from illada.benchmark.measure import Measurement, agreement, measure
-from illada.benchmark.samplers import EXACT, PLAIN, engine_samplers, outside_sampler, plain_sampler
+from illada.benchmark.outside import outside_samplers
+from illada.benchmark.samplers import EXACT, PLAIN, engine_samplers, plain_sampler, steps_of_rule
 from illada.commands.files import read_lines
 from illada.commands.generate import settings_for, show_ids
 from illada.data.chat import encode_prompt
@@ -93,13 +94,18 @@ def bench_generate(
             raise IlladaError(f"no variant {unknown[0]!r}: {hint}")
         # Exact decoding is what the others are compared with, the plain loop what they are timed against.
         samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *only)]
-    samplers += [outside_sampler(path, network, exact) for path in outside or ()]
-    measurements = measure(network, samplers, [problem.prompt for problem in problems], repeats, on_run)
+    samplers += outside_samplers(outside or (), network, exact)
+    prompts = [problem.prompt for problem in problems]
+    measurements = measure(network, samplers, prompts, repeats, on_run)
+    steps = {}
+    for threshold in sorted({sampler.threshold for sampler in samplers if sampler.threshold is not None}):
+        on_run(f"steps of threshold {threshold}")
+        steps[threshold] = steps_of_rule(network, prompts, replace(exact, threshold=threshold))
     results = {
         "arguments": arguments,
         "environment": _environment(network),
         "problems": len(problems),
-        "rows": _rows(measurements, problems, tokenizer),
+        "rows": _rows(measurements, problems, tokenizer, steps),
         "refused": refused,
     }
     if output is not None:
@@ -168,7 +174,9 @@ def _fit(exact: GenerationSettings, problems: Sequence[Problem], context: int) -
     return replace(exact, max_new_tokens=budget)
 
 
-def _rows(measurements: Sequence[Measurement], problems: Sequence[Problem], tokenizer: Any) -> list[dict[str, Any]]:
+def _rows(
+    measurements: Sequence[Measurement], problems: Sequence[Problem], tokenizer: Any, steps: dict[float, int]
+) -> list[dict[str, Any]]:
     by_name = {measurement.sampler.name: measurement for measurement in measurements}
     exact, plain = by_name[EXACT].answers, by_name[PLAIN]
     rows = []
@@ -179,22 +187,24 @@ def _rows(measurements: Sequence[Measurement], problems: Sequence[Problem], toke
             "tokens_per_second": m.tokens_per_second,
             # Paired: each repeat's own quotient, in tokens per second, as answers may differ in length.
             "speedup": statistics.median(
-                a / b * sum(map(len, m.answers)) / max(1, sum(map(len, plain.answers)))
-                for a, b in zip(plain.seconds, m.seconds, strict=True)
+                a / b * m.tokens / max(1, plain.tokens) for a, b in zip(plain.seconds, m.seconds, strict=True)
             ),
             **asdict(m.work),
+            # Of all answers together, each as if alone: beside it, what the threshold itself implies.
+            "answer_forwards": sum(answer.forwards for answer in m.answers),
+            "forwards_minimum": steps.get(m.sampler.threshold) if m.sampler.threshold is not None else None,
             "peak_bytes": m.peak_bytes,
             "same_answers": same_answers,
             "same_tokens": same_tokens,
             "accuracy": None,
             "standard_error": None,
-            "answer_tokens": sum(map(len, m.answers)),
+            "answer_tokens": m.tokens,
             "seconds": m.seconds,
             "settings": None if m.sampler.settings is None else asdict(m.sampler.settings),
         }
         if tokenizer is not None:
             pairs = zip(m.answers, problems, strict=True)
-            share = sum(show_ids(tokenizer, ids).strip() == p.answer for ids, p in pairs) / len(problems)
+            share = sum(show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs) / len(problems)
             row["accuracy"] = share
             row["standard_error"] = (share * (1 - share) / len(problems)) ** 0.5
         rows.append(row)
@@ -237,7 +247,7 @@ def _commit() -> str | None:
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
-    head = ("variant", "tokens/s", "× plain", "forwards", "positions", "head pos.", "peak MB")
+    head = ("variant", "tokens/s", "× plain", "forwards", "per answer", "positions", "head pos.", "peak MB")
     lines = [(*head, "same answers", "same tokens", "accuracy")]
     for row in results["rows"]:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}"
@@ -247,6 +257,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['speedup']:.2f}",
                 f"{row['forwards']:,}",
+                f"{row['answer_forwards'] / results['problems']:.1f}",
                 f"{row['positions']:,}",
                 f"{row['head_positions']:,}",
                 "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",

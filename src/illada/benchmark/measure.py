@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from illada.benchmark.samplers import Prompts, Sampler
+from illada.benchmark.samplers import Answer, Prompts, Sampler
 from illada.model import IlladaForMaskedLM
 
 
@@ -35,14 +35,19 @@ class Measurement:
     """One per repeat."""
     peak_bytes: int | None = None
     """Most memory in use, weights included: allocated on a GPU, resident in the process otherwise; None if unknown."""
-    answers: list[list[int]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     """Answers and work are the same in every repeat; these are the last one's."""
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the answers, without end-of-sequence."""
+        return sum(len(answer.ids) for answer in self.answers)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens of the answers, without end-of-sequence, by the median time."""
-        return sum(map(len, self.answers)) / statistics.median(self.seconds)
+        """Tokens by the median time."""
+        return self.tokens / statistics.median(self.seconds)
 
 
 @contextmanager
@@ -96,13 +101,13 @@ def measure(
     return measurements
 
 
-def agreement(answers: Sequence[Sequence[int]], exact: Sequence[Sequence[int]]) -> tuple[float, float | None]:
+def agreement(answers: Sequence[Answer], exact: Sequence[Answer]) -> tuple[float, float | None]:
     """Return (share of identical answers, share of equal tokens up to the shorter length of each pair).
 
     The second is None when every pair holds an empty answer.
     """
-    pairs = list(zip(answers, exact, strict=True))
-    same = sum(list(a) == list(b) for a, b in pairs) / len(pairs)
+    pairs = [(a.ids, b.ids) for a, b in zip(answers, exact, strict=True)]
+    same = sum(a == b for a, b in pairs) / len(pairs)
     compared = sum(min(len(a), len(b)) for a, b in pairs)
     equal = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
     return same, equal / compared if compared else None

@@ -1,19 +1,17 @@
-"""What is compared: our engine under every mode and rule, the paper's loop written plainly, and outside samplers.
+"""What is compared: our engine under every mode and rule, and the paper's loop written plainly.
 
-Shape letters: P prompt tokens · G answer budget · B block length · L tokens in view · V vocabulary.
+Shape letters: L tokens in view · V vocabulary.
 """
 
-import importlib.util
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from itertools import pairwise
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
-from illada.errors import IlladaError, first_line
-from illada.generation import GenerationSettings, generate
+from illada.errors import IlladaError
+from illada.generation import GenerationSettings, StepEvent, generate
 from illada.model import IlladaForMaskedLM
 
 EXACT = "1 token"
@@ -22,12 +20,23 @@ PLAIN = "plain loop"
 Prompts = Sequence[Sequence[int]]
 
 
+class Answer(NamedTuple):
+    """What a sampler made of one prompt."""
+
+    ids: list[int]
+    """Cut before the first end-of-sequence id."""
+    forwards: int
+    """Forward passes that it took part in."""
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """One row of the table: a name, and a function from prompts to the ids of their answers, cut before the end."""
+    """One row of the table: a name, and a function from prompts to their answers."""
 
     name: str
-    answer: Callable[[Prompts], list[list[int]]]
+    answer: Callable[[Prompts], list[Answer]]
+    threshold: float | None = None
+    """The probability at which it commits tokens, if that is its rule."""
     settings: GenerationSettings | None = None
     """Of our engine; None for another sampler."""
 
@@ -39,15 +48,23 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
         **{f"{k} tokens": {"steps_per_block": -(-block // k)} for k in (2, 4, 8) if k <= block},
         **{f"threshold {p}": {"threshold": p} for p in (0.99, 0.95, 0.9)},
         **{f"entropy {nats}": {"entropy_bound": nats} for nats in (0.05, 0.2, 0.5)},
+        **{
+            f"margin, {k} tokens": {"steps_per_block": -(-block // k), "remasking": "margin"}
+            for k in (2, 4)
+            if k <= block
+        },
         "one block": {"block_length": budget},
         "later masks": {"later_masks": True},
     }
 
 
 def modes() -> dict[str, dict[str, Any]]:
-    """Return what each mode changes in the settings: every cache that they accept, none first."""
-    caches = sorted(get_args(get_type_hints(GenerationSettings)["cache"]), key=lambda cache: cache != "none")
-    return {"" if cache == "none" else f" ({cache} cache)": {"cache": cache} for cache in caches}
+    """Return what each mode changes in the settings, above all every cache that they accept, as for `rules`."""
+    caches = sorted(get_args(get_type_hints(GenerationSettings)["cache"]))
+    return {
+        "": {},
+        **{f" ({cache} cache)": {"cache": cache} for cache in caches if cache != "none"},
+    }
 
 
 def engine_samplers(
@@ -67,11 +84,24 @@ def engine_samplers(
 
 
 def _engine_sampler(name: str, model: IlladaForMaskedLM, settings: GenerationSettings, batch: int) -> Sampler:
-    def answer(prompts: Prompts) -> list[list[int]]:
+    def answer(prompts: Prompts) -> list[Answer]:
         groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-        return [answer.ids for group in groups for answer in generate(model, group, settings)]
+        return [Answer(found.ids, found.forwards) for group in groups for found in generate(model, group, settings)]
 
-    return Sampler(name, answer, settings)
+    return Sampler(name, answer, settings.threshold, settings)
+
+
+def steps_of_rule(model: IlladaForMaskedLM, prompts: Prompts, settings: GenerationSettings) -> int:
+    """Return how many steps commit something when each prompt is answered alone: what the rule itself implies."""
+    known = [0]
+
+    def on_step(event: StepEvent) -> None:
+        known.append(sum(event.committed))
+
+    for prompt in prompts:
+        generate(model, [prompt], settings, on_step=on_step)
+        known.append(0)
+    return sum(later > earlier for earlier, later in pairwise(known))
 
 
 def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sampler:
@@ -82,7 +112,7 @@ def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sample
     block, budget = exact.block_length, exact.max_new_tokens
 
     @torch.inference_mode()
-    def answer_one(prompt: Sequence[int]) -> list[int]:
+    def answer_one(prompt: Sequence[int]) -> Answer:
         mask_id = model.config.mask_token_id
         ids_L = torch.tensor(prompt, dtype=torch.long, device=model.device)
         masked_L = torch.zeros_like(ids_L, dtype=torch.bool)
@@ -100,56 +130,10 @@ def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sample
                 masked_L[best] = False
             if any(token in exact.eos_ids for token in ids_L[-block:].tolist()):
                 break
-        return cut(ids_L[len(prompt) :].tolist(), exact.eos_ids)
+        # One token a forward, so as many forwards as tokens before the cut.
+        return Answer(cut(ids_L[len(prompt) :].tolist(), exact.eos_ids), len(ids_L) - len(prompt))
 
     return Sampler(PLAIN, lambda prompts: [answer_one(prompt) for prompt in prompts])
-
-
-def outside_sampler(path: str, model: IlladaForMaskedLM, exact: GenerationSettings) -> Sampler:
-    """Return the sampler in a Python file of the user's, which is run: one request at a time, one token a forward.
-
-    The file defines `generate(model, prompt [1, P], steps=, gen_length=, block_length=, ...)`, as LLaDA's authors'
-    does, and returns ids [1, P + G], alone or first in a tuple. It gets the same model object, whose call with
-    `(x, attention_mask=...)` has `.logits` [1, L, V], and those of the named arguments that it accepts.
-
-    Raises:
-        IlladaError: when there is no such file or function, or it fails.
-    """
-    file = Path(path)
-    spec = importlib.util.spec_from_file_location(f"outside_{file.stem}", file) if file.is_file() else None
-    if spec is None or spec.loader is None:
-        raise IlladaError(f"no Python file {path}: --outside takes a file that defines generate(model, prompt, ...)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise IlladaError(f"{path} cannot be run: {first_line(error)}") from error
-    function = getattr(module, "generate", None)
-    if not callable(function):
-        raise IlladaError(f"{path} defines no function generate(model, prompt, ...)")
-    wanted = {
-        "steps": exact.max_new_tokens,
-        "gen_length": exact.max_new_tokens,
-        "block_length": exact.block_length,
-        "temperature": 0.0,
-        "cfg_scale": 0.0,
-        "remasking": "low_confidence",
-        "mask_id": model.config.mask_token_id,
-    }
-    parameters = inspect.signature(function).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        wanted = {name: value for name, value in wanted.items() if name in parameters}
-
-    @torch.inference_mode()
-    def answer_one(prompt: Sequence[int]) -> list[int]:
-        try:
-            out = function(model, torch.tensor([prompt], dtype=torch.long, device=model.device), **wanted)
-            ids: list[int] = (out[0] if isinstance(out, tuple) else out)[0, len(prompt) :].tolist()
-        except Exception as error:
-            raise IlladaError(f"generate of {path} failed: {first_line(error)}") from error
-        return cut(ids, exact.eos_ids)
-
-    return Sampler(f"outside {file.name}", lambda prompts: [answer_one(prompt) for prompt in prompts])
 
 
 def cut(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

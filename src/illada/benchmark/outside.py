@@ -1,0 +1,224 @@
+"""Samplers of others, as their files are: what `--outside` names, and our network behind the calls that they make.
+
+Shape letters: P prompt tokens · G answer budget · L tokens put in · K tokens with keys · H key/value heads ·
+D head width · V vocabulary.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from illada.benchmark.samplers import Answer, Prompts, Sampler, cut
+from illada.errors import IlladaError, first_line
+from illada.generation import GenerationSettings
+from illada.model import IlladaForMaskedLM, Packing, Past
+
+SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
+
+CALLS_PER_TOKEN = 8
+"""Forwards for each token of the budget after which a sampler is taken to go on for ever: those that commit MASK do."""
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class GivenPast(Past):
+    """Keys and values [1, H, K, D] of each layer, held by the caller. A key's position is its place among them.
+
+    New ones go behind those given, or, where `replaced` marks places, into them: in the caller's own tensors, as in
+    Fast-dLLM's model code. That code turns keys by their position at each use and this when they are made, which is the
+    same as long as the caller moves none: the files do not.
+    """
+
+    def __init__(self, given: Pairs | None, replaced: slice | None):
+        held = given[0][0].shape[2] if given else 0
+        super().__init__(capacity=held, start=held if replaced is None else replaced.start)
+        self.given = given
+        self.replaced = replaced
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of a layer; return those that its tokens attend to, as many axes, K for L."""
+        shape = (*key_LHD.shape[:-3], -1, *key_LHD.shape[-2:])
+        key, value = (x_LHD.reshape(1, *x_LHD.shape[-3:]).transpose(1, 2) for x_LHD in (key_LHD, value_LHD))
+        if self.given is not None:
+            old_key, old_value = self.given[layer]
+            if self.replaced is None:
+                key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+            else:
+                old_key[:, :, self.replaced], old_value[:, :, self.replaced] = key, value
+                key, value = old_key, old_value
+        self.pairs.append((key, value))
+        return key.transpose(1, 2).reshape(shape), value.transpose(1, 2).reshape(shape)
+
+
+class OutsideModel:
+    """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own."""
+
+    def __init__(self, model: IlladaForMaskedLM, most_calls: int):
+        self.model = model
+        self.most_calls = most_calls
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        past_key_values: Pairs | None = None,
+        use_cache: bool = False,
+        replace_position: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        """Return an object with `logits` [1, L, V], and with `past_key_values` where the call has to do with them.
+
+        Args:
+            input_ids: [1, L]; without a cache any number of rows.
+            past_key_values: (keys, values) of each layer, [1, H, K, D] each. The tokens stand behind these K.
+            use_cache: return the keys and values of the tokens and of those before.
+            replace_position: true [1, K] where the tokens stand instead: one stretch, whose keys and values they renew.
+            more: as in `IlladaForMaskedLM.forward`, without a cache only.
+
+        Raises:
+            IlladaError: when there are too many calls for one answer, or a call is not like these.
+        """
+        self.calls += 1
+        if self.calls > self.most_calls:
+            raise IlladaError(
+                f"it was ended after {self.most_calls} forwards for one answer: it seems to repeat itself"
+            )
+        if past_key_values is None and replace_position is not None:
+            raise IlladaError("replace_position needs past_key_values: there is nothing to replace")
+        if past_key_values is None and not use_cache:
+            return self.model(input_ids, **more)
+        if odd := [name for name, value in more.items() if value is not None]:
+            raise IlladaError(f"a call with a cache cannot have {odd[0]}")
+        if len(input_ids) != 1:
+            raise IlladaError(f"a call with a cache takes one row, got {len(input_ids)}")
+        replaced = (
+            None
+            if replace_position is None or past_key_values is None
+            else _stretch(replace_position, input_ids.shape[1])
+        )
+        past = GivenPast(past_key_values, replaced)
+        hidden_LD = self.model.model.packed(input_ids[0], Packing((input_ids.shape[1],), (past,)))
+        logits_LV = self.model.lm_head(hidden_LD)
+        pairs: Any = past.pairs if use_cache else None
+        return CausalLMOutputWithPast(logits=logits_LV[None], past_key_values=pairs)
+
+
+def _stretch(replace_position: Tensor, length: int) -> slice:
+    places = replace_position[0].nonzero()[:, 0].tolist()
+    if not places or places != list(range(places[0], places[0] + length)):
+        raise IlladaError(f"replace_position must mark one stretch of {length} places, as many as there are tokens")
+    return slice(places[0], places[-1] + 1)
+
+
+def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: GenerationSettings) -> list[Sampler]:
+    """Return the samplers that Python files of the user's define, which are run: each request alone.
+
+    A spec is `FILE.py`, `FILE.py:FUNCTION` (else `generate`), either followed by `,OPTION=VALUE` any number of times,
+    where a VALUE is a Python literal or a string. The function is called as LLaDA's and Fast-dLLM's are, with
+    `(model, prompt [1, P], steps=, gen_length=, block_length=, ...)`: those that it accepts, and the options. It
+    returns ids [1, P + G], alone or first in a tuple. The model it gets is an `OutsideModel`.
+
+    Raises:
+        IlladaError: when a spec is none, when there is no such file, function or option, or when one fails.
+    """
+    files: dict[Path, ModuleType] = {}
+    samplers = []
+    for spec in specs:
+        parts = SPEC.fullmatch(spec)
+        if parts is None:
+            raise IlladaError(f"{spec!r} does not say what to run: write FILE.py, FILE.py:FUNCTION or ...,OPTION=VALUE")
+        file = Path(parts["file"])
+        if not file.is_file():
+            raise IlladaError(f"no Python file {file}: --outside takes one that defines generate(model, prompt, ...)")
+        if file not in files:
+            files[file] = _load(file)
+        name = parts["function"] or "generate"
+        function = getattr(files[file], name, None)
+        if not callable(function):
+            raise IlladaError(f"{file} defines no function {name}(model, prompt, ...)")
+        options = dict(pair.split("=", 1) for pair in parts["options"].split(",")[1:])
+        title = "outside " + spec.removeprefix(parts["file"].removesuffix(file.name))
+        samplers.append(_outside_sampler(title, function, options, model, exact))
+    return samplers
+
+
+def _load(file: Path) -> ModuleType:
+    """Run a file; what its top imports is found beside it first, and is not left for others to find."""
+    spec = importlib.util.spec_from_file_location(f"outside_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder, known = str(file.parent.resolve()), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise IlladaError(f"{file} cannot be run: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - known:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
+    return module
+
+
+def _outside_sampler(
+    title: str,
+    function: Callable[..., Any],
+    options: dict[str, str],
+    model: IlladaForMaskedLM,
+    exact: GenerationSettings,
+) -> Sampler:
+    wanted: dict[str, Any] = {
+        "steps": exact.max_new_tokens,
+        "gen_length": exact.max_new_tokens,
+        "block_length": exact.block_length,
+        "temperature": 0.0,
+        "cfg_scale": 0.0,
+        "remasking": "low_confidence",
+        "mask_id": model.config.mask_token_id,
+    }
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        wanted = {name: value for name, value in wanted.items() if name in parameters}
+        if odd := [name for name in options if name not in parameters]:
+            raise IlladaError(f"{title}: {odd[0]} is none of its options: {', '.join(list(parameters)[2:])}")
+    wanted |= {name: _value(text) for name, text in options.items()}
+
+    @torch.inference_mode()
+    def answer_one(prompt: Sequence[int]) -> Answer:
+        theirs = OutsideModel(model, CALLS_PER_TOKEN * exact.max_new_tokens)
+        try:
+            out = function(theirs, torch.tensor([prompt], dtype=torch.long, device=model.device), **wanted)
+            ids: list[int] = (out[0] if isinstance(out, tuple) else out)[0, len(prompt) :].tolist()
+        except Exception as error:
+            raise IlladaError(f"{title} failed: {first_line(error)}") from error
+        return Answer(cut(ids, exact.eos_ids), theirs.calls)
+
+    def answer(prompts: Prompts) -> list[Answer]:
+        return [answer_one(prompt) for prompt in prompts]
+
+    threshold = wanted.get("threshold")
+    rule = isinstance(threshold, int | float) and 0 < threshold <= 1
+    return Sampler(title, answer, threshold if rule else None)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
