@@ -91,7 +91,8 @@ def reference_generate(model, prompt, settings, think=()):
     answer = [None] * budget  # None is a masked position
     log_probs = [None] * budget
     forwards = answer_step = 0
-    past = [None] * model.config.num_hidden_layers
+    pasts = [[None] * model.config.num_hidden_layers for _ in range(2)]
+    doubt = False
     for start in range(0, budget, block):
         positions = range(start, start + block)
         view = budget if s.later_masks else start + block
@@ -99,19 +100,28 @@ def reference_generate(model, prompt, settings, think=()):
         while any(answer[i] is None for i in positions):
             seen = [mask if x is None else x for x in answer[:view]]
             if s.cache == "none":
-                logits = logits_of(model, list(prompt) + seen)[len(prompt) :]
+                first = 0
             else:
-                # Everything in the first pass of a block ("prefix"), or of the answer; the finished block once more
-                # in the first pass of the next ("frozen"); else the active block alone.
+                # Everything in the first pass of a block ("prefix"), of the answer, or after a doubt ("adaptive"); the
+                # finished block once more in the first pass of the next; else what begins with the active block.
                 first = len(prompt) + start
                 if block_step == 0:
                     first = 0 if s.cache == "prefix" or start == 0 else first - block
-                computed = logits_with_past(model, list(prompt) + seen, first, past)
-                logits = torch.zeros(start + block, computed.shape[-1], dtype=torch.float64)
-                logits[start:] = computed[-block:]
+                if doubt:
+                    first = 0
+
+            def passed(given, past, seen=seen, first=first):
+                if s.cache == "none":
+                    return logits_of(model, given + seen)[len(prompt) :]
+                computed = logits_with_past(model, given + seen, first, past)
+                rows = torch.zeros(len(given) + len(seen), computed.shape[-1], dtype=torch.float64)
+                rows[first:] = computed
+                return rows[len(given) :]
+
+            logits = passed(list(prompt), pasts[0])
             forwards += 1
             if s.guidance_scale:
-                free = logits_of(model, [mask] * len(prompt) + seen)[len(prompt) :]
+                free = passed([mask] * len(prompt), pasts[1])
                 logits = free + (s.guidance_scale + 1) * (logits - free)
                 forwards += 1
             opened = [i for i in positions if answer[i] is None]
@@ -159,6 +169,7 @@ def reference_generate(model, prompt, settings, think=()):
             for i in ranked[:count]:
                 answer[i] = proposal[i]
                 log_probs[i] = math.log(confidence[i])
+            doubt = s.cache == "adaptive" and min(confidence[i] for i in ranked[:count]) < s.refresh_below
             block_step += 1
             answer_step += 1
         for i in positions:
@@ -176,22 +187,35 @@ def reference_kept(logits, top_k, top_p):
     return {v for v in range(len(logits)) if logits[v] >= best[-1]}
 
 
-def reference_infill(model, template, threshold=None):
-    """Fill slots (None) greedily, one a forward or all above the threshold; returns (ids, forwards)."""
-    mask, filled, forwards = model.config.mask_token_id, list(template), 0
+def reference_infill(model, template, settings):
+    """Fill slots (None) greedily: one a forward, so many in so many steps, or all above the threshold.
+
+    Returns (ids, forwards); guidance is against a template with all that is fixed masked.
+    """
+    mask, filled, forwards, step = model.config.mask_token_id, list(template), 0, 0
+    slots = [i for i, x in enumerate(template) if x is None]
+    steps = min(settings.steps_per_block or len(slots), len(slots))
     while None in filled:
-        logits = logits_of(model, [mask if x is None else x for x in filled])
+        seen = [mask if x is None else x for x in filled]
+        logits = logits_of(model, seen)
         forwards += 1
+        if settings.guidance_scale:
+            free = logits_of(model, [x if i in slots else mask for i, x in enumerate(seen)])
+            logits = free + (settings.guidance_scale + 1) * (logits - free)
+            forwards += 1
         sure = {}
-        for i, x in enumerate(filled):
-            if x is None:
+        for i in slots:
+            if filled[i] is None:
                 choice = logits[i].clone()
                 choice[mask] = -math.inf
                 sure[i] = (float(logits[i].softmax(-1)[choice.argmax()]), int(choice.argmax()))
-        best = max(sure, key=lambda i: (sure[i][0], -i))
-        for i, (confidence, token) in sure.items():
-            if i == best or (threshold is not None and confidence >= threshold):
-                filled[i] = token
+        ranked = sorted(sure, key=lambda i: (-sure[i][0], i))
+        count = len(slots) // steps + (step < len(slots) % steps)
+        if settings.threshold is not None:
+            count = max(1, sum(confidence >= settings.threshold for confidence, _ in sure.values()))
+        for i in ranked[:count]:
+            filled[i] = sure[i][1]
+        step += 1
     return filled, forwards
 
 

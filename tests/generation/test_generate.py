@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings, generate, infill, step
+from illada.generation import Engine, GenerationSettings, generate, infill
 from illada.generation.unmask import positions_to_commit, quota
 from reference import reference_generate, reference_infill
 
@@ -50,7 +50,7 @@ def requests(draw):
     assume(rule == "random" or not {*prompt} <= {5, 63})
     block = draw(st.integers(1, 8))
     temperature = draw(st.sampled_from([0.0, 0.0, 0.5, 1.5]))
-    cache = draw(st.sampled_from(["none", "none", "prefix", "frozen"]))
+    cache = draw(st.sampled_from(["none", "none", "prefix", "frozen", "adaptive"]))
     if cache != "none":  # the oracle rounds otherwise, which masks alone would show
         prompt = [9, *prompt]
     return prompt, GenerationSettings(
@@ -66,9 +66,11 @@ def requests(draw):
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.7, 1.4, 30.0])),
         seed=draw(st.integers(0, 2**63 - 1)),
         eos_token_id=draw(st.sampled_from([None, 2, tuple(range(12)), (7, 63)])),
-        guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])) if cache == "none" else 0.0,
-        later_masks=draw(st.booleans()) if cache == "none" else False,
+        guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
+        later_masks=draw(st.booleans()),
         cache=cache,
+        refresh_below=draw(st.sampled_from([1e-9, 0.1, 0.2, 1.0])) if cache == "adaptive" else 0.5,
+        speculate=draw(st.sampled_from([0, 0, 1, 3, 50])),
         think_boost=draw(st.sampled_from([0.0, 0.0, 3.0, 100.0])),
         think_boost_power=draw(st.sampled_from([0.0, 1.0, 3.0])),
     )
@@ -80,6 +82,13 @@ def expected(model, prompt, settings):
 
 def plain(generation):
     return generation.ids, generation.finish_reason, generation.forwards
+
+
+def agree(answers, wanted, settings):
+    """Whether all is as wanted; speculation may save passes."""
+    for answer, (ids, reason, forwards), one in zip(answers, wanted, settings, strict=True):
+        assert (answer.ids, answer.finish_reason) == (ids, reason)
+        assert answer.forwards <= forwards if one.speculate else answer.forwards == forwards
 
 
 @hypothesis_settings(deadline=None, max_examples=40, derandomize=True)
@@ -94,17 +103,15 @@ def test_generate_is_the_reference_alone_and_in_any_batch(tied, untied, tie, bat
     prompts, settings = zip(*batch, strict=True)
     answers = [reference_generate(model, *request, THINK) for request in batch]
     want = [answer[:3] for answer in answers]
-    saved, step.LOGITS_HELD = step.LOGITS_HELD, held
-    try:
-        together = generate(model, prompts, settings, Pieces(), max_batch_tokens=max_batch_tokens)
-    finally:
-        step.LOGITS_HELD = saved
-    assert [plain(g) for g in together] == want
+    engine = Engine(model, Pieces(), max_batch_tokens=max_batch_tokens, max_logits=held)
+    for request in batch:
+        engine.submit(*request)
+    together = engine.run()
+    agree(together, want, settings)
     for generation, (*_, log_probs) in zip(together, answers, strict=True):
         assert generation.log_probs == pytest.approx(log_probs, abs=2e-4)
-    backwards = generate(model, prompts[::-1], settings[::-1], Pieces())
-    assert [plain(g) for g in backwards[::-1]] == want
-    assert plain(generate(model, prompts[:1], settings[0], Pieces())[0]) == want[0]
+    agree(generate(model, prompts[::-1], settings[::-1], Pieces())[::-1], want, settings)
+    agree(generate(model, prompts[:1], settings[0], Pieces()), want[:1], settings[:1])
 
 
 @pytest.mark.parametrize(("cache", "block", "steps"), [("prefix", 4, 1), ("prefix", 1, None), ("frozen", 12, 1)])
@@ -130,12 +137,6 @@ def test_positions_computed_are_counted(tied):
     assert generate(tied, [prompt], guided)[0].positions == 2 * counted["none"]
 
 
-@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"later_masks": True}])
-def test_a_cache_refuses_what_it_cannot_do(change):
-    with pytest.raises(IlladaError, match="cache prefix cannot be used with"):
-        GenerationSettings(cache="prefix", **change)
-
-
 @hypothesis_settings(deadline=None, max_examples=30, derandomize=True)
 @given(
     st.lists(
@@ -145,13 +146,16 @@ def test_a_cache_refuses_what_it_cannot_do(change):
         min_size=1,
         max_size=4,
     ),
-    st.sampled_from([None, 0.3]),
+    st.sampled_from([{}, {"threshold": 0.3}, {"steps_per_block": 3}, {"steps_per_block": 30}, {"guidance_scale": 0.7}]),
+    st.sampled_from([0, 0, 3]),
 )
-def test_infill_is_the_reference_alone_and_in_any_batch(tied, templates, threshold):
-    settings = GenerationSettings(threshold=threshold)
-    want = [reference_infill(tied, template, threshold) for template in templates]
+def test_infill_is_the_reference_alone_and_in_any_batch(tied, templates, change, speculate):
+    settings = GenerationSettings(**change, speculate=speculate)
+    want = [reference_infill(tied, template, settings) for template in templates]
     together = infill(tied, templates, settings, tokenizer=Pieces())
-    assert [(g.ids, g.forwards) for g in together] == want
+    assert [g.ids for g in together] == [ids for ids, _ in want]
+    for answer, (_, forwards) in zip(together, want, strict=True):
+        assert answer.forwards <= forwards if speculate else answer.forwards == forwards
     assert [g.ids for g in infill(tied, templates[::-1], settings)[::-1]] == [ids for ids, _ in want]
     for template, answer in zip(templates, together, strict=True):
         assert all(a == b for a, b in zip(template, answer.ids, strict=True) if a is not None)
@@ -167,8 +171,7 @@ def test_infill_is_the_reference_alone_and_in_any_batch(tied, templates, thresho
         ([None, 99], {}, "template 0 holds ids outside"),
         ([None] * 97, {}, "template 0 has 97 tokens but the context is 96"),
         (["a", None], {}, "not a list of token ids"),
-        ([None, 7], {"steps_per_block": 2}, "steps_per_block cannot be used to fill slots"),
-        ([None, 7], {"guidance_scale": 1.0}, "guidance_scale cannot be used"),
+        ([None, 7], {"think_boost": 2.0}, "think_boost cannot be used to fill slots"),
     ],
 )
 def test_templates_that_cannot_be_filled_are_refused(tied, template, change, words):
@@ -312,9 +315,9 @@ def test_quotas_are_even_with_the_remainder_first():
 def test_ties_go_to_the_left(confidence):
     tied_M, position_M = np.full(128, confidence, dtype=np.float32), np.arange(128)
     halves = GenerationSettings(block_length=128, steps_per_block=2)
-    assert positions_to_commit(halves, tied_M, position_M, 0, 0).tolist() == list(range(64))
+    assert positions_to_commit(halves, tied_M, position_M, 128, 0, 0).tolist() == list(range(64))
     sure = GenerationSettings(block_length=128, threshold=0.5)
-    assert positions_to_commit(sure, tied_M, position_M, 0, 0).tolist() == [0]
+    assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [0]
 
 
 def test_gumbel_max_samples_the_softmax(build_model):
@@ -437,7 +440,7 @@ def test_log_probs_stay_finite_where_the_confidence_underflows(build_model):
 def test_an_entropy_bound_commits_as_many_as_it_allows(entropies, bound):
     settings = GenerationSettings(block_length=16, entropy_bound=bound)
     entropy_M = np.array(entropies, dtype=np.float32)
-    chosen = positions_to_commit(settings, entropy_M, np.arange(len(entropy_M)), 0, 0).tolist()
+    chosen = positions_to_commit(settings, entropy_M, np.arange(len(entropy_M)), 16, 0, 0).tolist()
     ranked = sorted(range(len(entropies)), key=lambda i: (entropies[i], i))
     assert chosen == ranked[: len(chosen)]
     assert math.fsum(entropy_M[chosen]) - max(entropy_M[chosen]) <= bound + 1e-6
@@ -459,7 +462,7 @@ def test_an_entropy_bound_from_zero_to_all(build_model, tied):
 
 def test_an_entropy_that_is_no_number_still_progresses():
     settings = GenerationSettings(block_length=4, entropy_bound=0.1)
-    assert positions_to_commit(settings, np.full(4, np.nan, np.float32), np.arange(4), 0, 0).tolist() == [0]
+    assert positions_to_commit(settings, np.full(4, np.nan, np.float32), np.arange(4), 4, 0, 0).tolist() == [0]
 
 
 class Rows(torch.nn.Module):
@@ -538,12 +541,12 @@ def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
 def Scripted(model, script):  # noqa: N802
     """Make a model write `script` after a prompt of one token, whatever it sees."""
 
-    def packed(ids_T, packing):
+    def packed(ids_T, packing, wanted):
         assert len(packing.lengths) == 1
         rows = torch.zeros(len(ids_T), 64)
         for at, i in enumerate(script[: len(ids_T) - 1]):
             rows[at + 1, i] = 5.0
-        return rows
+        return rows[wanted[0]]
 
     model.model.packed = packed
     model.lm_head = torch.nn.Identity()
@@ -553,10 +556,11 @@ def Scripted(model, script):  # noqa: N802
 def test_forward_passes_hold_no_more_positions_than_allowed(untied, monkeypatch):
     seen = []
     packed = untied.model.packed
-    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[1].lengths) or packed(*a))
+    monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
     settings = [dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1, guidance_scale=w) for w in (0, 0, 1, 0)]
     generate(untied, [[8], [9] * 20, [7, 7], [6]], settings, max_batch_tokens=17)
-    assert seen == [(5, 5), (6, 6), (24,)]  # by length; a guided row is never torn apart; one row may be too long
+    # In the order of requests; one row may be too long; a guided row is never torn apart.
+    assert seen == [(5,), (24,), (5, 6, 6)]
 
 
 def test_events_show_the_answer_forming(tied):

@@ -177,8 +177,8 @@ def test_runs_and_positions_cover_the_tokens(lengths):
     assert Packing.from_cu_seqlens([0, *accumulate(lengths)]) == packing
     assert packing.tokens == sum(lengths)
     assert packing.positions().tolist() == [i for length in lengths for i in range(length)]
-    assert [length for count, length, _ in packing.runs for _ in range(count)] == [n for n in lengths if n]
-    assert all(a[1] != b[1] for a, b in zip(packing.runs, packing.runs[1:], strict=False))
+    assert [run.length for run in packing.runs for _ in range(run.segments)] == [n for n in lengths if n]
+    assert all(a.length != b.length for a, b in zip(packing.runs, packing.runs[1:], strict=False))
 
 
 def test_heads_of_a_group_share_their_key(tied):

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from illada.generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from illada.generation.engine import Generation, StepEvent, generate, infill
+    from illada.generation.engine import Engine, Generation, StepEvent, generate, infill
 
-__all__ = ["Generation", "GenerationSettings", "StepEvent", "generate", "infill"]
+__all__ = ["Engine", "Generation", "GenerationSettings", "StepEvent", "generate", "infill"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Generation of many requests at once: rows, the loop over steps and blocks, and where an answer ends (spec §5)."""
+"""Generation of many requests at once: who takes part in a pass, steps and blocks, where an answer ends (spec §5)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol
@@ -10,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from illada.errors import IlladaError
+from illada.generation.row import Proposals, Row
 from illada.generation.settings import GenerationSettings
-from illada.generation.step import Row, denoise
-from illada.generation.unmask import positions_to_commit
+from illada.generation.step import denoise
 from illada.model import IlladaForMaskedLM
+
+MAX_BATCH_TOKENS = 16_384
+"""Most positions of one forward pass unless told otherwise."""
 
 
 class Tokenizer(Protocol):
@@ -36,7 +40,7 @@ class Generation:
     """Generated ids, cut before the first end-of-sequence id or stop string."""
     finish_reason: Literal["stop", "length"]
     forwards: int
-    """Forward passes this row took part in; guidance counts two a step."""
+    """Forward passes this row took part in; guidance counts two a step, speculation one for all it computes at once."""
     log_probs: list[float] = field(compare=False)
     """Natural log of the confidence at which each id was committed: its softmax probability, over the full vocabulary,
     under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
@@ -45,7 +49,7 @@ class Generation:
     text: str | None = None
     """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
     positions: int = field(default=0, compare=False)
-    """Positions that the passes computed for this row; those a cache gave are not among them."""
+    """Positions that the passes computed for this row, drafts included; those a cache gave are not among them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class StepEvent:
     """An answer as it stands after one step."""
 
     row: int
-    """Index of the prompt."""
+    """Index of the request."""
     block: int
     """Where in the answer the active block begins."""
     step: int
@@ -73,7 +77,7 @@ def generate(
     settings: GenerationSettings | Sequence[GenerationSettings],
     tokenizer: Tokenizer | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
-    max_batch_tokens: int = 16_384,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
     """Answer every prompt; each answer is the one the prompt would get alone.
 
@@ -85,8 +89,7 @@ def generate(
         settings: for all prompts, or one per prompt.
         tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
         on_step: called once per row and step, after the commit.
-        max_batch_tokens: most positions of one forward pass, the second branch of guidance included; a single row may
-            exceed it.
+        max_batch_tokens: most positions of one forward pass, see `Engine`.
 
     Returns:
         one `Generation` per prompt, in order.
@@ -95,9 +98,10 @@ def generate(
         IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, or
             when settings need a tokenizer and none is given.
     """
-    each = _settings_each(settings, len(prompts), "prompts")
-    rows = [_start(model, i, *pair, tokenizer) for i, pair in enumerate(zip(prompts, each, strict=True))]
-    return _decode(model, rows, tokenizer, on_step, max_batch_tokens)
+    engine = Engine(model, tokenizer, on_step, max_batch_tokens)
+    for prompt, one in zip(prompts, _settings_each(settings, len(prompts), "prompts"), strict=True):
+        engine.submit(prompt, one)
+    return engine.run()
 
 
 def infill(
@@ -106,7 +110,7 @@ def infill(
     settings: GenerationSettings | Sequence[GenerationSettings],
     tokenizer: Tokenizer | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
-    max_batch_tokens: int = 16_384,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
     """Fill the slots of every template; each is filled as it would be alone, by the same steps as `generate`.
 
@@ -115,8 +119,9 @@ def infill(
     Args:
         model: as in `generate`.
         templates: token ids, with None for each token to fill in.
-        settings: as in `generate`; one token a pass unless threshold or entropy_bound is given. How much to generate
-            follows from the template, so max_new_tokens, block_length, eos_token_id and stop are not used.
+        settings: as in `generate`; one token a pass unless steps_per_block (for all slots together), threshold or
+            entropy_bound is given; guidance is against a template with all that is fixed masked (ours). How much to
+            generate follows from the template, so max_new_tokens, block_length, eos_token_id and stop are not used.
         tokenizer: needed for `Generation.text`.
         on_step: as in `generate`; the answer of an event begins at the first slot.
         max_batch_tokens: as in `generate`.
@@ -126,18 +131,147 @@ def infill(
 
     Raises:
         IlladaError: when a template has no slot or does not fit the context or the vocabulary, or when the settings ask
-            for steps_per_block, guidance or a boost, which are defined for answers only.
+            for a boost, which is defined for answers only.
     """
-    each = _settings_each(settings, len(templates), "templates")
-    rows = [_open(model, i, *pair) for i, pair in enumerate(zip(templates, each, strict=True))]
-    slots = [np.flatnonzero(row.masked_G) for row in rows]
-    filled = []
-    for row, slots_M, answer in zip(rows, slots, _decode(model, rows, None, on_step, max_batch_tokens), strict=True):
-        ids = [*row.prompt_P.tolist(), *answer.ids]
-        log_probs = row.log_prob_G[slots_M].tolist()
-        text = None if tokenizer is None else tokenizer.decode(ids)
-        filled.append(Generation(ids, "length", answer.forwards, log_probs, text, answer.positions))
-    return filled
+    engine = Engine(model, tokenizer, on_step, max_batch_tokens)
+    for template, one in zip(templates, _settings_each(settings, len(templates), "templates"), strict=True):
+        engine.submit_template(template, one)
+    return engine.run()
+
+
+class Engine:
+    """Requests under way on one model; they may enter and be cancelled between any two passes.
+
+    A pass takes the oldest requests first, as many as fit into `max_batch_tokens` positions, and others enter as soon
+    as there is room. Under exact decoding, whose passes see whole sequences, few requests are under way at a time and
+    each ends soon; with a cache, whose passes see a block or two, many fill the positions that are free.
+
+    Args:
+        model: the network.
+        tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
+        on_step: called once per row and step, after the commit.
+        max_batch_tokens: most positions of one forward pass, the second branch of guidance and drafts included; a
+            single row may exceed it.
+        max_logits: most logits held at once: the head runs over pieces of the vocabulary or of the positions.
+        max_past_tokens: most positions whose keys and values are kept; a single row may exceed it.
+
+    Raises:
+        IlladaError: when a limit is below 1.
+    """
+
+    def __init__(
+        self,
+        model: IlladaForMaskedLM,
+        tokenizer: Tokenizer | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_logits: int = 2**24,
+        max_past_tokens: int = 2**18,
+    ):
+        limits = {"max_batch_tokens": max_batch_tokens, "max_logits": max_logits, "max_past_tokens": max_past_tokens}
+        for name, limit in limits.items():
+            if limit < 1:
+                raise IlladaError(f"{name} must be at least 1, got {limit}")
+        self.model, self.tokenizer, self.on_step = model, tokenizer, on_step
+        self.max_batch_tokens, self.max_logits, self.max_past_tokens = max_batch_tokens, max_logits, max_past_tokens
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.submitted = 0
+
+    def submit(self, prompt: Sequence[int], settings: GenerationSettings) -> int:
+        """Add a prompt and return its index: 0, 1, 2, ...; errors as in `generate`."""
+        return self._enter(_start(self.model, self.submitted, prompt, settings, self.tokenizer))
+
+    def submit_template(self, template: Sequence[int | None], settings: GenerationSettings) -> int:
+        """Add a template and return its index; errors as in `infill`."""
+        return self._enter(_open(self.model, self.submitted, template, settings))
+
+    def _enter(self, row: Row) -> int:
+        self.waiting.append(row)
+        self.submitted += 1
+        return row.index
+
+    def cancel(self, index: int) -> None:
+        """Forget a request, if it is still under way."""
+        self.waiting = deque(row for row in self.waiting if row.index != index)
+        self.running = [row for row in self.running if row.index != index]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self.waiting or self.running)
+
+    def run(self) -> list[Generation]:
+        """Advance until every request has ended; return the answers in the order of their requests."""
+        ended: dict[int, Generation] = {}
+        while self.busy:
+            ended |= self.step()
+        return [ended[index] for index in sorted(ended)]
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Generation]:
+        """Run one forward pass; return by index the answers that it ended."""
+        ended: dict[int, Generation] = {}
+        was_training = self.model.training
+        if was_training:
+            self.model.eval()
+        try:
+            rows = self._next_pass()
+            states = [state for row in rows for state in (row, *row.drafts)]
+            proposals = iter(denoise(self.model, states, self.max_logits))
+            for row in rows:
+                generation = self._advance(row, [next(proposals) for _ in (row, *row.drafts)])
+                if generation is not None:
+                    ended[row.index] = generation
+        finally:
+            if was_training:
+                self.model.train()
+        self.running = [row for row in self.running if row.index not in ended]
+        return ended
+
+    def _next_pass(self) -> list[Row]:
+        """Let requests in and return those of the next pass, with drafts where there is room for them."""
+        held = sum(row.size for row in self.running)
+        while self.waiting and self._has_room(held):
+            self.running.append(self.waiting.popleft())
+            held += self.running[-1].size
+        rows = self.running[:1]
+        room = self.max_batch_tokens - rows[0].size
+        for row in self.running[1:]:
+            if row.size > room:
+                break
+            rows.append(row)
+            room -= row.size
+        for row in rows:
+            room -= row.expect(room)
+        # Equal lengths side by side share attention calls.
+        return sorted(rows, key=lambda row: row.size)
+
+    def _has_room(self, held: int) -> bool:
+        """Return whether the next waiting request may enter beside running ones of `held` positions."""
+        if not self.running:
+            return True
+        row = self.waiting[0]
+        kept = sum(other.kept for other in self.running) + row.kept
+        return held + row.size <= self.max_batch_tokens and (not row.kept or kept <= self.max_past_tokens)
+
+    def _advance(self, row: Row, each: Sequence[Proposals]) -> Generation | None:
+        """Commit a step, and one more for every draft that came true; return the answer when the row has ended."""
+        states = (row, *row.drafts)
+        row.forwards += row.passes
+        row.positions += sum(state.size for state in states)
+        generation = None
+        for state, proposals in zip(states, each, strict=True):
+            if state is not row and (generation is not None or not row.is_at(state)):
+                break
+            step = (row.block, row.block_end, row.block_step)
+            if row.commit(proposals):
+                generation = _ended(row, self.tokenizer)
+                if generation is None:
+                    row.open_next_block()
+            if self.on_step is not None:
+                self.on_step(_event(row, *step, generation is not None))
+        return generation
 
 
 def _settings_each(
@@ -147,36 +281,6 @@ def _settings_each(
     if len(each) != count:
         raise IlladaError(f"{count} {what} but {len(each)} settings: give one for all or one for each")
     return each
-
-
-def _decode(
-    model: IlladaForMaskedLM,
-    rows: Sequence[Row],
-    tokenizer: Tokenizer | None,
-    on_step: Callable[[StepEvent], None] | None,
-    max_batch_tokens: int,
-) -> list[Generation]:
-    """Advance all rows until each has ended; return their answers in order."""
-    if max_batch_tokens < 1:
-        raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
-    ended: dict[int, Generation] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            while active := [row for row in rows if row.index not in ended]:
-                for group in _groups(active, max_batch_tokens):
-                    for row, proposed in zip(group, denoise(model, group), strict=True):
-                        step = (row.block, row.block_end, row.block_step)
-                        generation = _advance(row, *proposed, tokenizer)
-                        if generation is not None:
-                            ended[row.index] = generation
-                            row.past = None
-                        if on_step is not None:
-                            on_step(_event(row, *step, generation is not None))
-    finally:
-        model.train(was_training)
-    return [ended[i] for i in range(len(rows))]
 
 
 def _start(
@@ -209,19 +313,26 @@ def _start(
 def _open(model: IlladaForMaskedLM, index: int, template: Sequence[int | None], settings: GenerationSettings) -> Row:
     """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
     name = f"template {index}"
-    for setting in ("steps_per_block", "guidance_scale", "think_boost"):
-        if getattr(settings, setting):
-            raise IlladaError(f"{setting} cannot be used to fill slots: leave it out")
+    if settings.think_boost:
+        raise IlladaError("think_boost cannot be used to fill slots: leave it out")
     slot_L = np.array([token is None for token in template], dtype=np.bool_)
     if not slot_L.any():
         raise IlladaError(f"{name} has no slot to fill: put None where a token is wanted")
     ids_L = _checked_ids(model, name, [0 if token is None else token for token in template])
     first = int(slot_L.argmax())
     budget = len(ids_L) - first
-    whole = replace(settings, max_new_tokens=budget, block_length=budget, eos_token_id=None, stop=(), later_masks=False)
-    row = Row(index, ids_L[:first], budget, whole)
+    whole = replace(
+        settings,
+        max_new_tokens=budget,
+        block_length=budget,
+        steps_per_block=settings.steps_per_block and min(settings.steps_per_block, budget),
+        eos_token_id=None,
+        stop=(),
+        later_masks=False,
+    )
+    row = Row(index, ids_L[:first], budget, whole, template=True)
     row.ids_G[:] = ids_L[first:]
-    row.masked_G[:] = slot_L[first:]
+    row.masked_G[:] = row.slot_G[:] = slot_L[first:]
     return row
 
 
@@ -238,47 +349,12 @@ def _checked_ids(model: IlladaForMaskedLM, name: str, ids: Sequence[int]) -> NDA
     return ids_L
 
 
-def _groups(rows: Sequence[Row], max_batch_tokens: int) -> Iterator[list[Row]]:
-    """Divide rows into forward passes, by length, so that equal lengths share attention calls."""
-    group: list[Row] = []
-    held = 0
-    for row in sorted(rows, key=lambda row: row.size):
-        if group and held + row.size > max_batch_tokens:
-            yield group
-            group, held = [], 0
-        group.append(row)
-        held += row.size
-    if group:
-        yield group
-
-
-def _advance(
-    row: Row,
-    position_M: NDArray[np.int64],
-    proposal_M: NDArray[np.int64],
-    log_prob_M: NDArray[np.float32],
-    score_M: NDArray[np.float32],
-    tokenizer: Tokenizer | None,
-) -> Generation | None:
-    """Commit one step; return the answer when the row has ended."""
-    row.ids_G[position_M] = proposal_M
-    row.log_prob_G[position_M] = log_prob_M
-    chosen_K = positions_to_commit(row.settings, score_M, position_M, row.block_step, row.answer_step)
-    row.masked_G[position_M[chosen_K]] = False
-    row.forwards += row.passes
-    row.positions += row.size
-    row.answer_step += 1
-    row.block_step += 1
-    if row.masked_G[row.block : row.block_end].any():
-        return None
-    stopped = _cut(row, tokenizer)
-    if stopped is not None:
+def _ended(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
+    """Return the answer if the block that has just been finished ends it."""
+    if (stopped := _cut(row, tokenizer)) is not None or row.block_end < row.budget:
         return stopped
-    if row.block_end == row.budget:
-        ids = row.ids_G.tolist()
-        return _generation(row, ids, "length", None if tokenizer is None else tokenizer.decode(ids))
-    row.block, row.block_step = row.block_end, 0
-    return None
+    ids: list[int] = [*(row.prompt_P.tolist() if row.template else ()), *row.ids_G.tolist()]
+    return _generation(row, ids, "length", None if tokenizer is None else tokenizer.decode(ids))
 
 
 def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
@@ -302,7 +378,8 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
 
 
 def _generation(row: Row, ids: list[int], reason: Literal["stop", "length"], text: str | None) -> Generation:
-    return Generation(ids, reason, row.forwards, row.log_prob_G[: len(ids)].tolist(), text, row.positions)
+    log_probs = row.log_prob_G[row.slot_G] if row.template else row.log_prob_G[: len(ids)]
+    return Generation(ids, reason, row.forwards, log_probs.tolist(), text, row.positions)
 
 
 def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepEvent:

@@ -42,8 +42,11 @@ class GenerationSettings:
         think_boost_power: exponent of that rise (authors' evaluation code: 3; HumanEval 1).
         cache: "none": every pass sees all tokens afresh, which is exact. The others keep keys and values of the tokens
             before the active block, which is faster and not the paper's decoding: "prefix" renews them in the first
-            pass of every block, "frozen" computes those of a finished block once more, together with the first pass of
-            the next, and never again.
+            pass of every block; "frozen" computes those of a finished block once more, together with the first pass of
+            the next, and never again; "adaptive" is "frozen" and renews all of them after a doubtful step.
+        refresh_below: the adaptive cache is renewed after a step that committed a token of less than this probability.
+        speculate: compute up to this many expected future steps together with each step, and take those whose state
+            really came about: fewer passes, more positions, the same tokens.
 
     Raises:
         IlladaError: when a value is out of range or two of them contradict each other.
@@ -66,7 +69,9 @@ class GenerationSettings:
     later_masks: bool = False
     think_boost: float = 0.0
     think_boost_power: float = 3.0
-    cache: Literal["none", "prefix", "frozen"] = "none"
+    cache: Literal["none", "prefix", "frozen", "adaptive"] = "none"
+    refresh_below: float = 0.5
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -102,10 +107,10 @@ class GenerationSettings:
                 f"{rules[0]} has an order of its own: leave out remasking {self.remasking}, or give steps_per_block"
             )
         self._check_sampling()
-        _require(self.cache in ("none", "prefix", "frozen"), "cache", self.cache, "none, prefix or frozen")
-        if self.cache != "none" and (self.guidance_scale or self.later_masks):
-            name = "guidance_scale" if self.guidance_scale else "later_masks"
-            raise IlladaError(f"cache {self.cache} cannot be used with {name}: choose cache none")
+        known = self.cache in ("none", "prefix", "frozen", "adaptive")
+        _require(known, "cache", self.cache, "none, prefix, frozen or adaptive")
+        _require(0 < self.refresh_below <= 1, "refresh_below", self.refresh_below, "above 0 and at most 1")
+        _require(self.speculate >= 0, "speculate", self.speculate, "at least 0")
 
     def _check_sampling(self) -> None:
         penalty = self.repetition_penalty

@@ -14,15 +14,16 @@ REMASK = 17
 """Stream of random remasking; the streams of training lie below 16."""
 
 
-def quota(block_length: int, steps: int, step: int) -> int:
+def quota(slots: int, steps: int, step: int) -> int:
     """Return how many positions step `step` of `steps` commits: spread evenly, the remainder over the first steps."""
-    return block_length // steps + (step < block_length % steps)
+    return slots // steps + (step < slots % steps)
 
 
 def positions_to_commit(
     settings: GenerationSettings,
     score_M: NDArray[np.float32],
     position_M: NDArray[np.int64],
+    slots: int,
     block_step: int,
     answer_step: int,
 ) -> NDArray[np.intp]:
@@ -33,6 +34,7 @@ def positions_to_commit(
         score_M: what the row's rule looks at: probability of each position's proposal; its margin or its entropy in
             nats where the rule is that.
         position_M: position in the answer, the key of random remasking.
+        slots: how many positions of the block were masked at its start.
         block_step: steps this block has had.
         answer_step: steps the answer has had, the key of random remasking.
     """
@@ -44,7 +46,7 @@ def positions_to_commit(
         order_M = np.argsort(score_M, kind="stable")
         before_M = np.concatenate(([0.0], score_M[order_M][:-1].cumsum(dtype=np.float64)))
         return order_M[: np.count_nonzero(before_M <= settings.entropy_bound)]
-    count = quota(settings.block_length, settings.steps_per_block or settings.block_length, block_step)
+    count = quota(slots, min(settings.steps_per_block or slots, slots), block_step)
     priority_M: NDArray[np.floating] = score_M
     if settings.remasking == "random":
         key = (settings.seed, REMASK, answer_step, torch.from_numpy(position_M))

@@ -1,13 +1,14 @@
 """Bidirectional attention over packed segments: every token sees its whole segment and nothing else.
 
-Shape letters: T tokens of all segments, one after another · S segments · N segments of one run · L length ·
-H query heads · G key/value heads · D head width.
+Shape letters: T tokens of all segments, one after another · M of them ask (all, or those of the last layer that are
+wanted) · S segments · N segments of one run · L length · H query heads · G key/value heads · D head width.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +30,30 @@ class Past:
     layers: list[Tensor] = field(default_factory=list)
     """[2, capacity, G, D] for each layer, made when first written."""
 
-    def extend(self, layer: int, key_LGD: Tensor, value_LGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of positions start…, and return those of all positions up to them."""
+    def extend(self, layer: int, key_NLGD: Tensor, value_NLGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all positions before `start` and the given ones behind them.
+
+        One segment (N = 1) writes its own. Several that share a past are different continuations: none is written.
+        """
         if layer == len(self.layers):
-            self.layers.append(key_LGD.new_empty(2, self.capacity, *key_LGD.shape[1:]))
-        end = self.start + len(key_LGD)
-        store = self.layers[layer]
-        store[0, self.start : end] = key_LGD
-        store[1, self.start : end] = value_LGD
-        return store[0, :end], store[1, :end]
+            self.layers.append(key_NLGD.new_empty(2, self.capacity, *key_NLGD.shape[2:]))
+        store, count, end = self.layers[layer], len(key_NLGD), self.start + key_NLGD.shape[1]
+        if count == 1:
+            store[0, self.start : end] = key_NLGD[0]
+            store[1, self.start : end] = value_NLGD[0]
+            return store[0, None, :end], store[1, None, :end]
+        before = store[:, None, : self.start].expand(-1, count, -1, -1, -1)
+        return torch.cat((before[0], key_NLGD), 1), torch.cat((before[1], value_NLGD), 1)
+
+
+class Run(NamedTuple):
+    """Neighbouring segments that one batched kernel call serves."""
+
+    segments: int
+    queries: int
+    """Of each segment, how many positions ask."""
+    length: int
+    past: Past | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,8 @@ class Packing:
     lengths: tuple[int, ...]
     pasts: tuple[Past | None, ...] = ()
     """What each segment continues; empty when none of them continues anything."""
+    queries: tuple[int, ...] = ()
+    """How many positions of each segment ask; empty when all do."""
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> "Packing":
@@ -62,19 +80,17 @@ class Packing:
         return sum(self.lengths)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int, Past | None], ...]:
-        """Neighbouring segments of equal length as (segments, length, past): one batched kernel call each.
-
-        A segment with a past is a run of its own.
-        """
-        runs: list[tuple[int, int, Past | None]] = []
-        for length, past in zip(self.lengths, self.pasts or (None,) * len(self.lengths), strict=True):
-            if length == 0:
+    def runs(self) -> tuple[Run, ...]:
+        """Neighbouring segments of equal lengths with the same past, or with none: one batched kernel call each."""
+        runs: list[Run] = []
+        pasts = self.pasts or (None,) * len(self.lengths)
+        for segment in zip(self.queries or self.lengths, self.lengths, pasts, strict=True):
+            if segment[1] == 0:
                 continue
-            if past is None and runs and runs[-1][1:] == (length, None):
-                runs[-1] = (runs[-1][0] + 1, length, None)
+            if runs and runs[-1][1:] == segment:
+                runs[-1] = runs[-1]._replace(segments=runs[-1].segments + 1)
             else:
-                runs.append((1, length, past))
+                runs.append(Run(1, *segment))
         return tuple(runs)
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
@@ -83,16 +99,17 @@ class Packing:
             return torch.zeros(0, dtype=torch.int64, device=device)
         starts = [0 if past is None else past.start for past in self.pasts] or [0] * len(self.lengths)
         pairs = zip(starts, self.lengths, strict=True)
-        return torch.cat([torch.arange(start, start + length, device=device) for start, length in pairs])
+        # Counted on the host, so that one copy brings all of them.
+        return torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(device)
 
 
-def eager_attention(query_NHLD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, enable_gqa: bool = False) -> Tensor:
-    """Attend as written in textbooks, softmax in fp32: every score is held at once. Returns [N, H, L, D]."""
+def eager_attention(query_NHMD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, enable_gqa: bool = False) -> Tensor:
+    """Attend as written in textbooks, softmax in fp32: every score is held at once. Returns [N, H, M, D]."""
     if enable_gqa:
-        shared = query_NHLD.shape[1] // key_NGLD.shape[1]
+        shared = query_NHMD.shape[1] // key_NGLD.shape[1]
         key_NGLD, value_NGLD = (x.repeat_interleave(shared, dim=1) for x in (key_NGLD, value_NGLD))
-    scores_NHLL = query_NHLD @ key_NGLD.transpose(-1, -2) * query_NHLD.shape[-1] ** -0.5
-    return scores_NHLL.softmax(-1, dtype=torch.float32).to(query_NHLD.dtype) @ value_NGLD
+    scores_NHML = query_NHMD @ key_NGLD.transpose(-1, -2) * query_NHMD.shape[-1] ** -0.5
+    return scores_NHML.softmax(-1, dtype=torch.float32).to(query_NHMD.dtype) @ value_NGLD
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
@@ -100,23 +117,25 @@ KERNELS: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attent
 
 
 def packed_attention(
-    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, kernel: str = "sdpa", layer: int = 0
+    query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, kernel: str = "sdpa", layer: int = 0
 ) -> Tensor:
-    """Attend within each segment and its past, fully bidirectionally; returns [T, H, D]. `layer` is that of the past.
+    """Attend within each segment and its past, fully bidirectionally; returns [M, H, D]. `layer` is that of the past.
 
     Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
     so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
     nested tensors). Heads of one group share their key and value.
     """
-    heads, groups = query_THD.shape[1], key_TGD.shape[1]
+    heads, groups = query_MHD.shape[1], key_TGD.shape[1]
+    runs = packing.runs
     # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
-    sizes = [count * length for count, length, _ in packing.runs]
+    sizes = [run.segments * run.length for run in runs]
+    queries = query_MHD.split([run.segments * run.queries for run in runs])
     outputs = []
-    for (count, _, past), query, key, value in zip(
-        packing.runs, query_THD.split(sizes), key_TGD.split(sizes), value_TGD.split(sizes), strict=True
-    ):
-        seen = (key, value) if past is None else past.extend(layer, key, value)
-        query_NHLD, key_NGLD, value_NGLD = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, *seen))
-        out_NHLD = KERNELS[kernel](query_NHLD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
-        outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
+    for run, query, key, value in zip(runs, queries, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
+        query_NMHD = query.unflatten(0, (run.segments, run.queries))
+        seen = (x.unflatten(0, (run.segments, run.length)) for x in (key, value))
+        key_NLGD, value_NLGD = seen if run.past is None else run.past.extend(layer, *seen)
+        query_NHMD, key_NGLD, value_NGLD = (x.transpose(1, 2) for x in (query_NMHD, key_NLGD, value_NLGD))
+        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
+        outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]

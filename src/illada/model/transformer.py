@@ -8,10 +8,14 @@ V vocabulary · M selected tokens.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -22,6 +26,9 @@ from illada.errors import IlladaError
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
 from illada.model.formats import LLADA_TENSORS
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary angles, fp32 [T, 1, K/2]."""
 
 
 class RMSNorm(nn.Module):
@@ -38,8 +45,8 @@ class RMSNorm(nn.Module):
         return normal_TD.to(hidden_TD.dtype) * self.weight
 
 
-def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotary angles, fp32 [T, 1, K/2]; no scaling."""
+def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Return the rotary angles; no scaling."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
     angles = position_ids_T.float()[:, None, None] * theta**-exponent
     return angles.cos(), angles.sin()
@@ -76,14 +83,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, keys, bias=False)
         self.o_proj = branch_end(queries, width)
 
-    def forward(self, hidden_TD: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend within each segment."""
+    def ask(self, hidden_TD: Tensor, rotary: Rotary, asking_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries of all positions, or of those given [M, H, K], and keys and values of all [T, G, K]."""
         heads = (-1, self.head_dim)
-        query_THK = rotate(self.q_proj(hidden_TD).unflatten(-1, heads), *rotary)
         key_TGK = rotate(self.k_proj(hidden_TD).unflatten(-1, heads), *rotary)
         value_TGK = self.v_proj(hidden_TD).unflatten(-1, heads)
+        if asking_M is not None:
+            hidden_TD, rotary = hidden_TD[asking_M], (rotary[0][asking_M], rotary[1][asking_M])
+        return rotate(self.q_proj(hidden_TD).unflatten(-1, heads), *rotary), key_TGK, value_TGK
+
+    def attend(self, query_MHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, packing: Packing) -> Tensor:
+        """Attend within each segment; returns [M, H·K]."""
         kernel = self.config._attn_implementation
-        return self.o_proj(packed_attention(query_THK, key_TGK, value_TGK, packing, kernel, self.layer).flatten(-2))
+        return packed_attention(query_MHK, key_TGK, value_TGK, packing, kernel, self.layer).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -101,7 +113,11 @@ class MLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block: what lies before attention, attention, and what lies behind it.
+
+    Attention sees the lengths of the batch, which change from step to step; the other two parts do not, so they can be
+    compiled once (`IlladaModel.compile_blocks`).
+    """
 
     def __init__(self, config: IlladaConfig, layer: int):
         super().__init__()
@@ -110,10 +126,19 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_TD: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention, then SwiGLU, each added to the residual stream."""
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), packing, rotary)
-        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+    def before(self, hidden_TD: Tensor, rotary: Rotary, asking_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what attention takes."""
+        return self.self_attn.ask(self.input_layernorm(hidden_TD), rotary, asking_M)
+
+    def behind(self, hidden_MD: Tensor, attended_MD: Tensor) -> Tensor:
+        """Add attention and then SwiGLU to the residual stream."""
+        hidden_MD = hidden_MD + self.self_attn.o_proj(attended_MD)
+        return hidden_MD + self.mlp(self.post_attention_layernorm(hidden_MD))
+
+    def forward(self, hidden_TD: Tensor, packing: Packing, rotary: Rotary, asking_M: Tensor | None = None) -> Tensor:
+        """Map [T, D] to [T, D], or to the [M, D] of the asking positions alone."""
+        attended = self.self_attn.attend(*self.before(hidden_TD, rotary, asking_M), packing)
+        return self.behind(hidden_TD if asking_M is None else hidden_TD[asking_M], attended)
 
 
 class IlladaPreTrainedModel(PreTrainedModel):
@@ -204,8 +229,17 @@ class IlladaModel(IlladaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def packed(self, input_ids_T: Tensor, packing: Packing, position_ids_T: Tensor | None = None) -> Tensor:
+    def packed(
+        self,
+        input_ids_T: Tensor,
+        packing: Packing,
+        position_ids_T: Tensor | None = None,
+        wanted: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Tensor:
         """Return final hidden states [T, D] of packed segments; positions restart in each segment unless given.
+
+        `wanted` names the positions within each segment whose states are wanted: then they alone are returned, [M, D]
+        in order, and the last layer computes queries, output and SwiGLU for them only (keys and values for all).
 
         Raises:
             ValueError: when the segments do not add up to T tokens.
@@ -217,9 +251,26 @@ class IlladaModel(IlladaPreTrainedModel):
         hidden_TD = self.embed_tokens(input_ids_T)
         if packing.tokens:
             rotary = rotary_angles(position_ids_T, self.config.head_dim, self.config.rope_theta)
-            for block in self.layers:
+            *body, last = self.layers
+            for block in body:
                 hidden_TD = block(hidden_TD, packing, rotary)
+            asking_M = None
+            if wanted is not None:
+                starts = np.cumsum([0, *packing.lengths[:-1]])
+                flat_M = np.concatenate([start + at for start, at in zip(starts, wanted, strict=True)])
+                asking_M = torch.from_numpy(flat_M).to(hidden_TD.device)
+                packing = replace(packing, queries=tuple(map(len, wanted)))
+            hidden_TD = last(hidden_TD, packing, rotary, asking_M)
         return self.norm(hidden_TD)
+
+    def compile_blocks(self) -> None:
+        """Compile what lies before and behind attention in every layer, once for all lengths (torch.compile).
+
+        Same results up to the rounding of fused operations. The first passes take half a minute or more.
+        """
+        for block in self.layers:
+            for part in ("before", "behind"):
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=True))
 
     def forward(
         self,
@@ -283,6 +334,21 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
         """Return `logits` [B, L, V]; arguments and errors as in `IlladaModel.forward`."""
         hidden_BLD = self.model(input_ids, attention_mask, position_ids, cu_seqlens).last_hidden_state
         return MaskedLMOutput(logits=self.lm_head(hidden_BLD))
+
+    @property
+    def head_is_divisible(self) -> bool:
+        """Whether the head is a plain matrix that nobody wrapped: some of its rows then give some of the logits."""
+        return type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
+
+    def head_pieces(self, hidden_MD: Tensor, pieces: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first id, fp32 logits [M, C]) of the vocabulary in pieces of nearly equal width, or of all of it."""
+        if pieces == 1 or not self.head_is_divisible:
+            yield 0, self.lm_head(hidden_MD).float()
+            return
+        first = 0
+        for weight_CD in self.lm_head.weight.tensor_split(pieces):
+            yield first, F.linear(hidden_MD, weight_CD).float()
+            first += len(weight_CD)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the LM head."""
