@@ -14,7 +14,7 @@ from illada.benchmark.outside import OutsideModel, outside_samplers
 from illada.benchmark.samplers import Answer, engine_samplers, modes, plain_sampler, rules, steps_of_rule
 from illada.data.tokenizer import train_tokenizer
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings
+from illada.generation import GenerationSettings, propose
 from reference import logits_with_past
 
 B, G = 4, 12
@@ -130,8 +130,19 @@ def test_rows_of_a_batch_share_their_forwards(untied):
     with counted(untied) as work:
         by_name(engine_samplers(untied, EXACT, batch=2)[0])["1 token"].answer(PROMPTS)
     assert work.forwards == G
-    untied.lm_head(untied.model.embed_tokens.weight)
-    assert work.head_positions == 2 * 3 * (4 + 3 + 2 + 1)  # counting has ended
+    untied(torch.tensor(PROMPTS[:1]))
+    assert (work.forwards, work.head_positions) == (G, 2 * 3 * (4 + 3 + 2 + 1))  # counting has ended
+
+
+def test_a_head_in_pieces_counts_once(build_model, monkeypatch):
+    monkeypatch.setattr(propose, "IN_CACHE", 1)
+    model = build_model(True, 4, vocab_size=3000)
+    pieces, real = [], type(model).head_pieces
+    monkeypatch.setattr(type(model), "head_pieces", lambda *a: pieces.append(a[2]) or real(*a))
+    with counted(model) as work:
+        by_name(engine_samplers(model, EXACT, batch=2)[0])["1 token"].answer(PROMPTS)
+    assert set(pieces) == {3}
+    assert work.head_positions == 2 * 3 * (4 + 3 + 2 + 1)
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -302,7 +313,7 @@ def test_every_rule_and_mode_is_a_row_or_refused():
     found = rules(16, 48)
     assert found["margin, 4 tokens"] == {"steps_per_block": 4, "remasking": "margin"}
     assert [name for name in rules(2, 4) if "tokens" in name] == ["2 tokens", "margin, 2 tokens"]
-    assert modes() == {"": {}, **{f" ({name} cache)": {"cache": name} for name in ("frozen", "prefix")}}
+    assert modes() == {"": {}, **{f" ({name} cache)": {"cache": name} for name in ("adaptive", "frozen", "prefix")}}
 
 
 def test_a_threshold_implies_as_many_forwards_as_steps(sure):
@@ -334,7 +345,7 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys):
     prompts = ["one two", "three", "four one"]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "?"}) + "\n" for p in prompts))
     tasks, output = str(tmp_path / "tasks.jsonl"), str(tmp_path / "out")
-    options = "--limit 2 --max_new_tokens 16 --block_length 8 --repeats 1"
+    options = "--limit 2 --max_new_tokens 8 --block_length 8 --repeats 1"
     words = ["bench", "generate", "--model", str(trained_folder), "--tasks", tasks, "--output", output]
     cli.main([*words, *options.split()])
     said = capsys.readouterr().out
@@ -342,15 +353,16 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys):
     names = [row["name"] for row in results["rows"]]
     rules = [*(f"{k} tokens" for k in (2, 4, 8)), *(f"threshold {p}" for p in (0.99, 0.95, 0.9))]
     rules += [f"entropy {nats}" for nats in (0.05, 0.2, 0.5)]
-    rules += ["margin, 2 tokens", "margin, 4 tokens"]
-    assert names[:15] == ["plain loop", "1 token", *rules, "one block", "later masks"]
+    rules += ["margin, 2 tokens", "margin, 4 tokens", "speculate 2", "speculate 4"]
+    rules += ["threshold 0.9, speculate 2"]
+    assert names[:18] == ["plain loop", "1 token", *rules, "one block", "later masks"]
     assert all(name in said for name in names)
     assert results["problems"] == 2
     assert [results["rows"][1][key] for key in ("same_answers", "accuracy", "standard_error")] == [1.0, 0.0, 0.0]
     assert results["rows"][1]["settings"]["block_length"] == 8
     # What a threshold implies is what the engine needs, and stands beside the rows with a cache, too.
     of_rule = {row["name"]: (row["answer_forwards"], row["forwards_minimum"]) for row in results["rows"]}
-    assert of_rule["1 token"] == (32, None)
+    assert of_rule["1 token"] == (16, None)
     assert of_rule["threshold 0.9"][0] == of_rule["threshold 0.9"][1] == of_rule["threshold 0.9 (prefix cache)"][1] > 1
     assert results["environment"]["dtype"] == "float32"
     assert results["arguments"]["limit"] == 2

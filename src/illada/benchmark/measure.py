@@ -52,7 +52,11 @@ class Measurement:
 
 @contextmanager
 def counted(model: IlladaForMaskedLM) -> Iterator[Work]:
-    """Count the work of the network in the block. Hooks on embedding and head: every way through it passes both."""
+    """Count the work of the network in the block.
+
+    Hooks on the embedding and on the last norm, which every way through it passes: what is not wanted is dropped before
+    that norm, and the head may work in pieces of the vocabulary.
+    """
     work = Work()
 
     def trunk(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
@@ -62,7 +66,7 @@ def counted(model: IlladaForMaskedLM) -> Iterator[Work]:
     def head(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
         work.head_positions += inputs[0].shape[:-1].numel()
 
-    hooks = (model.model.embed_tokens.register_forward_hook(trunk), model.lm_head.register_forward_hook(head))
+    hooks = (model.model.embed_tokens.register_forward_hook(trunk), model.model.norm.register_forward_hook(head))
     try:
         yield work
     finally:

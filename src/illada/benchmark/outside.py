@@ -46,10 +46,9 @@ class GivenPast(Past):
         self.replaced = replaced
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def extend(self, layer: int, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of a layer; return those that its tokens attend to, as many axes, K for L."""
-        shape = (*key_LHD.shape[:-3], -1, *key_LHD.shape[-2:])
-        key, value = (x_LHD.reshape(1, *x_LHD.shape[-3:]).transpose(1, 2) for x_LHD in (key_LHD, value_LHD))
+    def extend(self, layer: int, key_NLHD: Tensor, value_NLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of a layer, N = 1; return those that its tokens attend to, [1, K, H, D]."""
+        key, value = key_NLHD.transpose(1, 2), value_NLHD.transpose(1, 2)
         if self.given is not None:
             old_key, old_value = self.given[layer]
             if self.replaced is None:
@@ -58,7 +57,7 @@ class GivenPast(Past):
                 old_key[:, :, self.replaced], old_value[:, :, self.replaced] = key, value
                 key, value = old_key, old_value
         self.pairs.append((key, value))
-        return key.transpose(1, 2).reshape(shape), value.transpose(1, 2).reshape(shape)
+        return key.transpose(1, 2), value.transpose(1, 2)
 
 
 class OutsideModel:

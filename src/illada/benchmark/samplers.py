@@ -53,6 +53,8 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
             for k in (2, 4)
             if k <= block
         },
+        **{f"speculate {k}": {"speculate": k} for k in (2, 4)},
+        "threshold 0.9, speculate 2": {"threshold": 0.9, "speculate": 2},
         "one block": {"block_length": budget},
         "later masks": {"later_masks": True},
     }
