@@ -92,7 +92,7 @@ def reference_generate(model, prompt, settings, think=()):
     log_probs = [None] * budget
     forwards = answer_step = 0
     pasts = [[None] * model.config.num_hidden_layers for _ in range(2)]
-    doubt = False
+    doubt, needed = False, None
     for start in range(0, budget, block):
         positions = range(start, start + block)
         view = budget if s.later_masks else start + block
@@ -172,9 +172,12 @@ def reference_generate(model, prompt, settings, think=()):
             doubt = s.cache == "adaptive" and min(confidence[i] for i in ranked[:count]) < s.refresh_below
             block_step += 1
             answer_step += 1
+            # Once all before an EOS is known, the rest of the block changes nothing: only passes up to here count.
+            if needed is None and any(answer[i] in s.eos_ids and None not in answer[:i] for i in positions):
+                needed = forwards
         for i in positions:
             if answer[i] in s.eos_ids:
-                return answer[:i], "stop", forwards, log_probs[:i]
+                return answer[:i], "stop", needed, log_probs[:i]
     return answer, "length", forwards, log_probs
 
 

@@ -201,24 +201,27 @@ def biased(model, **by_id):
 SMALL = GenerationSettings(max_new_tokens=12, block_length=4, eos_token_id=None)
 
 
+@pytest.mark.parametrize("speculate", [0, 2])
+@pytest.mark.parametrize("cache", ["none", "prefix", "frozen", "adaptive"])
 @pytest.mark.parametrize(
     "change",
     [
         {},
         {"threshold": 0.9},
+        {"entropy_bound": 0.1},
         {"steps_per_block": 2},
         {"temperature": 1.0},
         {"remasking": "random"},
         {"remasking": "margin"},
     ],
 )
-def test_a_model_that_wants_mask_everywhere_still_progresses(build_model, change):
+def test_a_model_that_wants_mask_everywhere_still_progresses(build_model, change, cache, speculate):
     model = biased(build_model(tie=True, seed=3), i5=50.0)
-    settings = dataclasses.replace(SMALL, **change)
+    settings = dataclasses.replace(SMALL, **change, cache=cache, speculate=speculate)
     (answer,) = generate(model, [[8, 9]], settings)
     assert len(answer.ids) == 12
     assert 5 not in answer.ids
-    assert plain(answer) == expected(model, [8, 9], settings)
+    agree([answer], [expected(model, [8, 9], settings)], [settings])
 
 
 def test_confidence_counts_the_probability_of_mask(build_model):
@@ -237,10 +240,12 @@ def test_eos_inside_the_prompt_ends_nothing(tied):
 
 
 def test_the_mask_id_inside_the_prompt_is_a_token_like_any_other(tied):
-    for prompt in ([5], [5, 5, 9, 5], [9, 5]):
-        (answer,) = generate(tied, [prompt], SMALL)
+    # Where all is MASK all positions are alike and rounding would rank them, so ranks are random there.
+    for prompt, remasking in (([5], "random"), ([5, 5, 9, 5], "low_confidence"), ([9, 5], "low_confidence")):
+        settings = dataclasses.replace(SMALL, remasking=remasking)
+        (answer,) = generate(tied, [prompt], settings)
         assert answer.forwards == 12  # positions of the prompt are never filled in
-        assert plain(answer) == expected(tied, prompt, SMALL)
+        assert plain(answer) == expected(tied, prompt, settings)
 
 
 def test_a_batch_of_two_is_two_batches_of_one(untied):
@@ -255,11 +260,11 @@ def test_a_batch_of_two_is_two_batches_of_one(untied):
 
 def test_guidance_with_prompts_of_different_lengths(untied):
     prompts = [[8], [30] * 11, [], [7, 1, 3]]
-    settings = dataclasses.replace(SMALL, guidance_scale=1.5)
+    settings = dataclasses.replace(SMALL, guidance_scale=1.5, remasking="random")
     answers = generate(untied, prompts, settings)
     assert [plain(a) for a in answers] == [expected(untied, prompt, settings) for prompt in prompts]
     assert [a.forwards for a in answers] == [24] * 4
-    assert answers[1].ids != generate(untied, prompts, SMALL)[1].ids
+    assert answers[1].ids != generate(untied, prompts, dataclasses.replace(settings, guidance_scale=0.0))[1].ids
 
 
 @pytest.mark.parametrize("mask_id", [0, 17, 63])
@@ -270,8 +275,20 @@ def test_any_mask_id(build_model, mask_id):
     assert mask_id not in answer.ids
 
 
+@pytest.mark.parametrize("change", [{"cache": c} for c in ("prefix", "frozen", "adaptive")] + [{"speculate": 3}])
+@pytest.mark.parametrize("rule", [{}, {"threshold": 0.2}, {"guidance_scale": 1.0}, {"later_masks": True}])
+def test_the_traps_of_others_in_every_mode(tied, change, rule):
+    """EOS and MASK inside prompts, several rows, no prompt at all, a prompt that leaves one block."""
+    settings = dataclasses.replace(SMALL, eos_token_id=2, remasking="low_confidence", **change, **rule)
+    prompts = [[2, 9, 2, 2], [9, 5, 5], [30] * 11, [8] + [9] * 90]
+    answers = generate(tied, prompts, settings)
+    agree(answers, [expected(tied, prompt, settings) for prompt in prompts], [settings] * 4)
+    assert len(generate(tied, [[]], dataclasses.replace(settings, eos_token_id=None))[0].ids) == 12
+
+
 def test_an_empty_prompt_and_no_prompt(tied):
-    assert plain(generate(tied, [[]], SMALL)[0]) == expected(tied, [], SMALL)
+    settings = dataclasses.replace(SMALL, remasking="random")
+    assert plain(generate(tied, [[]], settings)[0]) == expected(tied, [], settings)
     assert generate(tied, [], SMALL) == []
 
 
@@ -529,10 +546,10 @@ def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
     assert (*plain(answer), answer.text) == ([6, 8, 11], "stop", 8, "aabxS")
     assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("OPaa",), eos_token_id=6), Pieces())
-    assert (*plain(answer), answer.text) == ([], "stop", 4, "")
+    assert (*plain(answer), answer.text) == ([], "stop", 1, "")
     assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("zz",), eos_token_id=10), Pieces())
-    assert (*plain(answer), answer.text) == ([6, 8, 11, 12, 9], "stop", 8, "aabxSPyST")
+    assert (*plain(answer), answer.text) == ([6, 8, 11, 12, 9], "stop", 6, "aabxSPyST")
     assert len(answer.log_probs) == len(answer.ids)
     (answer,) = generate(model, [[20]], dataclasses.replace(settings, stop=("bbb[",)), Pieces())
     assert (answer.finish_reason, answer.text) == ("length", "aabxSPySTOPaabbbb")
@@ -583,6 +600,74 @@ def test_events_show_the_answer_forming(tied):
             assert all(i == answer.ids[at] for at, i in enumerate(event.ids) if event.committed[at])
         for before, after in itertools.pairwise(mine):
             assert all(b for a, b in zip(before.committed, after.committed, strict=False) if a)
+
+
+def test_an_end_with_nothing_masked_before_it_ends_the_row(build_model):
+    """What would still be filled in behind it can change nothing."""
+    model = Scripted(build_model(tie=True, seed=3), [6, 8, 2, 9, 9, 9, 9, 9])
+    settings = GenerationSettings(max_new_tokens=8, block_length=8, eos_token_id=2)
+    events = []
+    (answer,) = generate(model, [[20]], settings, on_step=events.append)
+    assert plain(answer) == ([6, 8], "stop", 3)
+    assert [event.done for event in events] == [False, False, True]
+
+
+def test_speculation_saves_passes_and_shows_every_step(tied):
+    prompts, settings = [[9], [8] * 5], dataclasses.replace(SMALL, speculate=3)
+    events, plain_events = [], []
+    answers = generate(tied, prompts, settings, on_step=events.append)
+    slow = generate(tied, prompts, SMALL, on_step=plain_events.append)
+    assert [a.ids for a in answers] == [a.ids for a in slow]
+    assert sum(a.forwards for a in answers) < sum(a.forwards for a in slow)
+    assert sum(a.positions for a in answers) > sum(a.positions for a in slow)
+
+    def in_order(events):
+        return sorted((e.row, e.block, e.step, e.ids, e.committed, e.done) for e in events)
+
+    # Proposals for masked positions are those of the same states, so all of an event is the same.
+    assert in_order(events) == in_order(plain_events)
+
+
+def test_drafts_take_only_the_room_that_is_left(tied, monkeypatch):
+    seen = []
+    packed = tied.model.packed
+    monkeypatch.setattr(tied.model, "packed", lambda *a, **k: seen.append(sum(a[1].lengths)) or packed(*a, **k))
+    settings = dataclasses.replace(SMALL, max_new_tokens=4, speculate=3)
+    answers = generate(tied, [[9], [8]], settings, max_batch_tokens=17)
+    assert max(seen) == 15  # two rows of 5 and one draft
+    assert [a.ids for a in answers] == [a.ids for a in generate(tied, [[9], [8]], settings)]
+
+
+def test_requests_enter_and_leave_between_passes(tied):
+    alone = generate(tied, [[9], [8] * 5, [7]], SMALL)
+    engine = Engine(tied)
+    assert engine.submit([9], SMALL) == 0
+    assert not engine.busy or engine.step() == {}
+    assert engine.submit([8] * 5, SMALL) == 1
+    assert engine.submit([7], SMALL) == 2
+    engine.step()
+    engine.cancel(0)
+    engine.cancel(99)
+    ended = {}
+    while engine.busy:
+        ended |= engine.step()
+    assert ended == {1: alone[1], 2: alone[2]}
+    with pytest.raises(IlladaError, match="prompt 3 has 97 tokens"):
+        engine.submit([1] * 97, SMALL)
+    assert not engine.busy
+
+
+def test_the_memory_of_caches_is_bounded(tied):
+    settings = dataclasses.replace(SMALL, cache="frozen", max_new_tokens=8)
+    engine = Engine(tied, max_past_tokens=30)
+    for prompt in ([9] * 4, [8] * 5, [7] * 30):
+        engine.submit(prompt, settings)
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, len([row for row in engine.running if row.pasts]))
+    assert most == 2
+    assert all(row.settings.cache == "frozen" for row in engine.running)
 
 
 def test_the_training_flag_is_restored(build_model):

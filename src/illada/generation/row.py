@@ -1,6 +1,7 @@
 """One request under way: what is decided, what the next pass computes, and what it may look like some steps later.
 
-Shape letters: P prompt tokens · G answer budget · M masked positions of the active block · K committed · S ids seen.
+Shape letters: P prompt tokens · G answer budget · B block length · M masked positions of the active block ·
+K committed · S ids seen.
 """
 
 import copy
@@ -157,7 +158,10 @@ class Row:
         return self.think[done], self.settings.think_boost * rise
 
     def commit(self, proposals: Proposals) -> bool:
-        """Take one step; return whether it finished the block."""
+        """Take one step; return whether the block is finished, as far as the answer depends on it.
+
+        Behind an end-of-sequence token with nothing masked before it, nothing can change the answer any more.
+        """
         self.latest = proposals
         position_M, id_M, log_prob_M, score_M = proposals
         self.ids_G[position_M] = id_M
@@ -169,7 +173,9 @@ class Row:
             self.doubt = bool(log_prob_M[chosen_K].min() < math.log(self.settings.refresh_below))
         self.answer_step += 1
         self.block_step += 1
-        return not self.masked_G[self.block : self.block_end].any()
+        masked_B, ids_B = (x_G[self.block : self.block_end] for x_G in (self.masked_G, self.ids_G))
+        ends = np.flatnonzero(~masked_B & np.isin(ids_B, self.settings.eos_ids))
+        return not masked_B[: ends[0] if ends.size else None].any()
 
     def open_next_block(self) -> None:
         """Go on to the next block."""

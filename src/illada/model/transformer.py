@@ -28,7 +28,7 @@ from illada.model.config import IlladaConfig
 from illada.model.formats import LLADA_TENSORS
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of the rotary angles, fp32 [T, 1, K/2]."""
+"""Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the halves of a head share them, but for the sign."""
 
 
 class RMSNorm(nn.Module):
@@ -49,13 +49,14 @@ def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary
     """Return the rotary angles; no scaling."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
     angles = position_ids_T.float()[:, None, None] * theta**-exponent
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + K/2) of a head by its angle, in fp32; keeps the dtype."""
-    first, second = x_THK.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THK.dtype)
+    first, second = x_THK.chunk(2, dim=-1)
+    return torch.addcmul(x_THK * cos, torch.cat((second, first), dim=-1).float(), sin).to(x_THK.dtype)
 
 
 def branch_end(inputs: int, outputs: int) -> nn.Linear:
