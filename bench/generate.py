@@ -1,10 +1,10 @@
 """What does each way to generate cost, and what is it worth? The tables of RESULTS.md: seconds beside counters, each
 table of one run in which every repeat runs all variants.
 
-    OMP_NUM_THREADS=1 python bench/generate.py --model FOLDER [--fast_dllm llada/generate.py] [--output FOLDER]
+    OMP_NUM_THREADS=1 python bench/generate.py --model FOLDER [--fast_dllm FILE] [--dinfer FOLDER] [--output FOLDER]
 
---model is a trained demo's. --fast_dllm is that file in a checkout of NVlabs/Fast-dLLM, which is run as it is (its
-model code needs einops); without it the comparison with its samplers is left out.
+--model is a trained demo's. --fast_dllm is llada/generate.py in a checkout of NVlabs/Fast-dLLM (its model code needs
+einops), --dinfer is python/dinfer in one of inclusionAI/dInfer; both are run as they are, on our weights.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from illada.generation import GenerationSettings
 BLOCK, BUDGET = 16, 48  # of the demo's answers
 THRESHOLDS = (0.99, 0.95, 0.9)
 FAST_DLLM = ("generate", "generate_with_prefix_cache", "generate_with_dual_cache")
+DINFER = ("cache=prefix", "cache=dual", "cache=dual,look=4")
 
 
 def cached_thresholds() -> list[str]:
@@ -56,19 +57,17 @@ def at_equal_accuracy(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def comparison(results: dict[str, Any]) -> str:
     """Return the pairs of equal accuracy as a Markdown table."""
-    lines = ["| Fast-dLLM | accuracy | forwards | ours, as often right | accuracy | forwards | times faster |"]
+    lines = ["| theirs | accuracy | forwards | ours, as often right | accuracy | forwards | times faster |"]
     lines.append("|---|---:|---:|---|---:|---:|---:|")
 
     def cells(row: dict[str, Any]) -> str:
-        name = row["name"].removeprefix("outside ").partition(":")[2] or row["name"]
-        return f"{name} | {row['accuracy']:.1%} | {row['answer_forwards'] / results['problems']:.1f}"
+        forwards = row["answer_forwards"] / results["problems"]
+        return f"{row['name'].removeprefix('outside ')} | {row['accuracy']:.1%} | {forwards:.1f}"
 
     for pair in at_equal_accuracy(results["rows"]):
         ours = "none | | " if pair["ours"] is None else f"{cells(pair['ours'])} | {pair['times']:.2f}"
         lines.append(f"| {cells(pair['theirs'])} | {ours} |")
-    return "\n".join(
-        [*lines, "", "Forwards: of an answer. Their length is fixed: they generate on behind the answer's end."]
-    )
+    return "\n".join([*lines, "", "Forwards: of an answer. Fast-dLLM's length is fixed: it goes on behind the end."])
 
 
 def main() -> None:
@@ -76,14 +75,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a trained demo's model folder")
     parser.add_argument("--fast_dllm", help="llada/generate.py of a checkout of Fast-dLLM")
+    parser.add_argument("--dinfer", help="python/dinfer of a checkout of dInfer")
     parser.add_argument("--limit", type=int, default=112, help="problems")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="prompts given to the engine at once, where not one")
     parser.add_argument("--output", help="folder for each table's JSON")
-    parser.add_argument("--compare", action="store_true", help="the comparison with Fast-dLLM only")
+    parser.add_argument("--compare", action="store_true", help="the comparison with others only")
     arguments = parser.parse_args()
-    if arguments.compare and not arguments.fast_dllm:
-        parser.error("--compare needs --fast_dllm")
+    if arguments.compare and not (arguments.fast_dllm or arguments.dinfer):
+        parser.error("--compare needs --fast_dllm or --dinfer")
 
     def run(name: str, **options: Any) -> dict[str, Any]:
         print(name, file=sys.stderr)
@@ -97,16 +97,19 @@ def main() -> None:
             shape = {"random": "1m", "vocab_size": vocab_size, "batch": 1, "limit": 2}
             results = run(f"V {vocab_size}", **shape, block_length=32, max_new_tokens=32, only=[EXACT])
             print(f"### Exact against the plain loop, one prompt at a time, V = {vocab_size:,}\n\n{table(results)}\n")
+    outside = []
     if arguments.fast_dllm:
-        only = cached_thresholds()
-        outside = [f"{arguments.fast_dllm}:{name}" for name in FAST_DLLM]
-        outside += [f"{spec},threshold={p}" for spec in outside[1:] for p in THRESHOLDS]
-        # One block leaves nothing behind the end of an answer to generate in vain: what remains is the work itself.
-        for batch, budget in ((1, BUDGET), (1, BLOCK), (arguments.batch, BUDGET)):
-            what = f"engine in batches of {batch}, {budget} tokens"
-            name = f"against Fast-dLLM {batch} {budget}"
-            results = run(name, **demo, max_new_tokens=budget, batch=batch, only=only, outside=outside)
-            print(f"### Against Fast-dLLM, {what}\n\n{table(results)}\n\n{comparison(results)}\n")
+        specs = [f"{arguments.fast_dllm}:{name}" for name in FAST_DLLM]
+        outside += [*specs, *(f"{spec},threshold={p}" for spec in specs[1:] for p in THRESHOLDS)]
+    if arguments.dinfer:
+        driver = f"{Path(__file__).with_name('dinfer.py')},dinfer={arguments.dinfer}"
+        outside += [f"{driver},{options},threshold={p}" for options in DINFER for p in THRESHOLDS]
+    # One block leaves nothing behind the end of an answer to generate in vain: what remains is the work itself.
+    for batch, budget in ((1, BUDGET), (1, BLOCK), (arguments.batch, BUDGET)) if outside else ():
+        options = {"max_new_tokens": budget, "batch": batch, "only": cached_thresholds(), "outside": outside}
+        results = run(f"others {batch} {budget}", **demo, **options)
+        what = f"engine in batches of {batch}, {budget} tokens"
+        print(f"### Against others, {what}\n\n{table(results)}\n\n{comparison(results)}\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """`illada bench generate`: counters against numbers worked out by hand, every sampler, the files, and bad input."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,7 +157,9 @@ def test_plain_loop_is_exact_decoding(tied, stops):
         plain = plain_sampler(tied, settings).answer(PROMPTS)
     assert work.forwards == sum(answer.forwards for answer in plain)
     assert work.forwards == sum(min(G, len(ids) // B * B + B) for ids in ids_of(plain))  # to the end of the last block
-    assert plain == by_name(engine_samplers(tied, settings, 2)[0])["1 token"].answer(PROMPTS)
+    ours = by_name(engine_samplers(tied, settings, 2)[0])["1 token"].answer(PROMPTS)
+    assert ids_of(ours) == ids_of(plain)  # in no more forwards: an answer may be sure before its block is full
+    assert ours == plain if not stops else sum(a.forwards for a in ours) <= work.forwards
     assert len(plain[0].ids) < 2 * B if stops else len(plain[0].ids) == G
 
 
@@ -178,15 +182,14 @@ def test_outside_sampler_gets_the_arguments_that_it_names_and_the_options(untied
         "def generate(model, prompt, gen_length):\n    return prompt.repeat(1, 1 + gen_length)\n"
         "def odd(model, prompt, a=0, b='', threshold=0, **more):\n"
         "    assert more.pop('steps') == 3 and model.device == prompt.device\n"
-        "    return prompt.new_tensor([[*prompt[0], repr((a, b, threshold, sorted(more))) == WANTED]])\n"
-        "WANTED = \"(None, 'last', 0.5, ['block_length', 'cfg_scale', 'gen_length', 'mask_id', 'remasking', \"\\\n"
-        "         \"'temperature'])\"\n"
+        "    found = (a is None, b == 'where/it/last', threshold == 0.5, more['mask_id'] == 63, 'gen_length' in more)\n"
+        "    return prompt.new_tensor([[*prompt[0], *found]])\n"
     )
     assert outside(file, untied).answer([[7]]) == [Answer([7] * G, 0)]
-    sampler = outside(f"{file}:odd,a=None,b=last,threshold=0.5,steps=3", untied)
+    sampler = outside(f"{file}:odd,a=None,b=where/it/last,threshold=0.5,steps=3", untied)
     assert sampler.name == "outside theirs.py:odd,a=None,b=last,threshold=0.5,steps=3"
     assert sampler.threshold == 0.5
-    assert ids_of(sampler.answer([[7]])) == [[1]]
+    assert ids_of(sampler.answer([[7]])) == [[1] * 5]
     with pytest.raises(IlladaError, match=r"theirs.py,threshold=1: threshold is none of its options: gen_length$"):
         outside(f"{file},threshold=1", untied)
 
@@ -411,6 +414,40 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
     assert all(row["accuracy"] is None and row["answer_tokens"] == 4 for row in rows)
     assert [row["answer_forwards"] for row in rows] == [4, 4, 2, 4]
     assert not (tmp_path / "out" / "frontier.png").exists()
+
+
+def test_ours_at_equal_accuracy_is_the_fastest_as_often_right():
+    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "generate.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+
+    def row(name, accuracy, seconds, cache=None, threshold=0.9, minimum=9):
+        settings = cache and {"cache": cache, "threshold": threshold}
+        seconds = [seconds, 2 * seconds, 3 * seconds]
+        return {
+            "name": name,
+            "accuracy": accuracy,
+            "seconds": seconds,
+            "settings": settings,
+            "forwards_minimum": minimum,
+        }
+
+    rows = [
+        row("threshold, no cache", 0.9, 1, "none"),
+        row("a cache, no threshold", 0.9, 1, "prefix", None),
+        row("wrong", 0.4, 1, "prefix"),
+        row("slow", 0.9, 8, "prefix"),
+        row("best", 0.6, 4, "frozen"),
+        row("outside a:with_cache,threshold=1", 0.5, 6),
+        row("outside b:with_cache,threshold=1", 0.6, 2),
+        row("outside c:with_cache,threshold=1", 1.0, 2),
+        row("outside d:with_cache", 0.5, 6, minimum=None),
+        row("outside e:threshold=1", 0.5, 6),
+    ]
+    pairs = [
+        (p["theirs"]["name"][8], p["ours"] and p["ours"]["name"], p["times"]) for p in bench.at_equal_accuracy(rows)
+    ]
+    assert pairs == [("a", "best", 1.5), ("b", "best", 0.5), ("c", None, None)]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: Gene
         if not callable(function):
             raise IlladaError(f"{file} defines no function {name}(model, prompt, ...)")
         options = dict(pair.split("=", 1) for pair in parts["options"].split(",")[1:])
-        title = "outside " + spec.removeprefix(parts["file"].removesuffix(file.name))
+        title = "outside " + re.sub(r"(^|=)[^,=]*/", r"\1", spec)  # paths without their folders
         samplers.append(_outside_sampler(title, function, options, model, exact))
     return samplers
 
