@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from illada.errors import IlladaError
 from illada.generation import Engine, GenerationSettings, generate, infill
 from illada.generation.unmask import positions_to_commit, quota
+from illada.model import Packing, attention
+from illada.model.attention import eager_attention
 from reference import reference_generate, reference_infill
 
 
@@ -112,6 +114,73 @@ def test_generate_is_the_reference_alone_and_in_any_batch(tied, untied, tie, bat
         assert generation.log_probs == pytest.approx(log_probs, abs=2e-4)
     agree(generate(model, prompts[::-1], settings[::-1], Pieces())[::-1], want, settings)
     agree(generate(model, prompts[:1], settings[0], Pieces()), want[:1], settings[:1])
+
+
+MANY_MODES = [
+    GenerationSettings(12, 4, eos_token_id=(7, 63), **change)
+    for change in (
+        {},
+        {"speculate": 3},
+        {"cache": "frozen", "speculate": 3},
+        {"cache": "prefix", "guidance_scale": 1.0},
+        {"cache": "adaptive", "refresh_below": 0.2, "threshold": 0.1},
+        {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "later_masks": True},
+    )
+]
+
+
+def test_the_compiled_form_is_the_reference(build_model):
+    model = build_model(tie=True, seed=3)
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.model.compile_blocks(backend)
+    agree(generate(model, prompts, MANY_MODES), wanted, MANY_MODES)
+    # Before and behind; before in the last layer, which takes positions; of none there is one for each layer or length.
+    assert 0 < len(graphs) <= 6
+
+
+def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, enable_gqa):
+    """What torch's kernel is documented to do, segment by segment."""
+    assert (ends_q.dtype, ends_k.dtype) == (torch.int32, torch.int32)
+    lengths = [ends.diff().tolist() for ends in (ends_q, ends_k)]
+    assert [max(n) for n in lengths] == [most_q, most_k]
+    parts = [x.split(n) for x, n in zip((query, key, value), (lengths[0], lengths[1], lengths[1]), strict=True)]
+    return torch.cat(
+        [
+            eager_attention(*(x[None].transpose(1, 2) for x in segment), enable_gqa)[0].transpose(0, 1)
+            for segment in zip(*parts, strict=True)
+        ]
+    )
+
+
+def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypatch):
+    model = build_model(tie=True, seed=3)
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_the_book)
+    model.set_attn_implementation("varlen")
+    agree(generate(model, prompts, MANY_MODES), wanted, MANY_MODES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_gives_the_tokens_of_the_cpu(build_model):
+    model = build_model(tie=True, seed=3)
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
+    agree(generate(model.cuda(), prompts, MANY_MODES), wanted, MANY_MODES)
+    half = model.to(torch.bfloat16)
+    packing, ids = Packing((3, 9, 9, 1)), torch.arange(22, device="cuda")
+    plain_states = half.model.packed(ids, packing)
+    half.set_attn_implementation("varlen")
+    torch.testing.assert_close(half.model.packed(ids, packing), plain_states, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize(("cache", "block", "steps"), [("prefix", 4, 1), ("prefix", 1, None), ("frozen", 12, 1)])

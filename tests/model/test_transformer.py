@@ -1,6 +1,7 @@
 import math
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +169,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, tie):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
+@HYPOTHESIS
+@given(st.data())
+def test_wanted_positions_are_those_of_all(tied, data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any))
+    wanted = [np.array(sorted(data.draw(st.sets(st.integers(0, n - 1))) if n else []), dtype=np.int64) for n in lengths]
+    ids = torch.arange(sum(lengths)) % 64
+    starts = [0, *accumulate(lengths)]
+    at = [start + int(i) for start, positions in zip(starts, wanted, strict=False) for i in positions]
+    with torch.no_grad():
+        all_states = tied.model.packed(ids, Packing(tuple(lengths)))
+        states = tied.model.packed(ids, Packing(tuple(lengths)), wanted=wanted)
+    torch.testing.assert_close(states, all_states[at], atol=1e-5, rtol=1e-5)
 
 
 @HYPOTHESIS

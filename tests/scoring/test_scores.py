@@ -78,7 +78,7 @@ def test_both_scores_agree_on_one_token_and_take_one_pass(untied, monkeypatch):
     want = [float(logits[i]) for i in (10, 11, 12, 13)]
     seen = []
     packed = untied.model.packed
-    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[0].numel()) or packed(*a))
+    monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[0].numel()) or packed(*a, **k))
     rows = []
     hook = untied.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     close(confidence_scores(untied, pairs, (2,)), want)
@@ -91,7 +91,7 @@ def test_both_scores_agree_on_one_token_and_take_one_pass(untied, monkeypatch):
 def test_the_first_step_is_shared_and_finished_candidates_drop_out(untied, monkeypatch):
     seen = []
     packed = untied.model.packed
-    monkeypatch.setattr(untied.model, "packed", lambda *a: seen.append(a[1].lengths) or packed(*a))
+    monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
     confidence_scores(untied, [([1], [3, 4, 5]), ([1], [7]), ([1], [13, 14, 15])])
     assert [sorted(lengths) for lengths in seen] == [[2, 4], [4, 4], [4, 4]]
 
@@ -202,3 +202,10 @@ def test_layout_without_special_ids():
     tokenizer = Greedy()
     tokenizer.bos_token_id = tokenizer.eos_token_id = None
     assert score_layout(tokenizer, "A", ["C"]) == ([(letters("A"), letters("C"))], ())
+
+
+def test_pairs_that_look_the_same_may_ask_for_different_tokens(tied):
+    """The context of the first holds MASK (id 5) where the second has its candidate's first token masked."""
+    pairs = [([9, 5], [7]), ([9], [8, 7])]
+    wanted = [reference_confidence_score(tied, *pair) for pair in pairs]
+    assert confidence_scores(tied, pairs) == pytest.approx(wanted, abs=1e-4)

@@ -7,12 +7,14 @@ wanted) · S segments · N segments of one run · L length · H query heads · G
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 
 
 @dataclass(eq=False)
@@ -65,6 +67,9 @@ class Packing:
     """What each segment continues; empty when none of them continues anything."""
     queries: tuple[int, ...] = ()
     """How many positions of each segment ask; empty when all do."""
+    _ends: dict[torch.device, tuple[tuple[Tensor, int], tuple[Tensor, int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> "Packing":
@@ -93,6 +98,19 @@ class Packing:
                 runs.append(Run(1, *segment))
         return tuple(runs)
 
+    def ends(self, device: torch.device) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """Return cumulative lengths, int32 from 0 on, and the greatest length: of what asks, and of what it sees."""
+        if device not in self._ends:
+            both = []
+            for lengths in (
+                [r.queries for r in self.runs],
+                [r.length + (r.past.start if r.past else 0) for r in self.runs],
+            ):
+                each = [n for n, run in zip(lengths, self.runs, strict=True) for _ in range(run.segments)]
+                both.append((torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device), max(each)))
+            self._ends[device] = (both[0], both[1])
+        return self._ends[device]
+
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Positions that restart at 0 in every segment, or go on where its past ends, int64 [T]."""
         if not self.lengths:
@@ -115,6 +133,8 @@ def eager_attention(query_NHMD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, en
 KERNELS: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
 """Kernels by transformers' names for them (`attn_implementation`)."""
 
+AttentionInterface.register("varlen", varlen_attn)  # else transformers would refuse the name
+
 
 def packed_attention(
     query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, kernel: str = "sdpa", layer: int = 0
@@ -123,9 +143,12 @@ def packed_attention(
 
     Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
     so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
-    nested tensors). Heads of one group share their key and value.
+    nested tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed
+    sequences, on CUDA in half precision. Heads of one group share their key and value.
     """
     heads, groups = query_MHD.shape[1], key_TGD.shape[1]
+    if kernel == "varlen":
+        return _varlen_attention(query_MHD, key_TGD, value_TGD, packing, layer)
     runs = packing.runs
     # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
     sizes = [run.segments * run.length for run in runs]
@@ -139,3 +162,19 @@ def packed_attention(
         out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
         outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def _varlen_attention(query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, layer: int) -> Tensor:
+    if any(packing.pasts):
+        sizes = [run.segments * run.length for run in packing.runs]
+        seen = []
+        for run, *both in zip(packing.runs, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
+            key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, run.length)) for x in both)
+            if run.past is not None:
+                key_NLGD, value_NLGD = run.past.extend(layer, key_NLGD, value_NLGD)
+            seen.append((key_NLGD.flatten(0, 1), value_NLGD.flatten(0, 1)))
+        key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
+    heads, groups = query_MHD.shape[1], key_TGD.shape[1]
+    attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=heads != groups)
+    return cast(Tensor, attended)  # a pair only when asked for

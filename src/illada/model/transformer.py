@@ -264,14 +264,15 @@ class IlladaModel(IlladaPreTrainedModel):
             hidden_TD = last(hidden_TD, packing, rotary, asking_M)
         return self.norm(hidden_TD)
 
-    def compile_blocks(self) -> None:
-        """Compile what lies before and behind attention in every layer, once for all lengths (torch.compile).
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile what lies before and behind attention in every layer, once for all layers and lengths.
 
-        Same results up to the rounding of fused operations. The first passes take half a minute or more.
+        Same results up to the rounding of fused operations; the first passes take up to a minute. `backend` is one of
+        torch.compile's.
         """
         for block in self.layers:
             for part in ("before", "behind"):
-                setattr(block, part, torch.compile(getattr(block, part), dynamic=True))
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=True, backend=backend))
 
     def forward(
         self,

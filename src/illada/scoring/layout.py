@@ -1,6 +1,7 @@
 """From texts to what is scored, and from what is scored to packed forward passes.
 
-Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · D width · V vocabulary.
+Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · A positions asked for ·
+C of M in one chunk · D width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,37 +109,44 @@ def target_log_probs(
     if max_batch_tokens < 1:
         raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
     group: list[Query] = []
-    places: dict[bytes, int] = {}
+    seen: set[bytes] = set()
     held = 0
     for query in queries:
         key = query.seen.tobytes()
-        if group and key not in places and held + len(query.seen) > max_batch_tokens:
-            yield from _run(model, group, places)
-            group, places, held = [], {}, 0
-        if key not in places:
-            places[key] = held
+        if group and key not in seen and held + len(query.seen) > max_batch_tokens:
+            yield from _run(model, group)
+            group, seen, held = [], set(), 0
+        if key not in seen:
+            seen.add(key)
             held += len(query.seen)
         group.append(query)
     if group:
-        yield from _run(model, group, places)
+        yield from _run(model, group)
 
 
 @torch.inference_mode()
-def _run(model: IlladaForMaskedLM, group: Sequence[Query], places: dict[bytes, int]) -> list[NDArray[np.float64]]:
-    """One forward pass over the distinct sequences of a group; `places` says where each begins."""
+def _run(model: IlladaForMaskedLM, group: Sequence[Query]) -> list[NDArray[np.float64]]:
+    """One forward pass over the distinct sequences of a group, and the head where something is asked of them."""
+    keys = [query.seen.tobytes() for query in group]
     was_training = model.training
     model.eval()
     try:
-        sequences = [np.frombuffer(key, dtype=np.int64) for key in places]
+        asked: dict[bytes, NDArray[np.int64]] = {}
+        for query, key in zip(group, keys, strict=True):
+            asked[key] = np.union1d(asked.get(key, query.at_M), query.at_M)
+        sequences = [np.frombuffer(key, dtype=np.int64) for key in asked]
         ids_T = torch.from_numpy(np.concatenate(sequences)).to(model.device)
-        hidden_TD = model.model.packed(ids_T, Packing(tuple(map(len, sequences))))
-        at_M = torch.from_numpy(np.concatenate([places[q.seen.tobytes()] + q.at_M for q in group])).to(model.device)
+        packing = Packing(tuple(map(len, sequences)))
+        hidden_AD = model.model.packed(ids_T, packing, wanted=list(asked.values()))
+        starts = dict(zip(asked, np.cumsum([0, *map(len, asked.values())]).tolist(), strict=False))
+        at = [starts[key] + np.searchsorted(asked[key], q.at_M) for q, key in zip(group, keys, strict=True)]
+        at_M = torch.from_numpy(np.concatenate(at)).to(model.device)
         target_M = torch.from_numpy(np.concatenate([q.target_M for q in group])).to(model.device)
         results = []
         chunk = max(1, LOGITS_HELD // model.config.vocab_size)
-        for at, target in zip(at_M.split(chunk), target_M.split(chunk), strict=True):
-            logits = model.lm_head(hidden_TD[at]).float()
-            results.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+        for at_C, target_C in zip(at_M.split(chunk), target_M.split(chunk), strict=True):
+            logits = model.lm_head(hidden_AD[at_C]).float()
+            results.append(logits.gather(1, target_C[:, None])[:, 0] - logits.logsumexp(-1))
         log_p_M = torch.cat(results).double().cpu().numpy()
     finally:
         model.train(was_training)
