@@ -304,6 +304,8 @@ def write_results(output: Path, results: dict[str, Any]) -> None:
 def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     """Draw speed against accuracy, or against agreement where there is none, as PNG; the line joins what none beats.
 
+    Named are the rows on the line, exact decoding and samplers other than our engine; the others are dots.
+
     Raises:
         ImportError: when matplotlib is missing.
     """
@@ -323,25 +325,28 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.plot(*zip(*best, strict=True), color=MUTED, lw=1, zorder=0)
     kinds = [_mode(row) for row in rows]
-    for number, (row, point, kind) in enumerate(zip(rows, points, kinds, strict=True), 1):
+    colours = dict(zip(dict.fromkeys(kinds), COLOURS, strict=False))
+    handles, names = [], []
+    for row, point, kind in zip(rows, points, kinds, strict=True):
+        colour = colours.get(kind, MUTED)
+        if point not in best and row["name"] != EXACT and row["settings"] is not None:
+            axes.plot(*point, "o", color=colour, ms=3, alpha=0.6)
+            continue
         # The number is the marker: names beside the points would cover one another.
-        colour = COLOURS[list(dict.fromkeys(kinds)).index(kind) % len(COLOURS)]
-        style: dict[str, Any] = {
-            "marker": f"${number}$",
-            "ms": 5 * len(str(number)) + 2,
-            "color": colour,
-            "ecolor": "#d5dbe1",
-        }
+        names.append(row["name"])
+        style: dict[str, Any] = {"marker": f"${len(names)}$", "ms": 5 * len(str(len(names))) + 2, "ecolor": "#d5dbe1"}
         error = None if row["standard_error"] is None else 100 * row["standard_error"]
-        axes.errorbar(*point, yerr=error, ls="", label=row["name"], elinewidth=0.8, **style)
+        handles.append(axes.errorbar(*point, yerr=error, ls="", color=colour, elinewidth=0.8, **style)[0])
+    for kind, colour in colours.items():
+        names.append(kind)
+        handles += axes.plot([], [], "o", color=colour, ms=3)
     label = "exact match, %" if judged else "answers equal to exact decoding's, %"
     axes.set(xscale="log", xlabel="tokens per second", ylabel=label)
     axes.margins(0.06)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    handles = [container[0] for container in axes.containers]
-    figure.legend(handles, [row["name"] for row in rows], loc="outside right upper", frameon=False, fontsize=7)
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=7)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -349,4 +354,7 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _mode(row: dict[str, Any]) -> str:
     """Return what gives a row its colour: the cache of our engine, or that it is another sampler."""
-    return "other" if row["settings"] is None else str(row["settings"]["cache"])
+    if row["settings"] is None:
+        return "other samplers"
+    cache = row["settings"]["cache"]
+    return "no cache" if cache == "none" else f"{cache} cache"
