@@ -57,6 +57,7 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
         "threshold 0.9, speculate 2": {"threshold": 0.9, "speculate": 2},
         "one block": {"block_length": budget},
         "later masks": {"later_masks": True},
+        "later masks, threshold 0.9": {"later_masks": True, "threshold": 0.9},
     }
 
 
