@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from illada import cli
-from illada.benchmark import generation
+from illada.benchmark import generation, samplers
 from illada.benchmark.measure import agreement, counted, measure
 from illada.benchmark.outside import OutsideModel, outside_samplers
 from illada.benchmark.samplers import Answer, engine_samplers, modes, plain_sampler, rules, steps_of_rule
@@ -344,7 +344,8 @@ def test_every_sampler_runs_in_every_repeat(untied):
     assert all(len(m.seconds) == 2 and min(m.seconds) > 0 and len(m.answers) == 2 for m in found)
 
 
-def test_command_on_a_folder(trained_folder, tmp_path, capsys):
+def test_command_on_a_folder(trained_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(samplers, "modes", lambda: {"": {}, " (prefix cache)": {"cache": "prefix"}})
     prompts = ["one two", "three", "four one"]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "?"}) + "\n" for p in prompts))
     tasks, output = str(tmp_path / "tasks.jsonl"), str(tmp_path / "out")

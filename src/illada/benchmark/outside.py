@@ -104,11 +104,7 @@ class OutsideModel:
             raise IlladaError(f"a call with a cache cannot have {odd[0]}")
         if len(input_ids) != 1:
             raise IlladaError(f"a call with a cache takes one row, got {len(input_ids)}")
-        replaced = (
-            None
-            if replace_position is None or past_key_values is None
-            else _stretch(replace_position, input_ids.shape[1])
-        )
+        replaced = None if replace_position is None else _stretch(replace_position, input_ids.shape[1])
         past = GivenPast(past_key_values, replaced)
         hidden_LD = self.model.model.packed(input_ids[0], Packing((input_ids.shape[1],), (past,)))
         logits_LV = self.model.lm_head(hidden_LD)
