@@ -154,7 +154,7 @@ def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, ena
     parts = [x.split(n) for x, n in zip((query, key, value), (lengths[0], lengths[1], lengths[1]), strict=True)]
     return torch.cat(
         [
-            eager_attention(*(x[None].transpose(1, 2) for x in segment), enable_gqa)[0].transpose(0, 1)
+            eager_attention(*(x[None].transpose(1, 2) for x in segment), enable_gqa=enable_gqa)[0].transpose(0, 1)
             for segment in zip(*parts, strict=True)
         ]
     )
@@ -736,7 +736,16 @@ def test_the_memory_of_caches_is_bounded(tied):
         engine.step()
         most = max(most, len([row for row in engine.running if row.pasts]))
     assert most == 2
-    assert all(row.settings.cache == "frozen" for row in engine.running)
+    # All pages are given back, those of drafts and of cancelled requests too.
+    for _ in range(3):
+        engine.submit([9] * 4, dataclasses.replace(settings, speculate=2, guidance_scale=1.0))
+    for _ in range(3):
+        engine.step()
+    assert len(engine.pool.free) < engine.pool.pages
+    engine.cancel(4)
+    while engine.busy:
+        engine.step()
+    assert sorted(engine.pool.free) == list(range(engine.pool.pages))
 
 
 def test_the_training_flag_is_restored(build_model):

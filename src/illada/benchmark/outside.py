@@ -15,13 +15,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from illada.benchmark.samplers import Answer, Prompts, Sampler, cut
 from illada.errors import IlladaError, first_line
 from illada.generation import GenerationSettings
-from illada.model import IlladaForMaskedLM, Packing, Past
+from illada.model import IlladaForMaskedLM
+from illada.model.transformer import rotary_angles
 
 SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
 
@@ -31,37 +33,12 @@ CALLS_PER_TOKEN = 8
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
-class GivenPast(Past):
-    """Keys and values [1, H, K, D] of each layer, held by the caller. A key's position is its place among them.
-
-    New ones go behind those given, or, where `replaced` marks places, into them: in the caller's own tensors, as in
-    Fast-dLLM's model code. That code turns keys by their position at each use and this when they are made, which is the
-    same as long as the caller moves none: the files do not.
-    """
-
-    def __init__(self, given: Pairs | None, replaced: slice | None):
-        held = given[0][0].shape[2] if given else 0
-        super().__init__(capacity=held, start=held if replaced is None else replaced.start)
-        self.given = given
-        self.replaced = replaced
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def extend(self, layer: int, key_NLHD: Tensor, value_NLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of a layer, N = 1; return those that its tokens attend to, [1, K, H, D]."""
-        key, value = key_NLHD.transpose(1, 2), value_NLHD.transpose(1, 2)
-        if self.given is not None:
-            old_key, old_value = self.given[layer]
-            if self.replaced is None:
-                key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
-            else:
-                old_key[:, :, self.replaced], old_value[:, :, self.replaced] = key, value
-                key, value = old_key, old_value
-        self.pairs.append((key, value))
-        return key.transpose(1, 2), value.transpose(1, 2)
-
-
 class OutsideModel:
-    """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own."""
+    """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own.
+
+    A key's position is its place among the keys. Fast-dLLM's model code turns keys at each use, this when they are made:
+    the same as long as nobody moves them.
+    """
 
     def __init__(self, model: IlladaForMaskedLM, most_calls: int):
         self.model = model
@@ -105,11 +82,37 @@ class OutsideModel:
         if len(input_ids) != 1:
             raise IlladaError(f"a call with a cache takes one row, got {len(input_ids)}")
         replaced = None if replace_position is None else _stretch(replace_position, input_ids.shape[1])
-        past = GivenPast(past_key_values, replaced)
-        hidden_LD = self.model.model.packed(input_ids[0], Packing((input_ids.shape[1],), (past,)))
-        logits_LV = self.model.lm_head(hidden_LD)
-        pairs: Any = past.pairs if use_cache else None
-        return CausalLMOutputWithPast(logits=logits_LV[None], past_key_values=pairs)
+        hidden_LD, pairs = self._continue(input_ids[0], past_key_values, replaced)
+        kept: Any = pairs if use_cache else None
+        return CausalLMOutputWithPast(logits=self.model.lm_head(hidden_LD)[None], past_key_values=kept)
+
+    def _continue(
+        self, ids_L: Tensor, given: Pairs | None, replaced: slice | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return final states [L, D], and the keys and values that the tokens saw.
+
+        Layer by layer and not through our own caches, which know no keys behind the tokens. New keys and values go
+        behind those given or, as in Fast-dLLM, into them: into the caller's own tensors.
+        """
+        config, trunk = self.model.config, self.model.model
+        start = replaced.start if replaced else given[0][0].shape[2] if given else 0
+        positions_L = torch.arange(start, start + len(ids_L), device=ids_L.device)
+        rotary = rotary_angles(positions_L, config.head_dim, config.rope_theta)
+        hidden_LD, pairs = trunk.embed_tokens(ids_L), []
+        for layer, block in enumerate(trunk.layers):
+            asked = block.before(hidden_LD, rotary, None)
+            query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in asked)
+            if given is not None:
+                old_key, old_value = given[layer]
+                if replaced is None:
+                    key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+                else:
+                    old_key[:, :, replaced], old_value[:, :, replaced] = key, value
+                    key, value = old_key, old_value
+            pairs.append((key, value))
+            attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+            hidden_LD = block.behind(hidden_LD, attended[0].transpose(0, 1).flatten(1))
+        return trunk.norm(hidden_LD), pairs
 
 
 def _stretch(replace_position: Tensor, length: int) -> slice:

@@ -1,7 +1,7 @@
 """Generation of many requests at once: who takes part in a pass, steps and blocks, where an answer ends (spec §5)."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol
@@ -14,9 +14,9 @@ from illada.errors import IlladaError
 from illada.generation.row import Proposals, Row
 from illada.generation.settings import GenerationSettings
 from illada.generation.step import denoise
-from illada.model import IlladaForMaskedLM
+from illada.model import IlladaForMaskedLM, Pool
 
-MAX_BATCH_TOKENS = 16_384
+MAX_BATCH_TOKENS = 2048
 """Most positions of one forward pass unless told otherwise."""
 
 
@@ -177,6 +177,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.submitted = 0
+        self.pool = Pool()
 
     def submit(self, prompt: Sequence[int], settings: GenerationSettings) -> int:
         """Add a prompt and return its index: 0, 1, 2, ...; errors as in `generate`."""
@@ -194,7 +195,7 @@ class Engine:
     def cancel(self, index: int) -> None:
         """Forget a request, if it is still under way."""
         self.waiting = deque(row for row in self.waiting if row.index != index)
-        self.running = [row for row in self.running if row.index != index]
+        self._retire({index})
 
     @property
     def busy(self) -> bool:
@@ -218,7 +219,7 @@ class Engine:
         try:
             rows = self._next_pass()
             states = [state for row in rows for state in (row, *row.drafts)]
-            proposals = iter(denoise(self.model, states, self.max_logits))
+            proposals = iter(denoise(self.model, states, self.pool, self.max_logits))
             for row in rows:
                 generation = self._advance(row, [next(proposals) for _ in (row, *row.drafts)])
                 if generation is not None:
@@ -226,8 +227,14 @@ class Engine:
         finally:
             if was_training:
                 self.model.train()
-        self.running = [row for row in self.running if row.index not in ended]
+        self._retire(ended)
         return ended
+
+    def _retire(self, indices: Container[int]) -> None:
+        for row in self.running:
+            if row.index in indices:
+                row.release()
+        self.running = [row for row in self.running if row.index not in indices]
 
     def _next_pass(self) -> list[Row]:
         """Let requests in and return those of the next pass, with drafts where there is room for them."""
@@ -244,8 +251,8 @@ class Engine:
             room -= row.size
         for row in rows:
             room -= row.expect(room)
-        # Equal lengths side by side share attention calls.
-        return sorted(rows, key=lambda row: row.size)
+        # Equal lengths side by side share attention calls, those that see about as much above all.
+        return sorted(rows, key=lambda row: (row.size, row.first))
 
     def _has_room(self, held: int) -> bool:
         """Return whether the next waiting request may enter beside running ones of `held` positions."""

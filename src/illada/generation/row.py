@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit
-from illada.model import Past
+from illada.model import Past, Pool, PooledPast
 
 
 class Proposals(NamedTuple):
@@ -55,7 +55,7 @@ class Row:
     answer_step: int = 0
     forwards: int = 0
     positions: int = 0
-    pasts: list[Past] = field(default_factory=list)
+    pasts: list[PooledPast] = field(default_factory=list)
     """One for each branch, once there is a cache."""
     doubt: bool = False
     """Whether an adaptive cache has to be renewed."""
@@ -114,7 +114,9 @@ class Row:
     @property
     def kept(self) -> int:
         """How many positions a cache keeps for this row, at most."""
-        return 0 if self.settings.cache == "none" else self.passes * (len(self.prompt_P) + self.budget)
+        if self.settings.cache == "none":
+            return 0
+        return self.passes * (len(self.prompt_P) + self.budget + self.settings.speculate * self.settings.block_length)
 
     def branches(self, mask_id: int) -> list[NDArray[np.int64]]:
         """Return the ids [S] from `first` on as this step computes them; under guidance also without what was given."""
@@ -125,15 +127,23 @@ class Row:
             seen.append(np.concatenate((np.full_like(self.prompt_P, mask_id), generated))[self.first :])
         return seen
 
-    def continued(self) -> list[Past | None]:
-        """Return what each branch of this step continues."""
+    def continued(self, pool: Pool) -> list[Past | None]:
+        """Return what each branch of this step continues, ready for its pass."""
         if self.settings.cache == "none":
             return [None] * self.passes
-        if not self.pasts:
-            self.pasts += [Past(len(self.prompt_P) + self.budget) for _ in range(self.passes)]
+        while len(self.pasts) < self.passes:
+            self.pasts.append(PooledPast(pool))
         for past in self.pasts:
-            past.start = self.first
+            past.begin(self.first, len(self.prompt_P) + self.view - self.first)
         return [*self.pasts]
+
+    def release(self) -> None:
+        """Give back the memory of the caches, the drafts' included."""
+        for state in (self, *self.drafts):
+            for past in state.pasts:
+                past.release()
+            state.pasts = []
+        self.drafts = []
 
     def visible_ids(self) -> NDArray[np.int64]:
         """Return the distinct ids of the prompt and of the committed answer, never those of proposals."""
@@ -186,11 +196,13 @@ class Row:
 
         A draft is the row's own rule applied to old probabilities. It is used only if the row really gets there.
         """
+        for old in self.drafts:
+            old.release()
         self.drafts = []
         taken = 0
         state = self
         while state.latest is not None and len(self.drafts) < self.settings.speculate:
-            # A pass that writes to a past computes the true state only: nobody could take back what drafts wrote.
+            # The first pass of a block, and one that renews, compute what later ones read: for the true state only.
             if self.settings.cache != "none" and (state.block_step == 0 or state.doubt):
                 break
             still = state.masked_G[state.latest.position_M]
@@ -207,6 +219,7 @@ class Row:
                 draft.open_next_block()
             if draft.doubt or taken + draft.size > room:
                 break
+            draft.pasts = [past.fork(draft.first) for past in self.pasts]
             self.drafts.append(draft)
             taken += draft.size
             state = draft

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from illada.generation.propose import is_plain, most_probable, propose
 from illada.generation.row import Proposals, Row
-from illada.model import IlladaForMaskedLM, Packing, Past
+from illada.model import IlladaForMaskedLM, Packing, Past, Pool
 
 
-def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], logits_held: int) -> list[Proposals]:
+def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], pool: Pool, logits_held: int) -> list[Proposals]:
     """Run one forward pass over all rows and return what it proposes for each.
 
     Args:
         model: the network, in inference mode.
         rows: neighbours of equal length share attention calls.
+        pool: memory of their caches.
         logits_held: most logits held at once.
     """
     # Rows that want the most probable token come first: they need no whole row of logits.
@@ -32,7 +33,7 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], logits_held: int) -> 
     wanted: list[NDArray[np.int64]] = []
     for row, position_M in zip(rows, opened, strict=True):
         inputs += row.branches(model.config.mask_token_id)
-        pasts += row.continued()
+        pasts += row.continued(pool)
         wanted += [len(row.prompt_P) - row.first + position_M] * row.passes
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
     hidden_MD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), tuple(pasts)), wanted=wanted)

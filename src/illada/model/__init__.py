@@ -2,8 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from illada.model.attention import Packing, Past
+from illada.model.attention import Packing
 from illada.model.config import PRESETS, IlladaConfig, LladaConfig
+from illada.model.past import Past, Pool, PooledPast
 from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
 AutoConfig.register("illada", IlladaConfig, exist_ok=True)
@@ -13,4 +14,4 @@ AutoConfig.register("llada", LladaConfig, exist_ok=True)
 for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
     auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
 
-__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing", "Past"]
+__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing", "Past", "Pool", "PooledPast"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,36 +16,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-
-@dataclass(eq=False)
-class Past:
-    """Keys and values of one sequence, kept from earlier forward passes; every layer has its own.
-
-    A pass over the positions from `start` on writes theirs and attends to those before it as they were last computed:
-    not what a fresh pass would give, as every position of a bidirectional model depends on all others.
-    """
-
-    capacity: int
-    """The most positions it will hold."""
-    start: int = 0
-    """Where the positions of the next pass begin."""
-    layers: list[Tensor] = field(default_factory=list)
-    """[2, capacity, G, D] for each layer, made when first written."""
-
-    def extend(self, layer: int, key_NLGD: Tensor, value_NLGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all positions before `start` and the given ones behind them.
-
-        One segment (N = 1) writes its own. Several that share a past are different continuations: none is written.
-        """
-        if layer == len(self.layers):
-            self.layers.append(key_NLGD.new_empty(2, self.capacity, *key_NLGD.shape[2:]))
-        store, count, end = self.layers[layer], len(key_NLGD), self.start + key_NLGD.shape[1]
-        if count == 1:
-            store[0, self.start : end] = key_NLGD[0]
-            store[1, self.start : end] = value_NLGD[0]
-            return store[0, None, :end], store[1, None, :end]
-        before = store[:, None, : self.start].expand(-1, count, -1, -1, -1)
-        return torch.cat((before[0], key_NLGD), 1), torch.cat((before[1], value_NLGD), 1)
+from illada.model.past import Past, Place, PooledPast
 
 
 class Run(NamedTuple):
@@ -55,7 +26,28 @@ class Run(NamedTuple):
     queries: int
     """Of each segment, how many positions ask."""
     length: int
-    past: Past | None
+    pasts: tuple[Past, ...] = ()
+    """One for each segment, or none."""
+
+    @property
+    def seen(self) -> list[int]:
+        """How many positions each segment sees."""
+        return [past.seen(self.length) for past in self.pasts] or [self.length] * self.segments
+
+    def takes(self, queries: int, length: int, past: Past | None) -> bool:
+        """Return whether a segment may join: alike, and at most half of what the run then sees is padding."""
+        if (queries, length) != (self.queries, self.length):
+            return False
+        if past is None or not self.pasts:
+            return past is None and not self.pasts
+        if not isinstance(past, PooledPast) or not isinstance(self.pasts[0], PooledPast):
+            return False
+        seen = [*self.seen, past.seen(length)]
+        return len(seen) * max(seen) <= 2 * sum(seen)
+
+    def joined(self, past: Past | None) -> "Run":
+        """Return the run with one more segment."""
+        return self._replace(segments=self.segments + 1, pasts=self.pasts if past is None else (*self.pasts, past))
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,7 @@ class Packing:
     """What each segment continues; empty when none of them continues anything."""
     queries: tuple[int, ...] = ()
     """How many positions of each segment ask; empty when all do."""
-    _ends: dict[torch.device, tuple[tuple[Tensor, int], tuple[Tensor, int]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _on_device: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> "Packing":
@@ -86,30 +76,38 @@ class Packing:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """Neighbouring segments of equal lengths with the same past, or with none: one batched kernel call each."""
+        """Neighbouring segments that are alike: one batched kernel call each."""
         runs: list[Run] = []
         pasts = self.pasts or (None,) * len(self.lengths)
-        for segment in zip(self.queries or self.lengths, self.lengths, pasts, strict=True):
-            if segment[1] == 0:
+        for queries, length, past in zip(self.queries or self.lengths, self.lengths, pasts, strict=True):
+            if length == 0:
                 continue
-            if runs and runs[-1][1:] == segment:
-                runs[-1] = runs[-1]._replace(segments=runs[-1].segments + 1)
+            if runs and runs[-1].takes(queries, length, past):
+                runs[-1] = runs[-1].joined(past)
             else:
-                runs.append(Run(1, *segment))
+                runs.append(Run(1, queries, length, () if past is None else (past,)))
         return tuple(runs)
+
+    def places(self, device: torch.device) -> list[Place | None]:
+        """Return for each run where in a pool it writes and reads; None for one without a pool."""
+        if ("places", device) not in self._on_device:
+            pooled = [[past for past in run.pasts if isinstance(past, PooledPast)] for run in self.runs]
+            self._on_device["places", device] = [
+                Place.of(pasts, run.length, device) if pasts else None
+                for run, pasts in zip(self.runs, pooled, strict=True)
+            ]
+        return self._on_device["places", device]
 
     def ends(self, device: torch.device) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
         """Return cumulative lengths, int32 from 0 on, and the greatest length: of what asks, and of what it sees."""
-        if device not in self._ends:
-            both = []
-            for lengths in (
-                [r.queries for r in self.runs],
-                [r.length + (r.past.start if r.past else 0) for r in self.runs],
-            ):
-                each = [n for n, run in zip(lengths, self.runs, strict=True) for _ in range(run.segments)]
-                both.append((torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device), max(each)))
-            self._ends[device] = (both[0], both[1])
-        return self._ends[device]
+        if ("ends", device) not in self._on_device:
+            asking = [run.queries for run in self.runs for _ in range(run.segments)]
+            seen = [length for run in self.runs for length in run.seen]
+            self._on_device["ends", device] = tuple(
+                (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device), max(each))
+                for each in (asking, seen)
+            )
+        return self._on_device["ends", device]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Positions that restart at 0 in every segment, or go on where its past ends, int64 [T]."""
@@ -121,12 +119,20 @@ class Packing:
         return torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(device)
 
 
-def eager_attention(query_NHMD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, enable_gqa: bool = False) -> Tensor:
+def eager_attention(
+    query_NHMD: Tensor,
+    key_NGLD: Tensor,
+    value_NGLD: Tensor,
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Attend as written in textbooks, softmax in fp32: every score is held at once. Returns [N, H, M, D]."""
     if enable_gqa:
         shared = query_NHMD.shape[1] // key_NGLD.shape[1]
         key_NGLD, value_NGLD = (x.repeat_interleave(shared, dim=1) for x in (key_NGLD, value_NGLD))
     scores_NHML = query_NHMD @ key_NGLD.transpose(-1, -2) * query_NHMD.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores_NHML = scores_NHML.masked_fill(~attn_mask, -torch.inf)
     return scores_NHML.softmax(-1, dtype=torch.float32).to(query_NHMD.dtype) @ value_NGLD
 
 
@@ -146,35 +152,42 @@ def packed_attention(
     nested tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed
     sequences, on CUDA in half precision. Heads of one group share their key and value.
     """
-    heads, groups = query_MHD.shape[1], key_TGD.shape[1]
-    if kernel == "varlen":
-        return _varlen_attention(query_MHD, key_TGD, value_TGD, packing, layer)
+    gqa = query_MHD.shape[1] != key_TGD.shape[1]
     runs = packing.runs
     # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
     sizes = [run.segments * run.length for run in runs]
-    queries = query_MHD.split([run.segments * run.queries for run in runs])
+    pairs = list(zip(key_TGD.split(sizes), value_TGD.split(sizes), strict=True))
+    places: list[Place | None] = [None] * len(runs)
+    if packing.pasts:
+        places = packing.places(query_MHD.device)
+        pairs = [
+            _seen(run, place, layer, *pair, varlen=kernel == "varlen")
+            for run, place, pair in zip(runs, places, pairs, strict=True)
+        ]
+    if kernel == "varlen":
+        if packing.pasts:
+            key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
+        attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=gqa)
+        return cast(Tensor, attended)  # a pair only when asked for
     outputs = []
-    for run, query, key, value in zip(runs, queries, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
+    queries = query_MHD.split([run.segments * run.queries for run in runs])
+    for run, place, query, pair in zip(runs, places, queries, pairs, strict=True):
         query_NMHD = query.unflatten(0, (run.segments, run.queries))
-        seen = (x.unflatten(0, (run.segments, run.length)) for x in (key, value))
-        key_NLGD, value_NLGD = seen if run.past is None else run.past.extend(layer, *seen)
+        key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, -1)) for x in pair)
         query_NHMD, key_NGLD, value_NGLD = (x.transpose(1, 2) for x in (query_NMHD, key_NLGD, value_NLGD))
-        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, enable_gqa=heads != groups)
+        mask = None if place is None else place.mask
+        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, enable_gqa=gqa)
         outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 
 
-def _varlen_attention(query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, layer: int) -> Tensor:
-    if any(packing.pasts):
-        sizes = [run.segments * run.length for run in packing.runs]
-        seen = []
-        for run, *both in zip(packing.runs, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
-            key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, run.length)) for x in both)
-            if run.past is not None:
-                key_NLGD, value_NLGD = run.past.extend(layer, key_NLGD, value_NLGD)
-            seen.append((key_NLGD.flatten(0, 1), value_NLGD.flatten(0, 1)))
-        key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
-    heads, groups = query_MHD.shape[1], key_TGD.shape[1]
-    attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=heads != groups)
-    return cast(Tensor, attended)  # a pair only when asked for
+def _seen(
+    run: Run, place: Place | None, layer: int, key_TGD: Tensor, value_TGD: Tensor, varlen: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that a run attends to; padded to the longest segment unless for varlen."""
+    if place is None:
+        return run.pasts[0].extend(layer, key_TGD, value_TGD) if run.pasts else (key_TGD, value_TGD)
+    first = run.pasts[0]
+    assert isinstance(first, PooledPast)
+    return place.extend(first.pool, layer, key_TGD, value_TGD, place.read if varlen else place.padded)

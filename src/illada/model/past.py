@@ -1,0 +1,136 @@
+"""Keys and values kept from earlier passes: pages of one pool, shared by all sequences of a model.
+
+Shape letters: T tokens of one pass · N sequences · L length · G key/value heads · D head width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PAGE = 32
+"""Positions of a page."""
+
+
+class Pool:
+    """Memory for the keys and values of many sequences, in pages; it grows to what is used at once."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+        self.free: list[int] = []
+        self.pages = 0
+
+    def take(self, count: int) -> list[int]:
+        """Return the numbers of so many pages."""
+        if (missing := count - len(self.free)) > 0:
+            grown = self.pages + max(missing, self.pages)
+            self.free += range(self.pages, grown)
+            self.pages = grown
+        taken, self.free = self.free[:count], self.free[count:]
+        return taken
+
+    def layer(self, number: int, like_TGD: Tensor) -> Tensor:
+        """Return the keys and values of a layer, [2, pages x PAGE, G, D]."""
+        slots = self.pages * PAGE
+        if number == len(self.layers):
+            # Zeros: what nobody wrote is masked in attention, and zero times rubbish might be no number.
+            self.layers.append(like_TGD.new_zeros(2, slots, *like_TGD.shape[1:]))
+        elif self.layers[number].shape[1] < slots:
+            old = self.layers[number]
+            self.layers[number] = old.new_zeros(2, slots, *old.shape[2:])
+            self.layers[number][:, : old.shape[1]] = old
+        return self.layers[number]
+
+
+class Past(ABC):
+    """What one sequence has seen: keys and values that a pass over later positions attends to as they are."""
+
+    start = 0
+    """Where the positions of the next pass begin."""
+
+    @abstractmethod
+    def seen(self, length: int) -> int:
+        """Return how many positions a pass over `length` of them attends to."""
+
+    @abstractmethod
+    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of a pass and return all that it attends to."""
+
+
+class PooledPast(Past):
+    """Keys and values in a pool.
+
+    A pass over the positions from `start` on writes theirs and attends to those before it as they were last computed:
+    not what a fresh pass would give, as every position of a bidirectional model depends on all others.
+    """
+
+    def __init__(self, pool: Pool, shared: NDArray[np.int64] | None = None):
+        self.pool = pool
+        self.slots = np.zeros(0, dtype=np.int64) if shared is None else shared
+        """Of each position, where in the pool it is."""
+        self.pages: list[int] = []
+
+    def begin(self, start: int, length: int) -> None:
+        """Prepare for a pass over so many positions from `start` on."""
+        self.start = start
+        if (missing := start + length - len(self.slots)) > 0:
+            pages = self.pool.take(-(-missing // PAGE))
+            self.pages += pages
+            fresh = np.array(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)
+            self.slots = np.concatenate((self.slots, fresh.ravel()))
+
+    def seen(self, length: int) -> int:
+        """Return how many positions there are up to the last of the pass."""
+        return self.start + length
+
+    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write those of a pass and return all up to them (attention does so for many sequences at once)."""
+        place = Place.of([self], len(key_TGD), key_TGD.device)
+        return place.extend(self.pool, layer, key_TGD, value_TGD, place.read)
+
+    def fork(self, start: int) -> "PooledPast":
+        """Return a past that shares the positions before `start` and writes elsewhere."""
+        return PooledPast(self.pool, self.slots[:start])
+
+    def release(self) -> None:
+        """Give the pages back."""
+        self.pool.free += self.pages
+        self.pages, self.slots = [], self.slots[:0]
+
+
+class Place(NamedTuple):
+    """Where sequences side by side write and read in their pool, on the device."""
+
+    write: Tensor
+    """Slots of the positions of the pass, int64 [N x L]."""
+    read: Tensor
+    """Slots of all that the sequences see, int64, one sequence after another."""
+    padded: Tensor
+    """The same with every sequence filled up to the longest, [N x longest]."""
+    mask: Tensor | None
+    """Where there is no padding, bool [N, 1, 1, longest]; None when there is none."""
+
+    @classmethod
+    def of(cls, pasts: Sequence[PooledPast], length: int, device: torch.device) -> "Place":
+        """Look them up for a pass over `length` positions of each."""
+        slots = [past.slots[: past.seen(length)] for past in pasts]
+        seen = np.array([len(one) for one in slots])
+        filled = np.arange(seen.max()) < seen[:, None]
+        padded = np.zeros(filled.shape, dtype=np.int64)
+        padded[filled] = np.concatenate(slots)
+        host = (np.concatenate([one[-length:] for one in slots]), np.concatenate(slots), padded.ravel())
+        write, read, filled_up = (torch.from_numpy(x).to(device) for x in host)
+        mask = None if filled.all() else torch.from_numpy(filled[:, None, None]).to(device)
+        return cls(write, read, filled_up, mask)
+
+    def extend(self, pool: Pool, layer: int, key_TGD: Tensor, value_TGD: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a pass, and read those in the slots `read`."""
+        store = pool.layer(layer, key_TGD)
+        store[0].index_copy_(0, self.write, key_TGD)
+        store[1].index_copy_(0, self.write, value_TGD)
+        key, value = store.index_select(1, read)
+        return key, value
