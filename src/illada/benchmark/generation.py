@@ -200,6 +200,7 @@ def _rows(
             "standard_error": None,
             "answer_tokens": m.tokens,
             "seconds": m.seconds,
+            "cpu_seconds": m.cpu_seconds,
             "settings": None if m.sampler.settings is None else asdict(m.sampler.settings),
         }
         if tokenizer is not None:

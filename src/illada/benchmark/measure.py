@@ -33,6 +33,8 @@ class Measurement:
     sampler: Sampler
     seconds: list[float] = field(default_factory=list)
     """One per repeat."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Processor time of the process, all its threads: other work on the machine hardly changes it."""
     peak_bytes: int | None = None
     """Most memory in use, weights included: allocated on a GPU, resident in the process otherwise; None if unknown."""
     answers: list[Answer] = field(default_factory=list)
@@ -95,10 +97,11 @@ def measure(
             known = _reset_peak(model.device)
             with counted(model) as work:
                 _synchronise(model.device)
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.process_time()
                 answers = measurement.sampler.answer(prompts)
                 _synchronise(model.device)
                 measurement.seconds.append(time.perf_counter() - started)
+                measurement.cpu_seconds.append(time.process_time() - cpu_started)
             if known:
                 measurement.peak_bytes = max(_peak(model.device), measurement.peak_bytes or 0)
             measurement.answers, measurement.work = answers, work

@@ -23,7 +23,7 @@ from illada.benchmark.samplers import Answer, Prompts, Sampler, cut
 from illada.errors import IlladaError, first_line
 from illada.generation import GenerationSettings
 from illada.model import IlladaForMaskedLM
-from illada.model.transformer import rotary_angles
+from illada.model.transformer import Block, rotary_angles
 
 SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
 
@@ -36,8 +36,8 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 class OutsideModel:
     """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own.
 
-    A key's position is its place among the keys. Fast-dLLM's model code turns keys at each use, this when they are made:
-    the same as long as nobody moves them.
+    A key's position is its place among the keys. Fast-dLLM's model code turns keys at each use and this once, when they
+    are made: the same as long as nobody moves them.
     """
 
     def __init__(self, model: IlladaForMaskedLM, most_calls: int):
@@ -100,6 +100,7 @@ class OutsideModel:
         rotary = rotary_angles(positions_L, config.head_dim, config.rope_theta)
         hidden_LD, pairs = trunk.embed_tokens(ids_L), []
         for layer, block in enumerate(trunk.layers):
+            assert isinstance(block, Block)
             asked = block.before(hidden_LD, rotary, None)
             query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in asked)
             if given is not None:
