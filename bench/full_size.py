@@ -2,10 +2,12 @@
 
     python bench/full_size.py make FOLDER                # 8B shape, random bf16, sharded: 16.5 GB of disk
     python bench/full_size.py run FOLDER [--tokens 32] [--quantize int8]
+    python bench/full_size.py compare FOLDER [--prompt 128] [--block 4] [--repeats 2]
 
 `run` loads the folder as `illada generate` does and generates. It prints bytes of weights, seconds, and the peaks of
 resident memory: in all, and without the pages of the weight files (bf16 weights on a CPU are mapped from the files, not
-copied; such pages can be taken back by the system at any time).
+copied; such pages can be taken back by the system at any time). `compare` times one block of our exact decoding and of
+the paper's loop written plainly (all logits of all positions), in turns.
 """
 
 import argparse
@@ -71,17 +73,45 @@ def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int 
     print(f"peak resident      {status('VmHWM'):6.2f} GB, not file {peak['all']:.2f} GB")
 
 
+def compare(folder: Path, prompt: int, block: int, repeats: int) -> None:
+    import torch
+
+    from illada import GenerationSettings
+    from illada.benchmark.measure import measure
+    from illada.benchmark.samplers import engine_samplers, plain_sampler
+    from illada.loading import load_model
+
+    model, _ = load_model(str(folder))
+    exact = GenerationSettings(max_new_tokens=block, block_length=block, eos_token_id=None)
+    ids = torch.randint(10, 300, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    samplers = [plain_sampler(model, exact), engine_samplers(model, exact, 1)[0][0]]
+    plain, ours = measure(model, samplers, [ids], repeats)
+    for name, row in (("plain loop", plain), ("ours", ours)):
+        work = row.work
+        seconds = " ".join(f"{x:.1f}" for x in row.seconds)
+        print(
+            f"{name:<10} {seconds} s, {work.forwards} forwards, {work.positions} positions, "
+            f"{work.head_positions} in the head"
+        )
+    ratios = " ".join(f"{a / b:.3f}" for a, b in zip(plain.seconds, ours.seconds, strict=True))
+    print(f"plain / ours {ratios}; the same tokens: {plain.answers[0].ids == ours.answers[0].ids}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "run"])
+    parser.add_argument("what", choices=["make", "run", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--steps", type=int, help="forwards of a block; one a token without it")
     parser.add_argument("--quantize")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.layers)
+    elif given.what == "compare":
+        compare(given.folder, given.prompt, given.block, given.repeats)
     else:
         run(given.folder, given.tokens, given.quantize, given.block, given.steps)
