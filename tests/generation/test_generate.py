@@ -122,7 +122,7 @@ MANY_MODES = [
         {},
         {"speculate": 3},
         {"cache": "frozen", "speculate": 3},
-        {"cache": "prefix", "guidance_scale": 1.0},
+        {"cache": "prefix", "guidance_scale": 1.0, "speculate": 3},
         {"cache": "adaptive", "refresh_below": 0.2, "threshold": 0.1},
         {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "later_masks": True},
     )

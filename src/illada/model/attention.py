@@ -35,7 +35,8 @@ class Past:
     def extend(self, layer: int, key_NLGD: Tensor, value_NLGD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all positions before `start` and the given ones behind them.
 
-        One segment (N = 1) writes its own. Several that share a past are different continuations: none is written.
+        One segment (N = 1) writes its own and gets a view, good until the past is written to again. Several that share
+        a past are different continuations: none is written.
         """
         if layer == len(self.layers):
             self.layers.append(key_NLGD.new_empty(2, self.capacity, *key_NLGD.shape[2:]))
@@ -171,7 +172,9 @@ def _varlen_attention(query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pac
         for run, *both in zip(packing.runs, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
             key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, run.length)) for x in both)
             if run.past is not None:
-                key_NLGD, value_NLGD = run.past.extend(layer, key_NLGD, value_NLGD)
+                # Copied, as all are joined last: a run in between may write to the same past, when the second branch of
+                # guidance lies between a row's own and that of its drafts.
+                key_NLGD, value_NLGD = (x.clone() for x in run.past.extend(layer, key_NLGD, value_NLGD))
             seen.append((key_NLGD.flatten(0, 1), value_NLGD.flatten(0, 1)))
         key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*seen, strict=True))
     (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
