@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from illada.errors import IlladaError
 from illada.generation import Engine, GenerationSettings, generate, infill
+from illada.generation.row import Proposals, Row
 from illada.generation.unmask import positions_to_commit, quota
 from illada.model import Packing, attention
 from illada.model.attention import eager_attention
@@ -122,7 +123,7 @@ MANY_MODES = [
         {},
         {"speculate": 3},
         {"cache": "frozen", "speculate": 3},
-        {"cache": "prefix", "guidance_scale": 1.0},
+        {"cache": "prefix", "guidance_scale": 1.0, "speculate": 3},
         {"cache": "adaptive", "refresh_below": 0.2, "threshold": 0.1},
         {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "later_masks": True},
     )
@@ -707,11 +708,55 @@ def test_drafts_take_only_the_room_that_is_left(tied, monkeypatch):
     assert [a.ids for a in answers] == [a.ids for a in generate(tied, [[9], [8]], settings)]
 
 
+def proposals(first, scores, ids=(6, 7, 8, 9), probabilities=None):
+    """What a pass says about the positions from `first` on of a block of four."""
+    score_M, p_M = (np.array(x, dtype=np.float32) for x in (scores, probabilities or scores))
+    return Proposals(np.arange(first, 4), np.array(ids[first:]), np.log(p_M), score_M)
+
+
+def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
+    row = Row(0, np.array([9]), 8, GenerationSettings(8, 4, **change))
+    row.commit(proposals(0, [0.9, 0.8, 0.7, 0.6], ids, probabilities))
+    return row
+
+
+def test_drafts_go_as_far_as_the_last_pass_foretells():
+    def drafts(room=1000, **change):
+        row = after_one_step(**change)
+        assert row.expect(room) == sum(draft.size for draft in row.drafts) <= max(0, room)
+        return [draft.masked_G.tolist().count(False) for draft in row.drafts]
+
+    assert drafts(speculate=2) == [2, 3]
+    assert drafts(speculate=50) == [2, 3, 4]  # the last is the first state of the next block
+    assert drafts(room=18, speculate=50) == [2, 3]  # it sees 9 positions, those before it 5
+    assert drafts(room=9, speculate=50) == [2]
+    assert drafts(room=-3, speculate=50) == []
+    assert drafts(speculate=50, cache="frozen") == [2, 3]  # a block begun renews the past
+    assert drafts(speculate=50, cache="adaptive", refresh_below=0.75) == [2]  # and so does a doubt
+    unsure_at_first = {"probabilities": [0.3, 0.9, 0.9, 0.9], "remasking": "margin"}
+    assert drafts(speculate=50, cache="adaptive", **unsure_at_first) == []
+    assert drafts(speculate=50, ids=(6, 7, 2, 9)) == [2]  # nothing after the end
+    assert drafts(speculate=50, ids=(6, 7, 8, 2)) == [2, 3]
+
+
+def test_a_draft_counts_only_for_the_state_it_foretold():
+    for came, ids, same in (
+        ([0.8, 0.7, 0.6], (6, 7, 8, 9), True),
+        ([0.78, 0.3, 0.2], (6, 7, 8, 10), True),
+        ([0.8, 0.7, 0.6], (6, 20, 8, 9), False),  # another id
+        ([0.8, 0.9, 0.6], (6, 7, 8, 9), False),  # another place
+        ([0.5, 0.4, 0.3], (6, 7, 8, 9), False),  # doubt: the next pass renews the past
+    ):
+        row = after_one_step(speculate=1, cache="adaptive", refresh_below=0.75)
+        row.expect(1000)
+        row.commit(proposals(1, came, ids))
+        assert row.is_at(row.drafts[0]) == same
+
+
 def test_requests_enter_and_leave_between_passes(tied):
     alone = generate(tied, [[9], [8] * 5, [7]], SMALL)
     engine = Engine(tied)
     assert engine.submit([9], SMALL) == 0
-    assert not engine.busy or engine.step() == {}
     assert engine.submit([8] * 5, SMALL) == 1
     assert engine.submit([7], SMALL) == 2
     engine.step()
@@ -724,6 +769,7 @@ def test_requests_enter_and_leave_between_passes(tied):
     with pytest.raises(IlladaError, match="prompt 3 has 97 tokens"):
         engine.submit([1] * 97, SMALL)
     assert not engine.busy
+    assert engine.step() == {}
 
 
 def test_the_memory_of_caches_is_bounded(tied):
@@ -795,6 +841,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"stop": ("",)}, "not empty"),
         ({"eos_token_id": -2}, "eos_token_id"),
         ({"cache": "nonsense"}, "cache"),
+        ({"cache": "frozen", "refresh_below": 0.3}, "refresh_below does nothing with cache frozen"),
     ],
 )
 def test_bad_settings_are_refused(change, says):

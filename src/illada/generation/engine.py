@@ -211,8 +211,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> dict[int, Generation]:
-        """Run one forward pass; return by index the answers that it ended."""
+        """Run one forward pass, if a request is under way; return by index the answers that it ended."""
         ended: dict[int, Generation] = {}
+        if not self.busy:
+            return ended
         was_training = self.model.training
         if was_training:
             self.model.eval()
@@ -238,10 +240,13 @@ class Engine:
 
     def _next_pass(self) -> list[Row]:
         """Let requests in and return those of the next pass, with drafts where there is room for them."""
-        held = sum(row.size for row in self.running)
-        while self.waiting and self._has_room(held):
+        held, kept = sum(row.size for row in self.running), sum(row.kept for row in self.running)
+        while self.waiting:
+            row = self.waiting[0]
+            held, kept = held + row.size, kept + row.kept
+            if self.running and (held > self.max_batch_tokens or (row.kept and kept > self.max_past_tokens)):
+                break
             self.running.append(self.waiting.popleft())
-            held += self.running[-1].size
         rows = self.running[:1]
         room = self.max_batch_tokens - rows[0].size
         for row in self.running[1:]:
@@ -251,16 +256,7 @@ class Engine:
             room -= row.size
         for row in rows:
             room -= row.expect(room)
-        # Equal lengths side by side share attention calls, those that see about as much above all.
-        return sorted(rows, key=lambda row: (row.size, row.first))
-
-    def _has_room(self, held: int) -> bool:
-        """Return whether the next waiting request may enter beside running ones of `held` positions."""
-        if not self.running:
-            return True
-        row = self.waiting[0]
-        kept = sum(other.kept for other in self.running) + row.kept
-        return held + row.size <= self.max_batch_tokens and (not row.kept or kept <= self.max_past_tokens)
+        return rows
 
     def _advance(self, row: Row, each: Sequence[Proposals]) -> Generation | None:
         """Commit a step, and one more for every draft that came true; return the answer when the row has ended."""

@@ -201,10 +201,8 @@ class Row:
         self.drafts = []
         taken = 0
         state = self
-        while state.latest is not None and len(self.drafts) < self.settings.speculate:
-            # The first pass of a block, and one that renews, compute what later ones read: for the true state only.
-            if self.settings.cache != "none" and (state.block_step == 0 or state.doubt):
-                break
+        # A pass that renews a past computes the true state only: drafts continue from where it begins.
+        while not state.doubt and state.latest is not None and len(self.drafts) < self.settings.speculate:
             still = state.masked_G[state.latest.position_M]
             if not still.any():  # nothing is foretold about a block that no pass has seen
                 break
@@ -227,6 +225,5 @@ class Row:
 
     def is_at(self, draft: "Row") -> bool:
         """Return whether a draft is the state this row has come to: then its pass was this row's next one."""
-        mine, its = ((row.block, row.block_step, row.answer_step, row.doubt) for row in (self, draft))
-        same = mine == its and np.array_equal(self.masked_G, draft.masked_G)
+        same = self.doubt == draft.doubt and np.array_equal(self.masked_G, draft.masked_G)
         return same and np.array_equal(self.ids_G[~self.masked_G], draft.ids_G[~self.masked_G])

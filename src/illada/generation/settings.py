@@ -46,7 +46,7 @@ class GenerationSettings:
             the next, and never again; "adaptive" is "frozen" and renews all of them after a doubtful step.
         refresh_below: the adaptive cache is renewed after a step that committed a token of less than this probability.
         speculate: compute up to this many expected future steps together with each step, and take those whose state
-            really came about: fewer passes, more positions, the same tokens.
+            really came about: fewer passes, more positions, the same tokens. At a high temperature few come about.
 
     Raises:
         IlladaError: when a value is out of range or two of them contradict each other.
@@ -110,6 +110,10 @@ class GenerationSettings:
         known = self.cache in ("none", "prefix", "frozen", "adaptive")
         _require(known, "cache", self.cache, "none, prefix, frozen or adaptive")
         _require(0 < self.refresh_below <= 1, "refresh_below", self.refresh_below, "above 0 and at most 1")
+        if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
+            raise IlladaError(
+                f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"
+            )
         _require(self.speculate >= 0, "speculate", self.speculate, "at least 0")
 
     def _check_sampling(self) -> None:

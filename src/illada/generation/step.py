@@ -19,13 +19,14 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], pool: Pool, logits_he
 
     Args:
         model: the network, in inference mode.
-        rows: neighbours of equal length share attention calls.
+        rows: in any order.
         pool: memory of their caches.
         logits_held: most logits held at once.
     """
-    # Rows that want the most probable token come first: they need no whole row of logits.
+    # Rows that want the most probable token come first: they need no whole row of logits. Equal lengths side by side
+    # share attention calls, those that see about as much above all.
     plain = [is_plain(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: not plain[i])
+    order = sorted(range(len(rows)), key=lambda i: (not plain[i], rows[i].size // rows[i].passes, rows[i].first))
     rows = [rows[i] for i in order]
     opened = [row.open_positions() for row in rows]
     inputs: list[NDArray[np.int64]] = []
@@ -48,8 +49,9 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], pool: Pool, logits_he
     # Float bits as integers, so that one copy brings everything to the host.
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     table = torch.stack([columns[0].int(), *(x.view(torch.int32) for x in columns[1:])]).cpu().numpy()
-    results: list[Proposals | None] = [None] * len(rows)
     ends = np.cumsum([len(position_M) for position_M in opened])[:-1]
-    for i, position_M, part in zip(order, opened, np.split(table, ends, axis=1), strict=True):
-        results[i] = Proposals(position_M, part[0].astype(np.int64), *(x.view(np.float32) for x in part[1:]))
-    return [result for result in results if result is not None]
+    results = {
+        i: Proposals(position_M, part[0].astype(np.int64), *(x.view(np.float32) for x in part[1:]))
+        for i, position_M, part in zip(order, opened, np.split(table, ends, axis=1), strict=True)
+    }
+    return [results[i] for i in range(len(rows))]
