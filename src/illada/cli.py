@@ -166,7 +166,7 @@ def bench_generate(
         max_new_tokens: most tokens of an answer.
         repeats: timed runs of each variant; the median counts.
         only: variants to run, by their names in the table, beside the plain loop and "1 token".
-        outside: Python files that define LLaDA's `generate(model, prompt, steps=..., ...)`; they are run.
+        outside: samplers of others, which are run: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or Fast-dLLM's.
         output: folder for results.json, table.md and frontier.png; null only prints the table.
         seed: of random weights and prompts, and of the choice of problems.
         dtype: of the weights; auto is the checkpoint's own, or fp32 for random ones.
@@ -385,7 +385,7 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command = _Parser(description=text)
     bench.add_subcommands(required=True, metavar="WHAT").add_subcommand("generate", command, help=text)
     many = {"--only": "variants to run, by their names in the table, beside the plain loop and 1 token"}
-    many["--outside"] = "Python files that define LLaDA's generate(model, prompt, steps=..., ...); they are run"
+    many["--outside"] = "others' samplers, called as LLaDA's or Fast-dLLM's: FILE.py[:FUNCTION][,OPTION=VALUE...]"
     for name, help_text in many.items():
         command.add_argument(name, type=str, nargs="+", help=help_text)
     command.add_function_arguments(bench_generate, as_positional=False, skip={name[2:] for name in many})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit
-from illada.model import Past, Pool, PooledPast
+from illada.model import Past, Pool
 
 
 class Proposals(NamedTuple):
@@ -55,7 +55,7 @@ class Row:
     answer_step: int = 0
     forwards: int = 0
     positions: int = 0
-    pasts: list[PooledPast] = field(default_factory=list)
+    pasts: list[Past] = field(default_factory=list)
     """One for each branch, once there is a cache."""
     doubt: bool = False
     """Whether an adaptive cache has to be renewed."""
@@ -132,7 +132,7 @@ class Row:
         if self.settings.cache == "none":
             return [None] * self.passes
         while len(self.pasts) < self.passes:
-            self.pasts.append(PooledPast(pool))
+            self.pasts.append(Past(pool))
         for past in self.pasts:
             past.begin(self.first, len(self.prompt_P) + self.view - self.first)
         return [*self.pasts]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from illada.model.past import Past, Place, PooledPast
+from illada.model.past import Past, Place
 
 
 class Run(NamedTuple):
@@ -32,17 +32,13 @@ class Run(NamedTuple):
     @property
     def seen(self) -> list[int]:
         """How many positions each segment sees."""
-        return [past.seen(self.length) for past in self.pasts] or [self.length] * self.segments
+        return [past.start + self.length for past in self.pasts] or [self.length] * self.segments
 
     def takes(self, queries: int, length: int, past: Past | None) -> bool:
         """Return whether a segment may join: alike, and at most half of what the run then sees is padding."""
-        if (queries, length) != (self.queries, self.length):
+        if (queries, length, past is None) != (self.queries, self.length, not self.pasts):
             return False
-        if past is None or not self.pasts:
-            return past is None and not self.pasts
-        if not isinstance(past, PooledPast) or not isinstance(self.pasts[0], PooledPast):
-            return False
-        seen = [*self.seen, past.seen(length)]
+        seen = [*self.seen, length + (past.start if past else 0)]
         return len(seen) * max(seen) <= 2 * sum(seen)
 
     def joined(self, past: Past | None) -> "Run":
@@ -89,13 +85,10 @@ class Packing:
         return tuple(runs)
 
     def places(self, device: torch.device) -> list[Place | None]:
-        """Return for each run where in a pool it writes and reads; None for one without a pool."""
+        """Return for each run where in the pool it writes and reads; None for one without pasts."""
         if ("places", device) not in self._on_device:
-            pooled = [[past for past in run.pasts if isinstance(past, PooledPast)] for run in self.runs]
-            self._on_device["places", device] = [
-                Place.of(pasts, run.length, device) if pasts else None
-                for run, pasts in zip(self.runs, pooled, strict=True)
-            ]
+            places = [Place.of(run.pasts, run.length, device) if run.pasts else None for run in self.runs]
+            self._on_device["places", device] = places
         return self._on_device["places", device]
 
     def ends(self, device: torch.device) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
@@ -161,8 +154,8 @@ def packed_attention(
     if packing.pasts:
         places = packing.places(query_MHD.device)
         pairs = [
-            _seen(run, place, layer, *pair, varlen=kernel == "varlen")
-            for run, place, pair in zip(runs, places, pairs, strict=True)
+            pair if place is None else place.extend(layer, *pair, padded=kernel != "varlen")
+            for place, pair in zip(places, pairs, strict=True)
         ]
     if kernel == "varlen":
         if packing.pasts:
@@ -180,14 +173,3 @@ def packed_attention(
         out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, enable_gqa=gqa)
         outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
-
-
-def _seen(
-    run: Run, place: Place | None, layer: int, key_TGD: Tensor, value_TGD: Tensor, varlen: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the keys and values that a run attends to; padded to the longest segment unless for varlen."""
-    if place is None:
-        return run.pasts[0].extend(layer, key_TGD, value_TGD) if run.pasts else (key_TGD, value_TGD)
-    first = run.pasts[0]
-    assert isinstance(first, PooledPast)
-    return place.extend(first.pool, layer, key_TGD, value_TGD, place.read if varlen else place.padded)

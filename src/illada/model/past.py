@@ -3,7 +3,6 @@
 Shape letters: T tokens of one pass · N sequences · L length · G key/value heads · D head width.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,23 +45,8 @@ class Pool:
         return self.layers[number]
 
 
-class Past(ABC):
-    """What one sequence has seen: keys and values that a pass over later positions attends to as they are."""
-
-    start = 0
-    """Where the positions of the next pass begin."""
-
-    @abstractmethod
-    def seen(self, length: int) -> int:
-        """Return how many positions a pass over `length` of them attends to."""
-
-    @abstractmethod
-    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of a pass and return all that it attends to."""
-
-
-class PooledPast(Past):
-    """Keys and values in a pool.
+class Past:
+    """Where one sequence has its keys and values.
 
     A pass over the positions from `start` on writes theirs and attends to those before it as they were last computed:
     not what a fresh pass would give, as every position of a bidirectional model depends on all others.
@@ -70,6 +54,8 @@ class PooledPast(Past):
 
     def __init__(self, pool: Pool, shared: NDArray[np.int64] | None = None):
         self.pool = pool
+        self.start = 0
+        """Where the positions of the next pass begin."""
         self.slots = np.zeros(0, dtype=np.int64) if shared is None else shared
         """Of each position, where in the pool it is."""
         self.pages: list[int] = []
@@ -83,18 +69,9 @@ class PooledPast(Past):
             fresh = np.array(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)
             self.slots = np.concatenate((self.slots, fresh.ravel()))
 
-    def seen(self, length: int) -> int:
-        """Return how many positions there are up to the last of the pass."""
-        return self.start + length
-
-    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write those of a pass and return all up to them (attention does so for many sequences at once)."""
-        place = Place.of([self], len(key_TGD), key_TGD.device)
-        return place.extend(self.pool, layer, key_TGD, value_TGD, place.read)
-
-    def fork(self, start: int) -> "PooledPast":
+    def fork(self, start: int) -> "Past":
         """Return a past that shares the positions before `start` and writes elsewhere."""
-        return PooledPast(self.pool, self.slots[:start])
+        return Past(self.pool, self.slots[:start])
 
     def release(self) -> None:
         """Give the pages back."""
@@ -103,34 +80,46 @@ class PooledPast(Past):
 
 
 class Place(NamedTuple):
-    """Where sequences side by side write and read in their pool, on the device."""
+    """Where the sequences of a batch write and read in their pool."""
 
-    write: Tensor
+    pool: Pool
+    write: Tensor | slice
     """Slots of the positions of the pass, int64 [N x L]."""
-    read: Tensor
+    read: Tensor | slice
     """Slots of all that the sequences see, int64, one sequence after another."""
-    padded: Tensor
+    padded: Tensor | slice
     """The same with every sequence filled up to the longest, [N x longest]."""
     mask: Tensor | None
     """Where there is no padding, bool [N, 1, 1, longest]; None when there is none."""
 
     @classmethod
-    def of(cls, pasts: Sequence[PooledPast], length: int, device: torch.device) -> "Place":
+    def of(cls, pasts: Sequence[Past], length: int, device: torch.device) -> "Place":
         """Look them up for a pass over `length` positions of each."""
-        slots = [past.slots[: past.seen(length)] for past in pasts]
+        slots = [past.slots[: past.start + length] for past in pasts]
+        flat = np.concatenate(slots)
+        write = np.concatenate([one[-length:] for one in slots])
         seen = np.array([len(one) for one in slots])
         filled = np.arange(seen.max()) < seen[:, None]
+        read = _indices(flat, device)
+        if filled.all():
+            return cls(pasts[0].pool, _indices(write, device), read, read, None)
         padded = np.zeros(filled.shape, dtype=np.int64)
-        padded[filled] = np.concatenate(slots)
-        host = (np.concatenate([one[-length:] for one in slots]), np.concatenate(slots), padded.ravel())
-        write, read, filled_up = (torch.from_numpy(x).to(device) for x in host)
-        mask = None if filled.all() else torch.from_numpy(filled[:, None, None]).to(device)
-        return cls(write, read, filled_up, mask)
+        padded[filled] = flat
+        mask = torch.from_numpy(filled[:, None, None]).to(device)
+        return cls(pasts[0].pool, _indices(write, device), read, _indices(padded.ravel(), device), mask)
 
-    def extend(self, pool: Pool, layer: int, key_TGD: Tensor, value_TGD: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of a pass, and read those in the slots `read`."""
-        store = pool.layer(layer, key_TGD)
-        store[0].index_copy_(0, self.write, key_TGD)
-        store[1].index_copy_(0, self.write, value_TGD)
-        key, value = store.index_select(1, read)
+    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a pass, and return all that its sequences see."""
+        store = self.pool.layer(layer, key_TGD)
+        store[0, self.write] = key_TGD
+        store[1, self.write] = value_TGD
+        key, value = store[:, self.padded if padded else self.read]
         return key, value
+
+
+def _indices(slots: NDArray[np.int64], device: torch.device) -> Tensor | slice:
+    """Return a slice where the slots are one stretch, as those of a single sequence often are: it needs no copy."""
+    first, last = int(slots[0]), int(slots[-1])
+    if last - first == len(slots) - 1 and (slots[1:] > slots[:-1]).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(slots).to(device)
