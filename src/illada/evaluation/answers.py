@@ -268,5 +268,10 @@ def marks_results(doc: Document, results: list[str]) -> dict[str, float]:
     return {"pass_at_1": _passes(between_marks(results[0]), tests)}
 
 
+def mbpp_shots(documents: Any) -> Any:
+    """Return the examples of MBPP's published format, tasks 2, 3 and 4 of the split "prompt"."""
+    return documents.filter(lambda document: document["task_id"] in (2, 3, 4))
+
+
 def _passes(program: str, tests: str) -> float:
     return float(passes(f"{program}\n\n{tests}\n"))
