@@ -31,7 +31,9 @@ class Result:
     task: str
     variant: str
     status: str = "ok"
-    """Or why there is no number."""
+    """Or why there is no number, in short."""
+    reason: str = ""
+    """And at length."""
     metrics: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     """Value and standard error of each, shares from 0 to 1 for accuracies."""
     paper: float | None = None

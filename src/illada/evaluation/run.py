@@ -159,20 +159,18 @@ class Evaluation:
             with self._sources():
                 loaded = self.manager.load([row.task])
         except (ConnectionError, FileNotFoundError) as error:
-            result.status = f"dataset not reachable ({first_line(error)})"
+            result.status, result.reason = "dataset not reachable", first_line(error)
         except ModuleNotFoundError as error:
             # The harness's tasks name their own extras; its message says more than the import system's.
-            result.status = f"task needs a library that is missing ({first_line(error)})"
+            result.status, result.reason = "library missing", first_line(error)
         except Exception as error:
             raise IlladaError(f"task {row.task} cannot be loaded: {first_line(error)}") from error
         if result.status == "ok":
-            kinds = {
-                "generate_until" if t.OUTPUT_TYPE == "generate_until" else "score" for t in loaded["tasks"].values()
-            }
-            if variant.kind is not None and variant.kind not in kinds:
+            kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
+            if variant.kinds and not kinds & variant.kinds:
                 return None
             if not self.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
-                result.status = "runs generated programs: allow it with --allow_code"
+                result.status, result.reason = "not run", "it runs generated programs: allow that with --allow_code"
         if result.status == "ok":
             self._evaluate(lm, row, variant, loaded, result)
         self.results.append(result)

@@ -55,7 +55,8 @@ def markdown(results: Sequence[Result], rows: Sequence[Row], title: str = "") ->
         here = 100 * sum(next(iter(r.metrics.values()))[0] for r in counted) / len(counted) if whole else None
         gap = "" if here is None else f"{here - AVERAGES[title]:+.1f}"
         lines.append(["average", "", _number(here), _number(AVERAGES[title]), gap, *[""] * (len(head) - 5)])
-    return aligned(lines)
+    reasons = dict.fromkeys(f"{r.row}: {r.status} ({r.reason})." for r in results if r.reason)
+    return "\n".join([aligned(lines), *([""] if reasons else []), *reasons])
 
 
 def _number(value: float | None) -> str:
