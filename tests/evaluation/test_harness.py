@@ -118,7 +118,7 @@ def test_chats_are_encoded_as_everywhere_else(lm):
     ]
     text = lm.apply_chat_template(turns)
     assert lm._encode(text) == encode_prompt(lm.tokenizer, turns)
-    pair = lm._pair(ask("loglikelihood", text, "four"), text, "four")
+    (pair,) = lm._layout(text, ["four"])
     assert pair == (encode_prompt(lm.tokenizer, turns), lm.tokenizer.encode("four", add_special_tokens=False))
     prefilled = lm.apply_chat_template([*turns, {"role": "assistant", "content": "The"}], add_generation_prompt=False)
     assert prefilled == text + "The"
@@ -132,12 +132,15 @@ def test_shots_are_turns_of_a_chat(lm, in_tasks):
 
 
 def test_long_contexts_lose_their_beginning(lm):
-    long = "seven " * 400
+    long = "six " + "seven " * 400
     before = dict(lm.cut)
-    left, answer = lm._pair(ask("loglikelihood", long, " one"), long, " one")
-    assert len(left) + len(answer) + 1 == lm.max_length
-    assert left[0] == 0
-    assert lm.cut["task"] == before.get("task", 0) + 1
+    left = [0, *lm.tokenizer.encode(long.rstrip(), add_special_tokens=False)]
+    answer = lm.tokenizer.encode("  one", add_special_tokens=False)
+    room = lm.max_length - len(answer) - 1
+    want = confidence_scores(lm.model, [([0, *left[1 - room :]], answer)], (2,))
+    several = [ask("loglikelihood", long, " one"), ask("loglikelihood", long, " six", index=1)]
+    assert [lm.loglikelihood(several)[0][0]] == pytest.approx(want, abs=1e-4)
+    assert lm.cut["task"] == before.get("task", 0) + 2
     assert lm.generate_until([ask("generate_until", long, {"max_gen_toks": 4, "block_length": 4})])
 
 

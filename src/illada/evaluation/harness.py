@@ -134,15 +134,21 @@ class IlladaLM(LM):
             settings |= {"samples": self.samples, "seed": self.seed}
         once = {id(request): request for request in requests}.values()  # the harness repeats some, to fill up a process
         company = Counter((request.task_name, request.doc_id) for request in once)
+        of_context = defaultdict(list)
+        for request in once:
+            of_context[request.args[0]].append(request.args[1])
+        pairs = {
+            (context, text): pair
+            for context, texts in of_context.items()
+            for text, pair in zip(texts, self._layout(context, texts), strict=True)
+        }
         asked = []
         for request in requests:
             alone = company[request.task_name, request.doc_id] == 1
-            one = Scorable(
-                self._key(request, {**settings, "greedy": alone}, request.args),
-                self._pair(request, *request.args),
-                alone,
-            )
-            asked.append((one.key, request, one))
+            left, answer = pairs[request.args]
+            left = self._fit(request, list(left), self.max_length - len(answer) - 1)
+            key = self._key(request, {**settings, "greedy": alone}, request.args)
+            asked.append((key, request, Scorable(key, (left, answer), alone)))
         return [(float(one.value[0]), bool(one.value[1])) for one in self._found(asked, self._score)]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: object) -> list[float]:
@@ -365,14 +371,13 @@ class IlladaLM(LM):
         bos = self.tokenizer.bos_token
         return encode_plain(self.tokenizer, text.removeprefix(bos) if bos else text)
 
-    def _pair(self, request: Instance, context: str, candidate: str) -> Pair:
-        """Lay out a context and its continuation, cut on the left to fit."""
-        left: Sequence[int] = self._encode(context)
-        if self.markup.isdisjoint(left):
-            left, answer = score_layout(self.tokenizer, context, [candidate])[0][0]
-        else:
-            answer = list(self.tokenizer.encode(candidate, add_special_tokens=False))
-        return self._fit(request, list(left), self.max_length - len(answer) - 1), answer
+    def _layout(self, context: str, candidates: list[str]) -> list[Pair]:
+        """Lay out a context and its continuations: as the authors do, or as a template rendered it."""
+        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates)[0]]
+        if self.markup.isdisjoint(pairs[0][0]):
+            return pairs
+        left = self._encode(context)
+        return [(left, list(self.tokenizer.encode(text, add_special_tokens=False))) for text in candidates]
 
     def _fit(self, request: Instance, ids: list[int], room: int) -> list[int]:
         """Cut a context on the left, behind its BOS."""
