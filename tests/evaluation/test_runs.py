@@ -1,6 +1,7 @@
 """`illada eval` and `illada compare`: killed and continued, shared, tables of what ran and of what could not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from illada.errors import IlladaError
 from illada.evaluation import run
 from illada.evaluation.compare import differences, mcnemar
 from illada.evaluation.journal import Found, Journal, fingerprint
+from illada.evaluation.results import Row
 from illada.evaluation.run import Evaluation, Variant, ablation, chosen, evaluate_models, paper_rows, task_manager
 
 HERE = Path(__file__).parent
@@ -189,19 +191,75 @@ DOCUMENTS = {
 }
 
 
+CHOICES = [{"question": f"Q{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+LETTERS = {"Question": "q", "A": "a", "B": "b", "C": "c", "D": "d", "Answer": "B"}
+HARNESS = {
+    "cais/mmlu": {"test": CHOICES, "dev": CHOICES},
+    "fxmarty/mmlu-redux-2.0-ok": {"test": CHOICES},
+    "SaylorTwift/bbh": {"test": [{"input": "x", "target": "(A)"}]},
+    "allenai/ai2_arc": {
+        split: [{"question": "q", "choices": {"text": ["a b", "c"], "label": ["A", "B"]}, "answerKey": "A"}]
+        for split in ("train", "test")
+    },
+    "Rowan/hellaswag": {
+        split: [{"ctx_a": "a", "ctx_b": "b", "activity_label": "l", "endings": ["x y", "z"], "label": "0"}]
+        for split in ("train", "validation")
+    },
+    "baber/piqa": {split: [{"goal": "g", "sol1": "a b", "sol2": "c", "label": 0}] for split in ("train", "validation")},
+    "haonan-li/cmmlu": {"test": [LETTERS], "dev": [LETTERS] * 5},
+}
+
+
+@pytest.fixture
 def ours(monkeypatch):
-    """The data sets of our task files, of one document each."""
+    """The data sets of the paper's tasks, of a few documents each."""
     import datasets
 
+    known = DOCUMENTS | HARNESS
+
     def load(path, name=None, **_):
-        return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in DOCUMENTS[path].items()})
+        return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in known[path].items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
+@pytest.mark.slow
+def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_model, tiny_tokenizer, tmp_path):
+    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=4096, mask_token_id=5)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    lm = run.IlladaLM(str(tmp_path / "model"), dtype="fp32", device="cpu")
+    manager = task_manager(None)
+    evaluation = Evaluation(manager, tmp_path, limit=1)
+    for row in [*paper_rows("base", "exact", "3,4"), *paper_rows("instruct", "exact", "3,4")]:
+        small = {"max_gen_toks": 2, "block_length": 2, "think_boost": 0.0} if row.generation else {}
+        result = evaluation.add(lm, row, Variant(generation=small))
+        if result.status == "ok":
+            assert set(result.metrics) == set(row.metrics)
+            assert set(result.settings["shots"].values()) == {row.shots}
+        else:  # MATH of the base table has needs of its own; programs are not allowed here
+            assert result.status in ("library missing", "not run")
+    assert sum(result.status == "ok" for result in evaluation.results) >= 12
+    for path in (tmp_path / "samples").glob("mmlu_redux_*"):
+        assert path.read_text().count('"doc_id"') == 1
+
+
+def test_a_question_is_not_among_its_own_shots(model_folder, tmp_path, in_tasks):
+    shutil.copy(TASKS / "letters.jsonl", tmp_path)
+    text = (TASKS / "letters.yaml").read_text()
+    (tmp_path / "letters.yaml").write_text(text.replace("task: letters", "task: own_shots"))
+    evaluation = Evaluation(task_manager(str(tmp_path)), tmp_path / "out", folder=str(tmp_path))
+    lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
+    seen = []
+    lm.loglikelihood = lambda requests: [seen.append(r.args[0]) or (0.0, False) for r in requests]
+    evaluation.add(lm, Row("own_shots", "own_shots", shots=4), Variant())
+    assert len(seen) == 10
+    for context in seen:
+        assert len(set(context.split("Which")[1:])) == 5
+
+
 @pytest.mark.parametrize("table", ["base", "instruct"])
-def test_our_task_files_ask_the_papers_way(table, model_folder, tmp_path, monkeypatch):
-    ours(monkeypatch)
+def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
     rows = [row for row in paper_rows(table, "exact", "3,4") if row.task.startswith("illada_")]
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
     manager = task_manager(str(run.HERE / "tasks"))

@@ -193,6 +193,11 @@ class Evaluation:
         for task in loaded["tasks"].values():
             if row.shots is not None or task.config.num_fewshot is None:
                 task.set_config("num_fewshot", row.shots or 0)
+            # Where shots come from the test documents (MMLU-Redux), the harness leaves out the question itself only if
+            # the task says where they come from.
+            shots, own = task.fewshot_cfg, (task.has_training_docs(), task.has_validation_docs())
+            if shots.split is None and shots.samples is None and not any(own):
+                shots.split = task.config.test_split
             if task.OUTPUT_TYPE == "generate_until":
                 task.set_config("generation_kwargs", generation, update=True)
             task.set_fewshot_seed(self.seed)
