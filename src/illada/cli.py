@@ -132,7 +132,8 @@ def evaluate(
     arguments: dict[str, Any] = dict(locals())
     from illada.evaluation import command
 
-    print(command.evaluate(arguments))
+    if table := command.evaluate(arguments):  # of several processes one has it
+        print(table)
 
 
 def compare(run_a: str, run_b: str) -> None:

@@ -92,7 +92,7 @@ def math_results(doc: Document, results: list[str]) -> dict[str, float]:
 
 def plain_formula(text: str) -> str:
     """Return a formula without what does not change its value: spacing, units, decoration, `x =` before it."""
-    text = re.sub(r"\$|\\[()\[\]](?!\d)|\\(?:left|right|displaystyle|big|Big)(?![a-z])", "", text.replace(r"\$", ""))
+    text = re.sub(r"\$|\\[()\[\]]|\\(?:left|right|displaystyle|big|Big)(?![a-z])", "", text.replace(r"\$", ""))
     text = re.sub(r"\\[,;:! ]|\\quad|~|\{,\}", lambda m: "," if m[0] == "{,}" else "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\^\{?\\circ\}?|\\degree|\\?%", "", text).strip().rstrip(".")
