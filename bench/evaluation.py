@@ -128,18 +128,11 @@ def main() -> None:
             f"| {way} | {statistics.median(seconds[way]):.2f} | {times:.1f} | {rows[way][0]:,} | {share:.1f} | "
             f"{rows[way][1]:,} |"
         )
-    for kind, of_kind in (
-        ("one token", lambda n: n == 1),
-        ("2 to 8 tokens", lambda n: 1 < n <= 8),
-        ("longer", lambda n: n > 8),
-    ):
-        some = [n for n in lengths if of_kind(n)]
-        if some:
-            samples = sum(128 if n > 1 else 1 for n in some)
-            print(
-                f"\n{kind}: {len(some)} candidates, {sum(some):,} rows by confidence, {samples:,} by likelihood", end=""
-            )
-    print()
+    nominal = sum(128 if length > 1 else 1 for length in lengths)
+    print(
+        f"\nWithout sharing, {sum(lengths):,} rows by confidence and {nominal:,} by likelihood: of the 128 masks of a"
+    )
+    print("short candidate many are the same, and sequences that look the same go through the network once.")
 
 
 if __name__ == "__main__":
