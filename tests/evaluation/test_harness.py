@@ -110,6 +110,15 @@ def test_answers_are_those_of_the_engine_cut_at_stops(lm, in_tasks):
         assert sample["resps"][0][0] == show_ids(lm.tokenizer, answer.ids).partition("Q:")[0]
 
 
+def test_answers_end_before_the_first_stop(lm):
+    free = {"max_gen_toks": 12, "block_length": 4, "until": []}
+    (whole,) = lm.generate_until([ask("generate_until", "one two", free)])
+    assert len(whole) > 6
+    stops = [whole[5:7], whole[2:4]]
+    (cut,) = lm.generate_until([ask("generate_until", "one two", {**free, "until": stops})])
+    assert cut == whole[: min(whole.index(stop) for stop in stops)]
+
+
 def test_chats_are_encoded_as_everywhere_else(lm):
     turns = [
         {"role": "user", "content": "one"},
