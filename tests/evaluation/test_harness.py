@@ -17,8 +17,9 @@ from lm_eval.tasks import TaskManager
 from illada.commands.generate import settings_for, show_ids
 from illada.data.chat import encode_prompt
 from illada.errors import IlladaError
+from illada.evaluation import harness
 from illada.evaluation.harness import IlladaLM, Scorable
-from illada.generation import GenerationSettings, generate
+from illada.generation import Generation, GenerationSettings, generate
 from illada.scoring import confidence_scores, likelihood_scores, score_layout
 
 TASKS = Path(__file__).parent / "tasks"
@@ -110,13 +111,33 @@ def test_answers_are_those_of_the_engine_cut_at_stops(lm, in_tasks):
         assert sample["resps"][0][0] == show_ids(lm.tokenizer, answer.ids).partition("Q:")[0]
 
 
-def test_answers_end_before_the_first_stop(lm):
-    free = {"max_gen_toks": 12, "block_length": 4, "until": []}
+def test_answers_end_before_the_first_stop_even_within_a_token(lm):
+    free = {"max_gen_toks": 24, "block_length": 4, "until": []}
     (whole,) = lm.generate_until([ask("generate_until", "one two", free)])
-    assert len(whole) > 6
-    stops = [whole[5:7], whole[2:4]]
-    (cut,) = lm.generate_until([ask("generate_until", "one two", {**free, "until": stops})])
-    assert cut == whole[: min(whole.index(stop) for stop in stops)]
+    pieces = [lm.tokenizer.decode([i]) for i in lm.tokenizer.encode(whole, add_special_tokens=False)]
+    long = next(piece for piece in pieces if len(piece) > 2)
+    stop = whole[whole.index(long) + 1 :][:3]
+    (cut,) = lm.generate_until([ask("generate_until", "one two", {**free, "until": ["never seen", stop]})])
+    assert cut == whole[: whole.index(stop)]
+    assert cut
+
+
+def test_special_tokens_are_left_out_of_answers(lm, monkeypatch):
+    eos, user = lm.tokenizer.eos_token, "<|user|>"
+    answer = Generation([], "stop", 3, [], f"a{user}b{eos}c")
+
+    class Once:
+        busy = True
+
+        def submit(self, *_):
+            return 0
+
+        def step(self):
+            self.busy = False
+            return {0: answer}
+
+    monkeypatch.setattr(harness, "Engine", lambda *_, **__: Once())
+    assert lm.generate_until([ask("generate_until", "seven seven", {"max_gen_toks": 4})]) == ["abc"]
 
 
 def test_chats_are_encoded_as_everywhere_else(lm):

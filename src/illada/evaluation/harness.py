@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from torch import distributed
 
-from illada.commands.generate import encode_plain, settings_for, show_ids
+from illada.commands.generate import encode_plain, settings_for
 from illada.data.chat import _without_system
 from illada.errors import IlladaError, first_line
 from illada.evaluation.journal import Found, Journal, fingerprint, request_key
@@ -118,8 +118,8 @@ class IlladaLM(LM):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.cut: Counter[str] = Counter()
         """Per task: forward passes of rows, seconds, and requests whose context was cut to fit."""
-        special = self.tokenizer.added_tokens_decoder.items()
-        self.markup = {i for i, token in special if token.special} - {self.tokenizer.bos_token_id}
+        special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.special, self.markup = list(special.values()), special.keys() - {self.tokenizer.bos_token_id}
 
     # What the harness asks for
 
@@ -350,7 +350,7 @@ class IlladaLM(LM):
         """Answer all prompts in one engine, long ones first: neighbours are of similar length and end together."""
         engine = Engine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
         todo = sorted((one for one in job if one[0] not in self.journal.found), key=lambda one: -len(one[1]))
-        keys = {engine.submit(ids, settings): (key, settings) for key, ids, settings in todo}
+        keys = {engine.submit(ids, settings): key for key, ids, settings in todo}
         start = time.perf_counter()
         while engine.busy:
             ended = engine.step()
@@ -359,10 +359,12 @@ class IlladaLM(LM):
             seconds = (time.perf_counter() - start) / len(ended)
             found = []
             for index, answer in sorted(ended.items()):
-                key, settings = keys[index]
-                text = show_ids(self.tokenizer, answer.ids)
-                ends = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
-                found.append(Found(key, [text[: min(ends, default=None)]], answer.forwards, seconds))
+                key = keys[index]
+                # The text, not the ids, is cut exactly where a stop string begins.
+                text = str(answer.text)
+                for token in self.special:
+                    text = text.replace(token, "")
+                found.append(Found(key, [text], answer.forwards, seconds))
             yield found
             start = time.perf_counter()
 
