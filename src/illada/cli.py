@@ -166,7 +166,7 @@ def bench_generate(
         max_new_tokens: most tokens of an answer.
         repeats: timed runs of each variant; the median counts.
         only: variants to run, by their names in the table, beside the plain loop and "1 token".
-        outside: samplers of others, which are run: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or Fast-dLLM's.
+        outside: others' samplers, to be run: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or Fast-dLLM's.
         output: folder for results.json, table.md and frontier.png; null only prints the table.
         seed: of random weights and prompts, and of the choice of problems.
         dtype: of the weights; auto is the checkpoint's own, or fp32 for random ones.
