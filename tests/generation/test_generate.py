@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import Engine, GenerationSettings, generate, infill
+from illada.generation import Engine, GenerationSettings, generate, infill, propose
 from illada.generation.row import Proposals, Row
 from illada.generation.unmask import positions_to_commit, quota
 from illada.model import Packing, attention
@@ -772,6 +772,17 @@ def test_requests_enter_and_leave_between_passes(tied):
     assert engine.step() == {}
 
 
+def test_a_request_that_waits_may_be_cancelled(tied):
+    engine = Engine(tied, max_batch_tokens=1)
+    for prompt in ([9], [8], [7]):
+        engine.submit(prompt, SMALL)
+    ended = engine.step()
+    engine.cancel(1)
+    while engine.busy:
+        ended |= engine.step()
+    assert list(ended) == [0, 2]  # in the order of requests
+
+
 def test_the_memory_of_caches_is_bounded(tied):
     settings = dataclasses.replace(SMALL, cache="frozen", max_new_tokens=8)
     engine = Engine(tied, max_past_tokens=30)
@@ -783,6 +794,42 @@ def test_the_memory_of_caches_is_bounded(tied):
         most = max(most, len([row for row in engine.running if row.pasts]))
     assert most == 2
     assert all(row.settings.cache == "frozen" for row in engine.running)
+
+
+def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
+    engine = Engine(tied, max_past_tokens=1)
+    for _ in range(3):
+        engine.submit([9], dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1))
+    assert len(engine.step()) == 3
+
+
+@pytest.mark.parametrize("mask_id", [0, 17, 63])
+@pytest.mark.parametrize("narrowest", [1, 9, 1024])
+def test_the_vocabulary_in_pieces_is_the_vocabulary(build_model, monkeypatch, mask_id, narrowest):
+    model = build_model(tie=True, seed=3, mask_token_id=mask_id)
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    hidden[0] = 10 * model.lm_head.weight[mask_id].detach()  # certain of MASK
+    monkeypatch.setattr(propose, "NARROWEST", narrowest)
+    monkeypatch.setattr(propose, "IN_CACHE", 1)
+    with torch.inference_mode():
+        logits = model.lm_head(hidden)
+        log_p = logits.log_softmax(-1)
+        logits[:, mask_id] = -math.inf
+        want = logits.argmax(-1, keepdim=True)
+        for held in (1, 60, 200, 7 * 64, 2**24):
+            ids, log_prob, score = propose.most_probable(model, hidden, held)
+            assert ids.tolist() == want[:, 0].tolist()
+            torch.testing.assert_close(log_prob, log_p.gather(1, want)[:, 0], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(score, log_prob.exp())
+
+
+def test_a_head_that_someone_wrapped_is_called_as_a_whole(build_model):
+    model = build_model(tie=True, seed=3)
+    inner, bias = model.lm_head.forward, 500.0 * torch.eye(64)[7]
+    model.lm_head.forward = lambda hidden: inner(hidden) + bias  # as accelerate does
+    engine = Engine(model, max_logits=1)
+    engine.submit([9], SMALL)
+    assert engine.run()[0].ids == [7] * 12
 
 
 def test_the_training_flag_is_restored(build_model):
