@@ -772,15 +772,25 @@ def test_requests_enter_and_leave_between_passes(tied):
     assert engine.step() == {}
 
 
+def test_neighbours_of_a_pass_are_of_equal_length(tied, monkeypatch):
+    seen = []
+    packed = tied.model.packed
+    monkeypatch.setattr(tied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
+    generate(tied, [[9] * n for n in (5, 2, 5, 1)], dataclasses.replace(SMALL, threshold=0.3, speculate=2))
+    assert max(map(len, seen)) > 4
+    assert all(lengths == tuple(sorted(lengths)) for lengths in seen)
+
+
 def test_a_request_that_waits_may_be_cancelled(tied):
-    engine = Engine(tied, max_batch_tokens=1)
-    for prompt in ([9], [8], [7]):
+    engine = Engine(tied, max_batch_tokens=14)  # two see five positions each in their first block
+    for prompt in ([9], [6], [8], [7]):
         engine.submit(prompt, SMALL)
     ended = engine.step()
-    engine.cancel(1)
+    assert [row.index for row in engine.running] == [0, 1]
+    engine.cancel(2)
     while engine.busy:
         ended |= engine.step()
-    assert list(ended) == [0, 2]  # in the order of requests
+    assert list(ended) == [0, 1, 3]  # in the order of requests
 
 
 def test_the_memory_of_caches_is_bounded(tied):
