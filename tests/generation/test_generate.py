@@ -405,6 +405,8 @@ def test_ties_go_to_the_left(confidence):
     assert positions_to_commit(halves, tied_M, position_M, 128, 0, 0).tolist() == list(range(64))
     sure = GenerationSettings(block_length=128, threshold=0.5)
     assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [0]
+    tied_M[7:9] = 0.5  # at least the threshold
+    assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [7, 8]
 
 
 def test_gumbel_max_samples_the_softmax(build_model):
@@ -696,6 +698,15 @@ def test_speculation_saves_passes_and_shows_every_step(tied):
 
     # Proposals for masked positions are those of the same states, so all of an event is the same.
     assert in_order(events) == in_order(plain_events)
+
+
+def test_a_stop_string_ends_what_drafts_went_beyond(build_model):
+    model = biased(build_model(tie=True, seed=3), i7=50.0)
+    settings = dataclasses.replace(SMALL, stop=("bbbb",))
+    (slow,) = generate(model, [[9]], settings, Pieces())
+    (fast,) = generate(model, [[9]], dataclasses.replace(settings, speculate=9), Pieces())
+    assert (fast.ids, fast.text, fast.finish_reason) == (slow.ids, slow.text, slow.finish_reason) == ([], "", "stop")
+    assert (slow.forwards, fast.forwards) == (4, 2)
 
 
 def test_drafts_take_only_the_room_that_is_left(tied, monkeypatch):
