@@ -170,6 +170,13 @@ def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypat
     agree(generate(model, prompts, MANY_MODES), wanted, MANY_MODES)
 
 
+def test_the_packed_kernel_is_refused_where_there_is_none(build_model):
+    model = build_model(tie=True, seed=3)
+    model.set_attn_implementation("varlen")
+    with pytest.raises(IlladaError, match="varlen needs CUDA and bf16 or fp16, not cpu and float32: take sdpa"):
+        generate(model, [[9]], SMALL)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gives_the_tokens_of_the_cpu(build_model):
