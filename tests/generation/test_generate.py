@@ -614,6 +614,20 @@ def test_the_boost_writes_the_end_of_thinking_once(tied, power):
         assert answer.text.startswith("</think>")
 
 
+def test_the_end_of_thinking_counts_once_it_is_committed():
+    row = Row(0, np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
+    row.ids_G[:] = THINK
+    for masked, boost in (
+        ([0, 1, 2, 3], (13, 2.0)),
+        ([2, 3], (3, 6.0)),
+        ([0, 2], (13, 2.0)),
+        ([1], (2, 4.0)),
+        ([], None),
+    ):
+        row.masked_G[:] = np.isin(np.arange(4), masked)
+        assert row.boost() == boost
+
+
 def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
     model = Scripted(build_model(tie=True, seed=3), [6, 8, 11, 12, 9, 10, 6, 6, 7, 7, 7, 7])
     settings = dataclasses.replace(SMALL, stop=("Py", "nothing", "STOP", "SP"))
@@ -826,8 +840,9 @@ def test_the_memory_of_caches_is_bounded(tied):
 
 def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
     engine = Engine(tied, max_past_tokens=1)
-    for _ in range(3):
-        engine.submit([9], dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1))
+    once = dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1)
+    for cache in ("frozen", "none", "none"):
+        engine.submit([9], dataclasses.replace(once, cache=cache))
     assert len(engine.step()) == 3
 
 

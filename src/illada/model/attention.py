@@ -177,8 +177,8 @@ def _varlen_attention(query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pac
         for run, *both in zip(packing.runs, key_TGD.split(sizes), value_TGD.split(sizes), strict=True):
             key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, run.length)) for x in both)
             if run.past is not None:
-                # Copied, as all are joined last and a later run may write to the same past: under guidance a row's second
-                # branch lies between its first and its draft's.
+                # Copied, as all are joined last and a later run may write to the same past: under guidance a row's
+                # second branch lies between its first and its draft's.
                 key_NLGD, value_NLGD = (x.clone() for x in run.past.extend(layer, key_NLGD, value_NLGD))
             seen.append((key_NLGD.flatten(0, 1), value_NLGD.flatten(0, 1)))
         key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*seen, strict=True))
