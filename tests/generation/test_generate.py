@@ -725,7 +725,9 @@ def test_a_stop_string_ends_what_drafts_went_beyond(build_model):
     model = biased(build_model(tie=True, seed=3), i7=50.0)
     settings = dataclasses.replace(SMALL, stop=("bbbb",))
     (slow,) = generate(model, [[9]], settings, Pieces())
-    (fast,) = generate(model, [[9]], dataclasses.replace(settings, speculate=9), Pieces())
+    events = []
+    (fast,) = generate(model, [[9]], dataclasses.replace(settings, speculate=9), Pieces(), events.append)
+    assert [event.done for event in events] == [False, False, False, True]
     assert (fast.ids, fast.text, fast.finish_reason) == (slow.ids, slow.text, slow.finish_reason) == ([], "", "stop")
     assert (slow.forwards, fast.forwards) == (4, 2)
 
