@@ -837,7 +837,8 @@ def test_the_memory_of_caches_is_bounded(tied):
         engine.step()
         most = max(most, len([row for row in engine.running if row.pasts]))
     assert most == 2
-    assert all(row.settings.cache == "frozen" for row in engine.running)
+    assert Row(0, np.array([9]), 8, settings).kept == 9
+    assert Row(0, np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
 
 
 def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
