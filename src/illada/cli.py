@@ -199,6 +199,19 @@ def _train(command: str, arguments: Namespace) -> None:
     print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
+def _estimate(arguments: Namespace) -> None:
+    """Say what a recipe will need."""
+    import json
+
+    from illada.estimate import estimate, table
+    from illada.training import Recipe
+
+    recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
+    names = ("gpus", "gpu", "mfu", "price", "vocab_size", "data_tokens")
+    found = estimate(recipe, **{name: arguments[name] for name in names})
+    print(json.dumps(dataclasses.asdict(found), indent=1) if arguments.json else table(found))
+
+
 def _generate(arguments: Namespace) -> None:
     """Complete prompts."""
     from illada.commands.generate import generate_text, read_prompts
@@ -307,6 +320,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 
 def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     from illada.data.prepare import prepare
+    from illada.estimate import estimate
     from illada.generation import GenerationSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
@@ -356,6 +370,11 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         command.add_class_arguments(Recipe)
         if name == "sft":
             command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+    command = add("estimate", _estimate, "Say what a recipe will need: memory by kind, speed, days and cost.")
+    command.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag")
+    command.add_function_arguments(estimate, as_positional=False, skip={"recipe"})
+    command.add_argument("--json", type=bool, default=False, help="print a JSON object instead")
+    command.add_class_arguments(Recipe)
     command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
     _add_model_arguments(command)
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
@@ -401,7 +420,7 @@ def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
     """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
     without brackets (`--lora.targets q_proj v_proj`).
     """
-    if len(words) > 1 and words[0] in ("pretrain", "sft") and not words[1].startswith("-"):
+    if len(words) > 1 and words[0] in ("pretrain", "sft", "estimate") and not words[1].startswith("-"):
         words = [words[0], "--config", *words[1:]]
     commands = next((action.choices for action in parser._actions if action.choices), None) or {}
     command = commands.get(words[0]) if isinstance(commands, dict) else None
