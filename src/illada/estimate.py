@@ -1,9 +1,9 @@
 """What a recipe will need: memory of one GPU by kind, speed, days and cost, without training.
 
 Memory is not guessed from a formula: one forward and backward pass of the real network and the real loss is rehearsed
-on fake tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2:
-fp32 shards on every GPU, one block gathered while it computes and one ahead) is arithmetic. Not counted: the driver,
-buffers inside kernels and communication libraries, fragmentation; so a tenth of a GPU is kept free.
+on fake tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2 in
+training/parallel.py: fp32 shards on every GPU, one block gathered while it computes and one ahead) is arithmetic. Not
+counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is kept free.
 
 `bench/estimate.py` compares with the memory of real runs.
 
@@ -157,7 +157,7 @@ def estimate(
             f"training.samples_per_step {settings.samples_per_step} leaves some of {gpus} GPUs without a window: "
             "raise it or lower gpus"
         )
-    shards = Shards.open(recipe.data.train) if Path(recipe.data.train or "-").is_dir() else None
+    shards = _data(recipe)
     config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
     if recipe.data.window > config.max_position_embeddings:
         raise IlladaError(
@@ -247,6 +247,14 @@ def table(found: Estimate) -> str:
     return "\n".join(lines)
 
 
+def _data(recipe: Recipe) -> Shards | None:
+    """Return the prepared data, if it is there; a place elsewhere must be."""
+    places = recipe.data.train
+    names = [places] if isinstance(places, str) else list(places)
+    there = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
+    return Shards.open_all(places) if there else None
+
+
 def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
     if recipe.model.start is not None:
         from illada.loading import load_config, model_folder
@@ -321,24 +329,24 @@ def _rehearse(
 ) -> tuple[_Size, dict[Checkpointing, Memory]]:
     """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
     bf16 = recipe.training.dtype == "bf16"
-    # What the forward pass sees: FSDP2's mixed precision hands it bf16 weights, and there is no autocast.
-    narrow = bf16 and (gpus > 1 or bool(recipe.lora.rank))
+    frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
     # Not on fake tensors: PEFT moves layers, which those do not allow.
     with torch.device("meta"):
-        model = IlladaForMaskedLM._from_config(config, dtype=torch.bfloat16 if narrow else torch.float32).train()
+        model = IlladaForMaskedLM._from_config(config, dtype=frozen).train()
         if recipe.lora.rank:
             _adapt(model, recipe)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with FakeTensorMode():
+        # As the forward pass finds them: FSDP2 hands it bf16 weights of the blocks, autocast makes its own copies.
+        _fill(model.model.layers, torch.bfloat16 if bf16 and gpus > 1 else None)
         _fill(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trained)
-        weights = sum(p.numel() * (4 if p.requires_grad else p.element_size()) for p in model.parameters())
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
         size = _Size(everything, _block_parameters(config), count)
-        width = 2 if bf16 else 4
         block, root = blocks // config.num_hidden_layers, everything - blocks
-        gathered = width * (2 * block + root) if gpus > 1 else 0
+        gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
         fixed = (weights + _ADAMW_BYTES * count) // gpus + gathered
@@ -346,9 +354,9 @@ def _rehearse(
         memory: dict[Checkpointing, Memory] = {}
         for kind in CHECKPOINTING:
             _checkpoint(model, kind)
-            saved, loss, meter = _one_pass(model, recipe, windows, bf16 and gpus == 1)
+            saved, loss, meter = _one_pass(model, recipe, windows, bf16)
             during = gradients + meter.peak + reduced if passes > 1 or gpus > 1 else max(gradients, meter.peak_grown)
-            after = gradients + (4 + width) * root if gpus > 1 else 0
+            after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
                 weights=weights // gpus,
                 gathered=gathered,
@@ -420,14 +428,16 @@ def _checkpoint(model: IlladaForMaskedLM, kind: Checkpointing) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": chosen})
 
 
-def _fill(model: IlladaForMaskedLM) -> None:
-    """Give the parameters storage (fake, in a fake mode) instead of none; tied ones stay tied."""
+def _fill(part: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give parameters that have no storage one (fake, in a fake mode) in their type or another; tied ones stay tied."""
     made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
+    for module in part.modules():
         for name, old in module._parameters.items():
-            if old is not None:
+            if old is not None and old.is_meta:
                 if id(old) not in made:
-                    made[id(old)] = torch.nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+                    made[id(old)] = torch.nn.Parameter(
+                        torch.empty(old.shape, dtype=dtype or old.dtype), old.requires_grad
+                    )
                 module._parameters[name] = made[id(old)]
 
 
