@@ -350,6 +350,9 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
 
     def prepare_and_print(arguments: Namespace) -> None:
         shards = prepare(**_given(arguments))
+        if isinstance(shards, str):
+            print(f"Slurm job {shards} completes {arguments.output}; the same command continues what was interrupted")
+            return
         odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in shards.index["odd"].items() if count)
         print(
             f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text in {shards.path}"
@@ -360,7 +363,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     add_function(demo, {})
     add_function(tokenizer, sources)
     add_function(
-        prepare, {**sources, "--patterns": "which files of a folder", "--exclude": "but not these"}, prepare_and_print
+        prepare,
+        {
+            **sources,
+            "--patterns": "which files of a folder",
+            "--exclude": "but not these",
+            "--filters": "leave out poor text: gopher, gopher-repetition, c4, fineweb (made for English web pages)",
+            "--slurm_options": "more of sbatch's, as account=NAME",
+        },
+        prepare_and_print,
     )
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)
