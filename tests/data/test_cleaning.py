@@ -82,7 +82,7 @@ def test_filters_drop_poor_text_and_say_how_much(tmp_path, tokens):
     dropped = {name: shards.index["odd"][f"{name}_documents"] for name in ("gopher", "c4")}
     assert dropped == {"gopher": 2, "c4": 1}
     assert shards.index["provenance"]["filters"] == ["gopher", "c4"]
-    assert prepare([source], str(tmp_path / "both"), tokens, filters=["fineweb"], dedup="exact").documents < 4
+    assert prepare([source], str(tmp_path / "both"), tokens, filters=["gopher"], dedup="exact").documents == 2
 
 
 def test_a_document_longer_than_a_piece_is_judged_as_one(tmp_path, tokens, monkeypatch):
@@ -135,12 +135,10 @@ def test_plain_words():
 
 def test_a_two_worker_ray_run_makes_the_same_data(tmp_path, tokens):
     pytest.importorskip("ray")
-    source = write(tmp_path / "in", GOOD, OTHER, GOOD, "short")
-    local = prepare([source], str(tmp_path / "local"), tokens, task_bytes=400, dedup="exact")
-    ray = prepare(
-        [source], str(tmp_path / "ray"), tokens, task_bytes=400, dedup="exact", executor="ray", workers=2, memory_gb=1
-    )
-    assert ray.documents == local.documents == 3
+    source = write(tmp_path / "in", GOOD, OTHER)
+    local = prepare([source], str(tmp_path / "local"), tokens, task_bytes=1)
+    ray = prepare([source], str(tmp_path / "ray"), tokens, task_bytes=1, executor="ray", workers=2, memory_gb=1)
+    assert ray.documents == local.documents == 2
     assert content(tmp_path / "ray") == content(tmp_path / "local")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import exact_dedup, minhash
 from datatrove.pipeline.dedup.exact_dedup import (
     ExactDedupConfig,
     ExactDedupFilter,
@@ -35,6 +36,10 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from illada.errors import IlladaError
+
+# Their progress bars would lie over ours.
+for _module in (exact_dedup, minhash):
+    _module.tqdm = lambda items, **_: items
 
 Dedup = Literal["none", "exact", "minhash"]
 

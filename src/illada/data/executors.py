@@ -3,6 +3,7 @@
 All of them skip finished tasks when a preparation is continued.
 """
 
+import copy
 import logging
 import os
 import re
@@ -36,7 +37,7 @@ def run_locally(stages: "Sequence[Stage]", log: Path, workers: int) -> None:
     if workers > 1:
         context = get_context("forkserver")
         # The slow imports happen once, before the workers are forked.
-        context.set_forkserver_preload(["illada.data.steps"])
+        context.set_forkserver_preload(["illada.data.steps", "illada.data.cleaning"])
         pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         with _quiet():
@@ -47,7 +48,8 @@ def run_locally(stages: "Sequence[Stage]", log: Path, workers: int) -> None:
                 ranks = executor.get_incomplete_ranks()
                 if pool is None:
                     for rank in ranks:
-                        executor._run_for_rank(rank)
+                        # A copy: the steps count what they did.
+                        copy.deepcopy(executor)._run_for_rank(rank)
                     continue
                 for future in as_completed([pool.submit(executor._run_for_rank, rank) for rank in ranks]):
                     future.result()
@@ -67,7 +69,7 @@ def run_on_ray(stages: "Sequence[Stage]", log: Path, workers: int, memory_gb: in
         IlladaError: when Ray is not installed, or the first of the tasks' errors.
     """
     try:
-        import ray  # type: ignore[import-untyped]
+        import ray
     except ImportError:
         raise IlladaError("executor ray needs Ray: pip install 'illada[cluster]'") from None
     from datatrove.executor import RayPipelineExecutor

@@ -294,8 +294,8 @@ def _left_out(folder: Path, planned: dict[str, Any]) -> Counter[str]:
         for file in (log / "write" / "stats").glob("*.json"):
             # The first of the steps reads, the last one writes.
             for name, step in zip(names, json.loads(file.read_text())[1:], strict=False):
-                count = step["stats"].get("dropped", {})
-                dropped[f"{name}_documents"] += count["total"] if isinstance(count, dict) else int(count)
+                count = step["stats"].get("dropped", 0)
+                dropped[f"{name}_documents"] += int(count["total"] if isinstance(count, dict) else count)
     return dropped
 
 
