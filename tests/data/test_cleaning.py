@@ -48,7 +48,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("task_bytes", [1, 10_000_000])
-def test_of_equal_documents_the_first_stays(tmp_path, tokens, task_bytes):
+def test_of_equal_documents_the_first_stays(tmp_path, tokens, task_bytes, capfd):
     documents = [GOOD, "short", OTHER, GOOD, "short", GOOD + "more"]
     shards = prepare(
         [write(tmp_path / "in", *documents)], str(tmp_path / "out"), tokens, task_bytes=task_bytes, dedup="exact"
@@ -56,6 +56,7 @@ def test_of_equal_documents_the_first_stays(tmp_path, tokens, task_bytes):
     assert texts(shards) == [GOOD, "short", OTHER, GOOD + "more"]
     assert shards.index["odd"]["duplicate_documents"] == 2
     assert not (tmp_path / "out" / "work").exists()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("task_bytes", [1, 10_000_000])
@@ -137,7 +138,12 @@ def test_a_two_worker_ray_run_makes_the_same_data(tmp_path, tokens):
     pytest.importorskip("ray")
     source = write(tmp_path / "in", GOOD, OTHER)
     local = prepare([source], str(tmp_path / "local"), tokens, task_bytes=1)
-    ray = prepare([source], str(tmp_path / "ray"), tokens, task_bytes=1, executor="ray", workers=2, memory_gb=1)
+    try:
+        ray = prepare([source], str(tmp_path / "ray"), tokens, task_bytes=1, executor="ray", workers=2, memory_gb=1)
+    except IlladaError as error:
+        if "Ray cannot be used here" not in str(error):
+            raise
+        pytest.skip(str(error))  # it gives up after half a minute on a busy machine
     assert ray.documents == local.documents == 2
     assert content(tmp_path / "ray") == content(tmp_path / "local")
 

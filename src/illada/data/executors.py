@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from illada.errors import IlladaError
+from illada.errors import IlladaError, first_line
 
 if TYPE_CHECKING:
     from illada.data.cleaning import Stage
@@ -51,7 +51,7 @@ def run_locally(stages: "Sequence[Stage]", log: Path, workers: int) -> None:
                         # A copy: the steps count what they did.
                         copy.deepcopy(executor)._run_for_rank(rank)
                     continue
-                for future in as_completed([pool.submit(executor._run_for_rank, rank) for rank in ranks]):
+                for future in as_completed([pool.submit(_in_worker, executor, rank) for rank in ranks]):
                     future.result()
     except BrokenProcessPool:
         raise IlladaError(
@@ -60,6 +60,11 @@ def run_locally(stages: "Sequence[Stage]", log: Path, workers: int) -> None:
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _in_worker(executor: Any, rank: int) -> None:
+    with _quiet():
+        executor._run_for_rank(rank)
 
 
 def run_on_ray(stages: "Sequence[Stage]", log: Path, workers: int, memory_gb: int) -> None:
@@ -75,12 +80,18 @@ def run_on_ray(stages: "Sequence[Stage]", log: Path, workers: int, memory_gb: in
     from datatrove.executor import RayPipelineExecutor
 
     started = not ray.is_initialized()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _quiet():
         if started:
             try:
-                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-            except ConnectionError:
-                ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    ray.init(address="auto", **options)
+                except ConnectionError:
+                    ray.init(num_cpus=workers, include_dashboard=False, **options)
+            except Exception as error:  # bare ones too
+                raise IlladaError(
+                    f"Ray cannot be used here ({first_line(error)}): check RAY_ADDRESS, or use executor local"
+                ) from error
         try:
             for stage in stages:
                 executor = RayPipelineExecutor(

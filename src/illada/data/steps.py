@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.logging import logger
 
 from illada.data.chat import encode_conversation, split_turns
 from illada.data.shards import ShardWriter, write_json
@@ -46,11 +44,6 @@ class ReadDocuments(PipelineStep):
     def __init__(self, output: str, options: Options):
         super().__init__()
         self.output, self.options = output, options
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a worker process, where datatrove would write its log to the terminal."""
-        self.__dict__.update(state)
-        logger.disable("datatrove")
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:  # noqa: ARG002
         """Yield the documents of task `rank`; none when the task is finished already."""
