@@ -252,7 +252,7 @@ def _data(recipe: Recipe) -> Shards | None:
     places = recipe.data.train
     names = [places] if isinstance(places, str) else list(places)
     there = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
-    return Shards.open_all(places) if there else None
+    return Shards.open(places) if there else None
 
 
 def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:

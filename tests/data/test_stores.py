@@ -131,7 +131,7 @@ def mixed(make_data, tmp_path):
 
 def test_a_mixture_keeps_its_shares(mixed):
     weights = {mixed["web"]: 0.5, mixed["books"]: 0.3, mixed["code"]: 0.2}
-    shards = Shards.open_all(weights)
+    shards = Shards.open(weights)
     assert [source.share for source in shards.sources] == [Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)]
     batches = Batches(shards, window=10, samples_per_step=32, seed=4, split_probability=0.0)
     assert batches.samples == 21 + 40 + 10
@@ -159,7 +159,7 @@ def test_a_mixture_of_chats_and_its_documents(make_data, tmp_path):
     second = [([n] * (n + 3), 2) for n in range(20, 30)]
     for name, documents in (("a", first), ("b", second)):
         make_data(tmp_path / name, documents, kind="chat", per_shard=20)
-    shards = Shards.open_all({str(tmp_path / "a"): 1, str(tmp_path / "b"): 3})
+    shards = Shards.open({str(tmp_path / "a"): 1, str(tmp_path / "b"): 3})
     assert shards.kind == "chat"
     for i, (ids, prompt) in enumerate(first + second):
         start, end, found = shards.document_span(i)
@@ -172,14 +172,14 @@ def test_a_mixture_of_chats_and_its_documents(make_data, tmp_path):
 
 def test_a_mixture_that_cannot_be_is_refused(mixed, make_data, tmp_path):
     with pytest.raises(IlladaError, match=r"weight of .*web is 0: it must be above 0"):
-        Shards.open_all({mixed["web"]: 0})
+        Shards.open({mixed["web"]: 0})
     with pytest.raises(IlladaError, match="is empty"):
-        Shards.open_all({})
+        Shards.open({})
     make_data(tmp_path / "other", [[1] * 30], vocab_size=70)
     with pytest.raises(IlladaError, match=r"other was prepared with another tokenizer than .*web"):
-        Shards.open_all({mixed["web"]: 1, str(tmp_path / "other"): 1})
+        Shards.open({mixed["web"]: 1, str(tmp_path / "other"): 1})
     with pytest.raises(IlladaError, match="code holds 105 tokens, less than one window of 200"):
-        Batches(Shards.open_all({mixed["books"]: 1, mixed["code"]: 1}), 200, 1, seed=0)
+        Batches(Shards.open({mixed["books"]: 1, mixed["code"]: 1}), 200, 1, seed=0)
 
 
 def test_a_recipe_may_name_a_mixture(mixed, tmp_path, capsys):

@@ -99,12 +99,19 @@ class Shards:
         self._checked: set[int] = set()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Shards":
-        """Open a prepared folder, or the URL of one; no token is read yet.
+    def open(cls, place: str | os.PathLike[str] | Mapping[str, float]) -> "Shards":
+        """Open a prepared folder, the URL of one, or several with weights; no token is read yet.
+
+        Weights are shares of the samples, in any unit.
 
         Raises:
-            IlladaError: when the folder is no data set, is of a newer format, or lacks, or has cut or damaged, a shard.
+            IlladaError: when a folder is no data set, is of a newer format, or lacks, or has cut or damaged, a shard;
+                when a weight is not above 0, or two of a mixture were prepared with different tokenizers.
         """
+        return cls._open_all(place) if isinstance(place, Mapping) else cls._open_one(place)
+
+    @classmethod
+    def _open_one(cls, path: str | os.PathLike[str]) -> "Shards":
         store = open_store(path)
         name = store.name
         if not store.exists():
@@ -132,20 +139,13 @@ class Shards:
         return shards
 
     @classmethod
-    def open_all(cls, places: str | os.PathLike[str] | Mapping[str, float]) -> "Shards":
-        """Open one data set, or several with weights: their shares of the samples, in any unit.
-
-        Raises:
-            IlladaError: as `open`, when a weight is not above 0, or when two were prepared with different tokenizers.
-        """
-        if not isinstance(places, Mapping):
-            return cls.open(places)
+    def _open_all(cls, places: Mapping[str, float]) -> "Shards":
         if not places:
             raise IlladaError("the mixture is empty: give at least one folder with a weight")
         for place, weight in places.items():
             if not 0 < weight < float("inf"):
                 raise IlladaError(f"the weight of {place} is {weight:g}: it must be above 0 (leave out what has none)")
-        parts = [cls.open(place) for place in places]
+        parts = [cls._open_one(place) for place in places]
         first = parts[0]
         for place, part in zip(places, parts, strict=True):
             if (part.tokenizer_sha256, part.vocab_size) != (first.tokenizer_sha256, first.vocab_size):

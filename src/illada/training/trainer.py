@@ -72,7 +72,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     """
     recipe.check()
     settings = recipe.training
-    shards = Shards.open_all(recipe.data.train)
+    shards = Shards.open(recipe.data.train)
     validation = None if recipe.data.validation is None else _validation(recipe.data.validation, shards)
     tokenizer = load_tokenizer(shards.path / "tokenizer")
     # Once: it may be a hub name, or a run whose newest checkpoint changes.
