@@ -199,6 +199,19 @@ def _train(command: str, arguments: Namespace) -> None:
     print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
+def _estimate(arguments: Namespace) -> None:
+    """Say what a recipe will need."""
+    import json
+
+    from illada.estimate import estimate, table
+    from illada.training import Recipe
+
+    recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
+    names = ("gpus", "gpu", "mfu", "price", "vocab_size", "data_tokens")
+    found = estimate(recipe, **{name: arguments[name] for name in names})
+    print(json.dumps(dataclasses.asdict(found), indent=1) if arguments.json else table(found))
+
+
 def _generate(arguments: Namespace) -> None:
     """Complete prompts."""
     from illada.commands.generate import generate_text, read_prompts
@@ -307,6 +320,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 
 def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     from illada.data.prepare import prepare
+    from illada.estimate import estimate
     from illada.generation import GenerationSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
@@ -336,6 +350,9 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
 
     def prepare_and_print(arguments: Namespace) -> None:
         shards = prepare(**_given(arguments))
+        if isinstance(shards, str):
+            print(f"Slurm job {shards} completes {arguments.output}; the same command continues what was interrupted")
+            return
         odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in shards.index["odd"].items() if count)
         print(
             f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text in {shards.path}"
@@ -346,7 +363,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     add_function(demo, {})
     add_function(tokenizer, sources)
     add_function(
-        prepare, {**sources, "--patterns": "which files of a folder", "--exclude": "but not these"}, prepare_and_print
+        prepare,
+        {
+            **sources,
+            "--patterns": "which files of a folder",
+            "--exclude": "but not these",
+            "--filters": "leave out poor text: gopher, gopher-repetition, c4, fineweb (made for English web pages)",
+            "--slurm_options": "more of sbatch's, as account=NAME",
+        },
+        prepare_and_print,
     )
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)
@@ -356,6 +381,11 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         command.add_class_arguments(Recipe)
         if name == "sft":
             command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+    command = add("estimate", _estimate, "Say what a recipe will need: memory by kind, speed, days and cost.")
+    command.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag")
+    command.add_function_arguments(estimate, as_positional=False, skip={"recipe"})
+    command.add_argument("--json", type=bool, default=False, help="print a JSON object instead")
+    command.add_class_arguments(Recipe)
     command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
     _add_model_arguments(command)
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
@@ -401,7 +431,7 @@ def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
     """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
     without brackets (`--lora.targets q_proj v_proj`).
     """
-    if len(words) > 1 and words[0] in ("pretrain", "sft") and not words[1].startswith("-"):
+    if len(words) > 1 and words[0] in ("pretrain", "sft", "estimate") and not words[1].startswith("-"):
         words = [words[0], "--config", *words[1:]]
     commands = next((action.choices for action in parser._actions if action.choices), None) or {}
     command = commands.get(words[0]) if isinstance(commands, dict) else None

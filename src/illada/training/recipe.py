@@ -101,7 +101,8 @@ class DataRecipe:
     """The prepared tokens to train on.
 
     Args:
-        train: folder written by `illada prepare`.
+        train: folder written by `illada prepare`, or its URL (s3://, gs://, hf://, ...); several are mixed if given as
+            {folder: weight}, where the weights are their shares of the windows in any unit.
         validation: folder of held-out tokens, prepared with the same tokenizer; none for no validation.
         window: tokens of one training window (paper: 8192).
         split_probability: chance that a window is split into two segments without attention between them (paper: 0.3).
@@ -109,7 +110,7 @@ class DataRecipe:
             keep "window": a segment that ends with its answer gives the answer's length away.
     """
 
-    train: str = ""
+    train: str | dict[str, float] = ""
     validation: str | None = None
     window: int = 8192
     split_probability: float = 0.3
