@@ -13,7 +13,7 @@ from torch import Tensor
 Word = int | Tensor
 
 # One stream per purpose keeps the random numbers of one apart from those of another under the same seed.
-TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT = range(6)
+TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER = range(7)
 
 
 def _signed(word: int) -> int:
