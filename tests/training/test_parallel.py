@@ -2,71 +2,41 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from illada.diffusion.noisy import noisy_batches
 from illada.training import train
 from illada.training.report import read_metrics
 
-PRETRAIN = {
-    "1 process": (1, "pretrain"),
-    "1 process, 4 passes": (1, "pretrain", "--training.samples_per_batch", "1"),
-    "2 processes": (2, "pretrain"),
-    "2 processes, 2 passes": (2, "pretrain", "--training.samples_per_batch", "1"),
-    "4 processes": (4, "pretrain"),
-    "4 processes, 2 copies, recomputing, 2 passes": (
-        *(4, "pretrain", "--parallel.replicate", "2", "--parallel.recompute", "selective"),
-        *("--training.samples_per_step", "8", "--training.samples_per_batch", "1"),
-    ),
-    "8 windows, 1 process": (1, "pretrain", "--training.samples_per_step", "8"),
-    "5 windows, 1 process": (1, "pretrain", "--training.samples_per_step", "5"),
-    "5 windows, 2 processes": (2, "pretrain", "--training.samples_per_step", "5", "--training.samples_per_batch", "1"),
-    "5 windows, 4 processes": (4, "pretrain", "--training.samples_per_step", "5"),
-    "muon, 1 process": (1, "pretrain", "--training.optimizer", "muon"),
-    "muon, 2 processes": (2, "pretrain", "--training.optimizer", "muon"),
-    "bf16, 1 process": (1, "pretrain", "--training.dtype", "bf16"),
-    "bf16, 2 processes": (2, "pretrain", "--training.dtype", "bf16"),
-    "bad": (2, "pretrain", "--data.train", "nowhere"),
-    "bad copies": (2, "pretrain", "--parallel.replicate", "3"),
-}
-SAME = {
-    "1 process, 4 passes": "1 process",
-    "2 processes": "1 process",
-    "2 processes, 2 passes": "1 process",
-    "4 processes": "1 process",
-    "4 processes, 2 copies, recomputing, 2 passes": "8 windows, 1 process",
-    "5 windows, 2 processes": "5 windows, 1 process",
-    "5 windows, 4 processes": "5 windows, 1 process",
-    "muon, 2 processes": "muon, 1 process",
-    "bf16, 2 processes": "bf16, 1 process",
-}
 
-
-def run_groups(recipe, folder, runs):
-    written = dataclasses.asdict(recipe)
-    del written["output"]
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(written))
-    script = Path(__file__).with_name("groups.py")
-    words = [sys.executable, script, file, folder, json.dumps(runs)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def run_groups(folder, runs):
+    """Train recipes, {name: (processes, recipe)}, each in a folder of its name; returns how they ended."""
+    values = {}
+    for name, (processes, recipe) in runs.items():
+        recipe.output = str(folder / name)
+        values[name] = (processes, dataclasses.asdict(recipe))
+    (folder / "runs.json").write_text(json.dumps(values))
+    words = [sys.executable, Path(__file__).with_name("groups.py"), folder / "runs.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def assert_same_run(folder, ends, name, other, loss=1e-5, weight=1e-5):
+def assert_same_run(folder, ends, name, other, loss=1e-5, weight=2e-5):
     assert ends[name]["noise"] == ends[other]["noise"], name
     mine, theirs = (read_metrics(folder / n / "metrics.jsonl") for n in (name, other))
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for key in ("loss", "gradient_norm", "validation_loss", "tokens", "learning_rate"):
-        a, b = ([r.get(key) for r in records] for records in (mine, theirs))
+        a, b = ([r.get(key, 0.0) for r in records] for records in (mine, theirs))
         assert a == pytest.approx(b, rel=loss if key != "gradient_norm" else 10 * loss), (name, key)
     kind = "adapter/adapter_model" if (folder / name / "adapter").exists() else "model/model"
     a, b = (load_file(folder / n / f"{kind}.safetensors") for n in (name, other))
@@ -76,46 +46,75 @@ def assert_same_run(folder, ends, name, other, loss=1e-5, weight=1e-5):
 
 
 def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
-    recipe = make_recipe(validation="held_out", steps=6, validate_every=3, validation_samples=5, samples_per_batch=4)
-    recipe.training.learning_rate = 1e-3
-    ends = run_groups(recipe, tmp_path, PRETRAIN)
+    def make(**changes):
+        settings = {"steps": 5, "validate_every": 3, "validation_samples": 5, "samples_per_batch": 4}
+        return make_recipe(validation="held_out", **{**settings, "learning_rate": 1e-3, **changes})
+
+    copies = make(samples_per_step=8, samples_per_batch=1)
+    copies.parallel.replicate, copies.parallel.recompute = 2, "selective"
+    nowhere, odd_copies = make(), make()
+    nowhere.data.train, odd_copies.parallel.replicate = "nowhere", 3
+    runs = {
+        "1": (1, make()),
+        "1, 4 passes": (1, make(samples_per_batch=1)),
+        "2": (2, make()),
+        "2, 2 passes": (2, make(samples_per_batch=1)),
+        "4": (4, make()),
+        "8 windows on 1": (1, make(samples_per_step=8)),
+        "8 windows on 4, 2 copies, 2 passes": (4, copies),
+        "5 windows on 1": (1, make(samples_per_step=5)),
+        "5 windows on 2, 3 passes": (2, make(samples_per_step=5, samples_per_batch=1)),
+        "5 windows on 4": (4, make(samples_per_step=5)),
+        "muon on 1": (1, make(optimizer="muon")),
+        "muon on 2": (2, make(optimizer="muon")),
+        "bf16 on 1": (1, make(dtype="bf16")),
+        "bf16 on 2": (2, make(dtype="bf16")),
+        "nowhere": (2, nowhere),
+        "odd copies": (2, odd_copies),
+    }
+    ends = run_groups(tmp_path, runs)
+    wrong = ("nowhere", "odd copies")
     for name, end in ends.items():
-        assert end["codes"] == [2 if "bad" in name else 0] * len(end["codes"]), (name, end["said"])
-    for name, other in SAME.items():
-        # Muon orthogonalises in bf16, where another order of sums shows.
-        loose = name.startswith(("bf16", "muon"))
-        assert_same_run(tmp_path, ends, name, other, *((3e-3, 1e-3) if loose else (1e-5, 2e-5)))
-    assert len(ends["2 processes"]["noise"]) == 6
-    assert ends["1 process"]["noise"] != ends["8 windows, 1 process"]["noise"]
+        assert end["codes"] == [2 if name in wrong else 0] * runs[name][0], (name, end["said"])
+    for name in ("1, 4 passes", "2", "2, 2 passes", "4"):
+        assert_same_run(tmp_path, ends, name, "1")
+    assert_same_run(tmp_path, ends, "8 windows on 4, 2 copies, 2 passes", "8 windows on 1")
+    for name in ("5 windows on 2, 3 passes", "5 windows on 4"):
+        assert_same_run(tmp_path, ends, name, "5 windows on 1")
+    # bf16 shows another order of sums, and Muon computes in it.
+    for kind in ("muon", "bf16"):
+        assert_same_run(tmp_path, ends, f"{kind} on 2", f"{kind} on 1", 3e-3, 1e-3)
+    assert len(ends["2"]["noise"]) == 5
+    assert ends["1"]["noise"] != ends["5 windows on 1"]["noise"]
     # One voice: that of the first process.
-    said = ends["4 processes"]["said"]
-    assert said.count("validation") == 2
-    assert said.count("model written to") == 1
-    assert ends["bad"]["said"] == "illada: error: no prepared data at nowhere: make it with `illada prepare`\n"
-    assert ends["bad copies"]["said"].startswith("illada: error: parallel.replicate is 3: it must divide")
-    assert ends["bad copies"]["said"].count("\n") == 1
-    assert not (tmp_path / "bad copies").exists()
-    shards = list((tmp_path / "4 processes" / "checkpoints" / "step-00000006").glob("shard-*.safetensors"))
+    assert ends["4"]["said"].count("validation") == 2
+    assert ends["nowhere"]["said"] == "error: no prepared data at nowhere: make it with `illada prepare`\n"
+    assert ends["odd copies"]["said"].startswith("error: parallel.replicate is 3: it must divide")
+    assert ends["odd copies"]["said"].count("\n") == 1
+    assert not any((tmp_path / name).exists() for name in wrong)
+    shards = list((tmp_path / "4" / "checkpoints" / "step-00000005").glob("shard-*.safetensors"))
     assert len(shards) == 4
 
 
-@pytest.mark.parametrize("rule", ["illada", "llada"])
-def test_tuning_is_the_same_run_too(make_recipe, tmp_path, rule):
+def test_tuning_is_the_same_run_too(make_recipe, tmp_path):
     base = train(make_recipe("base", steps=2)).model
-    recipe = make_recipe("tuned", "chat", start=base, steps=4, rule=rule, samples_per_batch=4, learning_rate=1e-3)
-    lora = ("--lora.rank", "2")
-    runs = {
-        "1 process": (1, "sft"),
-        "2 processes, 2 passes": (2, "sft", "--training.samples_per_batch", "1"),
-        "4 processes": (4, "sft"),
-        "adapter, 1 process": (1, "sft", *lora),
-        "adapter, 2 processes": (2, "sft", *lora),
-    }
-    ends = run_groups(recipe, tmp_path, runs)
-    assert all(not any(end["codes"]) for end in ends.values()), ends
-    for name in ("2 processes, 2 passes", "4 processes"):
-        assert_same_run(tmp_path, ends, name, "1 process", 1e-5, 2e-5)
-    assert_same_run(tmp_path, ends, "adapter, 2 processes", "adapter, 1 process", 1e-5, 2e-5)
+    runs = {}
+    for rule in ("illada", "llada"):
+        tune = partial(make_recipe, "", "chat", start=base, steps=4, rule=rule, learning_rate=1e-3)
+        adapters = [tune(), tune()]
+        for recipe in adapters:
+            recipe.lora.rank = 2
+        runs |= {
+            f"{rule} on 1": (1, tune(samples_per_batch=4)),
+            f"{rule} on 2": (2, tune(samples_per_batch=1)),
+            f"{rule} on 4": (4, tune()),
+            f"{rule}, adapter on 1": (1, adapters[0]),
+            f"{rule}, adapter on 2": (2, adapters[1]),
+        }
+    ends = run_groups(tmp_path, runs)
+    assert not any(any(end["codes"]) for end in ends.values()), ends
+    for name in runs:
+        assert_same_run(tmp_path, ends, name, f"{name[:-1]}1")
 
 
 def test_every_process_makes_the_same_number_of_passes(make_recipe, data):
