@@ -196,7 +196,8 @@ def _train(command: str, arguments: Namespace) -> None:
     result = train(recipe, title=command)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
-    print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
 def _generate(arguments: Namespace) -> None:

@@ -23,7 +23,7 @@ from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Parallel
 
 
 def group(world, action, said):
-    """Act in `world` processes, given the rank; returns their exit codes. The file `said` gets what all of them print."""
+    """Act in `world` processes, given the rank; returns exit codes. The file `said` gets what all of them print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
