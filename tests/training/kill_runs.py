@@ -109,9 +109,9 @@ def chosen(recipe, folder):
         "second of the pair killed in the shards of 14": go(2, pair, patch=lambda: in_the_shards(14), on=1),
         "second of the pair terminated": go(2, pair, patch=lambda: at_step(17, signal.SIGTERM), on=1),
         "last of the pair": go(2, pair),
-        "1 killed at 9": go(1, mixed, patch=lambda: at_step(9, signal.SIGKILL)),
+        "1 killed at 16": go(1, mixed, patch=lambda: at_step(16, signal.SIGKILL)),
         "2 killed before the name of 21": go(2, mixed, patch=lambda: before_the_name(21)),
-        "1 killed at 25": go(1, mixed, patch=lambda: at_step(25, signal.SIGKILL)),
+        "1 killed in the shards of 28": go(1, mixed, patch=lambda: in_the_shards(28)),
         "last of the mixed": go(2, mixed),
     }
 
@@ -137,10 +137,15 @@ def at_random(kills, worlds, seed, folder):
     words = ["pretrain", str(folder / "recipe.yaml"), "--output"]
     begun = time.monotonic()
     assert start(worlds[0], [*words, f"{folder}/whole"], folder)["codes"] == [0] * worlds[0]
-    seconds = time.monotonic() - begun
+    seconds, idle = time.monotonic() - begun, {}
+    for world in set(worlds):  # how long it takes to find that nothing is left to do
+        begun = time.monotonic()
+        start(world, [*words, f"{folder}/whole"], folder)
+        idle[world] = time.monotonic() - begun
     picks, done = random.Random(seed), 0
     while done < kills:
-        world, delay = worlds[done % len(worlds)], picks.uniform(0, 4 * seconds / kills)
+        world = worlds[done % len(worlds)]
+        delay = picks.uniform(0, idle[world] + 3 * seconds / kills)
         victim = picks.randrange(world)
 
         def die(delay=delay):
