@@ -145,7 +145,7 @@ def at_random(kills, worlds, seed, folder):
     picks, done = random.Random(seed), 0
     while done < kills:
         world = worlds[done % len(worlds)]
-        delay = picks.uniform(0, idle[world] + 3 * seconds / kills)
+        delay = picks.uniform(0, idle[world] + 3 * world * seconds / kills)
         victim = picks.randrange(world)
 
         def die(delay=delay):
