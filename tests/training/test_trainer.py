@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import shutil
@@ -384,6 +385,23 @@ def test_an_output_that_is_something_else_is_left_alone(make_recipe, tmp_path):
     with pytest.raises(IlladaError, match="choose another --output"):
         train(make_recipe("file"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_two_trainers_do_not_share_a_folder(make_recipe):
+    recipe = make_recipe(steps=2)
+    train(recipe)
+    with (Path(recipe.output) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(IlladaError, match=r"another process trains in .*run: wait for its end"):
+            train(recipe)
+    train(recipe)
+
+
+def test_the_newest_checkpoints_are_kept_and_those_of_every_so_many_steps(make_recipe):
+    recipe = make_recipe(steps=32, checkpoint_every=4, keep_checkpoints=2, keep_every=12)
+    train(recipe)
+    kept = [path.name for path in checkpoints(Path(recipe.output))]
+    assert kept == ["step-00000012", "step-00000024", "step-00000028", "step-00000032"]
 
 
 # SFT
