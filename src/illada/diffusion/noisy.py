@@ -27,6 +27,8 @@ class Batch:
     weight_T: Tensor
     """Weight of each token's cross-entropy, fp32; meaningful where masked."""
     packing: Packing
+    probability_T: Tensor
+    """With which each of them was masked, fp32."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -103,4 +105,4 @@ def _noisy_batch(
     )
     masked_T &= within_T >= spread([s.visible for s in segments], torch.int64)
     weight_T = 1 / (probability_T * spread(norms, torch.float64))
-    return Batch(clean_T, masked_T, weight_T.float(), packing)
+    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float())

@@ -48,7 +48,7 @@ def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iter
     sources = shards.index["provenance"].get("source_fingerprint")
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
     written = {**asdict(recipe), "data_fingerprint": data}
-    del written["output"]
+    del written["output"], written["log"]
     if base is None:
         del written["lora"]
     else:

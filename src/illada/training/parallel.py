@@ -45,13 +45,13 @@ class Processes:
         """Whether this one writes and speaks for all."""
         return self.rank == 0
 
-    def total(self, value: float) -> float:
-        """Return the sum over all processes; every one gets the same bits."""
+    def total(self, *values: float) -> list[float]:
+        """Return the sum of each value over all processes; every one gets the same bits."""
         if self.count == 1:
-            return value
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(found)
-        return float(found)
+        return found.tolist()
 
     def highest(self, *numbers: int) -> list[int]:
         """Return the largest of each number over all processes."""
@@ -135,11 +135,18 @@ class Objective(nn.Module):
         self.model = model
         self.device, self.dtype = device, dtype
 
-    def forward(self, clean_T: Tensor, masked_T: Tensor, weight_T: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self,
+        clean_T: Tensor,
+        masked_T: Tensor,
+        weight_T: Tensor,
+        packing: Packing,
+        each_T: Tensor | None = None,
+    ) -> Tensor:
         """Return the masked loss of a batch in nats (see `masked_loss`), computed in the recipe's dtype."""
         half = self.dtype == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            return masked_loss(self.model, clean_T, masked_T, weight_T, packing)
+            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T)
 
 
 def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -> Objective:

@@ -214,6 +214,19 @@ SFT_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
+class LogRecipe:
+    """Where the numbers of a run go besides the terminal and metrics.jsonl; needs `pip install 'illada[track]'`.
+
+    Args:
+        tensorboard: write them into the folder tensorboard of the run.
+        wandb: send them to this project of Weights & Biases, over the network.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass
 class Recipe:
     """One training run.
 
@@ -224,6 +237,7 @@ class Recipe:
         data: the tokens.
         training: how to train.
         parallel: processes, memory, compiler.
+        log: TensorBoard and Weights & Biases.
     """
 
     output: str = ""
@@ -232,6 +246,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
 
     def check(self) -> None:
         """Check what can be checked without opening anything.

@@ -1,13 +1,18 @@
-"""What a run says: one JSON line per event in metrics.jsonl, and a progress bar or plain lines on the terminal."""
+"""What a run says: a JSON line for every step in metrics.jsonl, a progress bar or plain lines on the terminal, and what
+the trackers show.
+"""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from illada.training.trackers import Tracker
 
 
 class Report:
@@ -17,10 +22,19 @@ class Report:
     processes that are not the first, does nothing.
     """
 
-    def __init__(self, run: Path, title: str, total: int, done: int, plain_every: float = 15.0, quiet: bool = False):
+    def __init__(
+        self,
+        run: Path,
+        title: str,
+        total: int,
+        done: int,
+        plain_every: float = 15.0,
+        quiet: bool = False,
+        trackers: Sequence[Tracker] = (),
+    ):
         self.path = run / "metrics.jsonl"
         self.title, self.total, self.done, self.plain_every = title, total, done, plain_every
-        self.quiet = quiet
+        self.quiet, self.trackers = quiet, trackers
         self.console = Console(stderr=True, quiet=quiet)
         self.live = sys.stderr.isatty() and not quiet
         self._last_line = time.monotonic()
@@ -45,6 +59,8 @@ class Report:
     def __exit__(self, *_: object) -> None:
         """Close the file and the bar."""
         self._bar.stop()
+        for tracker in self.trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
 
@@ -65,6 +81,8 @@ class Report:
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
     def progress(self, done: int, total: int, text: str) -> None:
         """Show how far the run is."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,12 @@ from illada.training.parallel import Objective, Processes, before_pass, distribu
 from illada.training.recipe import Recipe
 from illada.training.report import Report
 from illada.training.schedule import on_plateau
+from illada.training.speed import flops_per_token, peak_flops, peak_memory
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
+from illada.training.trackers import make_trackers
+
+BUCKETS = 5
+"""Parts of the mask ratio by which the loss is reported."""
 
 
 class DivergedError(RuntimeError):
@@ -110,12 +115,15 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
     ):
         state = go_back() or RunState()
         schedule = schedule_of(recipe, batches, state)
-        with Report(run, title, schedule.steps, state.step, quiet=not processes.first) as report:
+        with processes.agreed():
+            trackers = make_trackers(run, recipe.log, state.step + 1, asdict(recipe)) if processes.first else []
+        with Report(run, title, schedule.steps, state.step, quiet=not processes.first, trackers=trackers) as report:
             for line in notes:
                 report.say(f"{title}: {line}")
             if state.step:
                 report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
             model.train()
+            peak = peak_flops(processes.device)
             started, started_tokens = time.monotonic(), state.tokens
             while state.step < schedule.steps:
                 asked = decay_asked(run, state, schedule) if processes.first else None
@@ -131,10 +139,16 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     schedule = schedule_of(recipe, batches, state)
                     report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
                 plan = batches.plan(data_step(state.step, settings.seed, state.returns))
-                loss = _gradients(objective, plan, state.step, recipe, shards, eos, processes)
+                loss, by_ratio = _gradients(objective, plan, state.step, recipe, shards, eos, processes)
                 norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
                 rate = schedule.learning_rate(state.step)
-                record: dict[str, Any] = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
+                record: dict[str, Any] = {
+                    "loss": loss,
+                    "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
+                    "loss_by_mask_ratio": by_ratio,
+                    "learning_rate": rate,
+                    "gradient_norm": float(norm),
+                }
                 deviations = None if settings.on_spike == "none" else settings.spike_deviations
                 if (wrong := trouble(state, loss, float(norm), deviations)) is not None:
                     record["trouble"] = wrong
@@ -164,6 +178,10 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                 state.step += 1
                 speed = (state.tokens - started_tokens) / (time.monotonic() - started)
                 record |= {"tokens": state.tokens, "tokens_per_second": round(speed)}
+                record |= {"memory_gb": round(peak_memory(processes.device) / 1e9, 3)}
+                if peak is not None:
+                    lengths = [segment.size for sample in plan for segment in sample]
+                    record["mfu"] = round(flops_per_token(model, lengths) * speed / (peak * processes.count), 4)
                 last = state.step == schedule.steps
                 if held_out is not None and (state.step % settings.validate_every == 0 or last):
                     bound = _validate(objective, held_out, recipe, processes)
@@ -195,8 +213,13 @@ def _gradients(
     shards: Shards,
     eos: int | None,
     processes: Processes,
-) -> float:
-    """Add up the gradients of this process's share of a step; returns the loss of the whole step, nats per token."""
+) -> tuple[float, list[float | None]]:
+    """Add up the gradients of this process's share of a step.
+
+    Returns:
+        the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
+        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens).
+    """
     settings = recipe.training
     share = -(-len(plan) // processes.count)
     passes = -(-share // settings.samples_per_batch)
@@ -211,15 +234,24 @@ def _gradients(
         rank=processes.rank,
         ranks=processes.count,
     )
-    loss = torch.zeros((), device=processes.device)
+    # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
+    sums = torch.zeros(1 + 2 * BUCKETS, device=processes.device)
     for number, batch in enumerate(noisy):
         before_pass(objective, last=number == passes - 1)
         key = (settings.seed, DROPOUT, step, processes.rank * passes + number)
         with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
-            part = objective(*batch.on(processes.device), batch.packing)
-        part.backward()
-        loss += part.detach()
-    return processes.total(float(loss))
+            each_T = sums.new_zeros(batch.packing.tokens)
+            clean_T, masked_T, weight_T = batch.on(processes.device)
+            loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
+        loss.backward()
+        sums[0] += loss.detach()
+        counted_T = masked_T & (weight_T > 0)
+        bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
+        sums.index_add_(0, bucket_T, each_T * counted_T)
+        sums.index_add_(0, bucket_T + BUCKETS, counted_T.to(sums.dtype))
+    total = processes.total(*sums.tolist())
+    pairs = zip(total[1 : 1 + BUCKETS], total[1 + BUCKETS :], strict=True)
+    return total[0], [entropy / count if count else None for entropy, count in pairs]
 
 
 @torch.no_grad()
@@ -238,7 +270,7 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
     bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
     release(objective)
     objective.train()
-    return processes.total(bound)
+    return processes.total(bound)[0]
 
 
 def _leave_out(run: Path, state: RunState, policy: str, wrong: str, go_back: Callable[[], RunState | None]) -> RunState:
