@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from illada.data.shards import Shards
 from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.errors import IlladaError
 from illada.training import DivergedError, parallel, train, trainer
-from illada.training.checkpoint import checkpoints, export
+from illada.training.checkpoint import Checkpoints, checkpoints, export
 from illada.training.report import Report, read_metrics
 
 
@@ -460,3 +461,41 @@ def test_metrics_survive_a_half_written_line(tmp_path):
     with Report(tmp_path, "x", total=5, done=2) as report:
         report.log(3, loss=0.5)
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_weights_change_only_when_the_checkpoint_has_its_copy(make_recipe, monkeypatch):
+    """The order of events of a run: a checkpoint is begun, its copy is waited for, the weights change."""
+    events = []
+    saving, waiting, step = Checkpoints.save, Checkpoints.settle, torch.optim.AdamW.step
+
+    def save(self, state):
+        events.append("begun")
+        path = saving(self, state)
+        copied = self._copied
+        self._copied = SimpleNamespace(result=lambda: events.append("copied") or copied.result())
+        return path
+
+    def settle(self):
+        waiting(self)
+        assert self._copied is None
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "settle", settle)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: events.append("changed") or step(*given))
+    recipe = make_recipe(steps=5, checkpoint_every=2)
+    train(recipe)
+    assert events == [*["changed"] * 2, "begun", "copied", *["changed"] * 2, "begun", "copied", "changed", "begun"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(make_recipe, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("illada.training.checkpoint.HuggingFaceStorageWriter.write_data", full)
+    recipe = make_recipe(steps=4, checkpoint_every=2)
+    with pytest.raises(IlladaError, match=r"no checkpoint could be written in .*No space left") as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    train(recipe)
+    assert steps_of(recipe.output) == [1, 2, 3, 4]

@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -154,7 +155,7 @@ class Checkpoints:
         with self.processes.agreed():
             try:
                 written.result()
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 raise IlladaError(f"no checkpoint could be written in {self.run}: {_cause(error)}") from error
 
     def load(self, path: Path) -> RunState:
@@ -182,7 +183,7 @@ class Checkpoints:
                     process_group=self.processes.files,
                     no_dist=self.processes.count == 1,
                 )
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 raise IlladaError(f"checkpoint {path} cannot be read ({_cause(error)}): {hint}") from error
         return state
 
@@ -244,7 +245,7 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def _cause(error: Exception) -> str:
-    """Return the first line of what went wrong, which torch wraps in an error that lists all processes."""
-    failures = getattr(error, "failures", {})
-    return first_line(next(iter(failures.values()))[0] if failures else error)
+def _cause(error: Exception | CheckpointException) -> str:
+    """Return the first line of what went wrong, out of torch's list of what went wrong where (no `Exception`)."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return first_line(cause)
