@@ -38,6 +38,15 @@ def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[
     return [adamw, muon]
 
 
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Change the weights by their gradients at a learning rate, and let go of the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def moments(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """Return the optimisers' tensors as "weight/moment", without the count of updates; they share their memory."""
     return {

@@ -102,13 +102,16 @@ def join(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs, or stand alone.
 
     Raises:
-        IlladaError: when there is no such device, or fewer of them than processes on this machine.
+        IlladaError: when there is no such device, or fewer of them than processes on this machine, or what torchrun
+            says is not there.
     """
     place = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(0, 1, place)
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise IlladaError(f"WORLD_SIZE is {count} but {missing[0]} is not set: start several processes with torchrun")
     backend = "gloo"
     if place.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))

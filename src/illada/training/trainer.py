@@ -30,7 +30,7 @@ from illada.model import IlladaForMaskedLM
 from illada.training.build import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
 from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
-from illada.training.optimizers import make_optimizers, moments, set_updates
+from illada.training.optimizers import make_optimizers, moments, set_updates, update
 from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
 from illada.training.recipe import Recipe
 from illada.training.report import Report
@@ -165,14 +165,10 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                         continue
                     report.say(f"{title}: {wrong} at step {here}: left out")
                 else:
-                    saved.settle()
                     if settings.gradient_clip:
                         torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
-                    for optimizer in optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = rate
-                        optimizer.step()
-                        optimizer.zero_grad()
+                    saved.settle()
+                    update(optimizers, rate)
                     remember(state, loss)
                     state.tokens += sum(segment.size for sample in plan for segment in sample)
                 state.step += 1
@@ -239,9 +235,9 @@ def _gradients(
     for number, batch in enumerate(noisy):
         before_pass(objective, last=number == passes - 1)
         key = (settings.seed, DROPOUT, step, processes.rank * passes + number)
+        each_T = sums.new_zeros(batch.packing.tokens)
+        clean_T, masked_T, weight_T = batch.on(processes.device)
         with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
-            each_T = sums.new_zeros(batch.packing.tokens)
-            clean_T, masked_T, weight_T = batch.on(processes.device)
             loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
         loss.backward()
         sums[0] += loss.detach()
