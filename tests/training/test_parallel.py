@@ -59,6 +59,7 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         "1, 4 passes": (1, make(samples_per_batch=1)),
         "2": (2, make()),
         "2, 2 passes": (2, make(samples_per_batch=1)),
+        "3": (3, make()),
         "4": (4, make()),
         "8 windows on 1": (1, make(samples_per_step=8)),
         "8 windows on 4, 2 copies, 2 passes": (4, copies),
@@ -76,7 +77,7 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     wrong = ("nowhere", "odd copies")
     for name, end in ends.items():
         assert end["codes"] == [2 if name in wrong else 0] * runs[name][0], (name, end["said"])
-    for name in ("1, 4 passes", "2", "2, 2 passes", "4"):
+    for name in ("1, 4 passes", "2", "2, 2 passes", "3", "4"):
         assert_same_run(tmp_path, ends, name, "1")
     assert_same_run(tmp_path, ends, "8 windows on 4, 2 copies, 2 passes", "8 windows on 1")
     for name in ("5 windows on 2, 3 passes", "5 windows on 4"):

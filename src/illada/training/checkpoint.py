@@ -125,6 +125,8 @@ class Checkpoints:
         self.wait()
         target = self.run / "checkpoints" / f"step-{state.step:08d}"
         partial = target.with_name(f".{target.name}.partial")
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()  # the copy is made in another stream than the last update
         response = async_save(
             self.tensors,
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
