@@ -154,7 +154,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     record["trouble"] = wrong
                     for optimizer in optimizers:
                         optimizer.zero_grad()
-                    here, state = state.step, _leave_out(run, state, settings.on_spike, wrong, go_back)
+                    here, state = state.step, _leave_out(saved, state, settings.on_spike, wrong, go_back)
                     if settings.on_spike == "rollback":
                         report.say(
                             f"{title}: {wrong} at step {here}: back to step {state.step} and other data than before"
@@ -269,7 +269,9 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
     return processes.total(bound)[0]
 
 
-def _leave_out(run: Path, state: RunState, policy: str, wrong: str, go_back: Callable[[], RunState | None]) -> RunState:
+def _leave_out(
+    saved: Checkpoints, state: RunState, policy: str, wrong: str, go_back: Callable[[], RunState | None]
+) -> RunState:
     """Return the state in which a run goes on after a step with trouble.
 
     Raises:
@@ -281,10 +283,11 @@ def _leave_out(run: Path, state: RunState, policy: str, wrong: str, go_back: Cal
     if policy == "rollback" and (back := go_back()) and state.returns.count(back.step) < RETURNS_TO_ONE_STEP:
         back.returns = [*state.returns, back.step]
         return back
-    last = checkpoints(run)
+    saved.wait()
+    last = saved.newest()
     raise DivergedError(
         f"{wrong} at step {state.step}: nothing was saved since "
-        + (f"the last good checkpoint {last[-1]}" if last else "the start, there is no good checkpoint")
+        + (f"the last good checkpoint {last}" if last else "the start, there is no good checkpoint")
         + "; begin again with a lower training.learning_rate and another --output"
     )
 
