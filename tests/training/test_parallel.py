@@ -50,6 +50,7 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         settings = {"steps": 5, "validate_every": 3, "validation_samples": 5, "samples_per_batch": 4}
         return make_recipe(validation="held_out", **{**settings, "learning_rate": 1e-3, **changes})
 
+    spikes = {"steps": 70, "validate_every": 70, "on_spike": "skip", "spike_deviations": 1.0}
     copies = make(samples_per_step=8, samples_per_batch=1)
     copies.parallel.replicate, copies.parallel.recompute = 2, "selective"
     nowhere, odd_copies = make(), make()
@@ -70,6 +71,8 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         "muon on 2": (2, make(optimizer="muon")),
         "bf16 on 1": (1, make(dtype="bf16")),
         "bf16 on 2": (2, make(dtype="bf16")),
+        "spikes on 1": (1, make(**spikes)),
+        "spikes on 2": (2, make(**spikes)),
         "nowhere": (2, nowhere),
         "odd copies": (2, odd_copies),
     }
@@ -85,6 +88,13 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     # bf16 shows another order of sums, and Muon computes in it.
     for kind in ("muon", "bf16"):
         assert_same_run(tmp_path, ends, f"{kind} on 2", f"{kind} on 1", 3e-3, 1e-3)
+    assert_same_run(tmp_path, ends, "spikes on 2", "spikes on 1", 1e-4, 2e-4)  # after 70 steps
+    left_out = [
+        ["trouble" in record for record in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("spikes on 1", "spikes on 2")
+    ]
+    assert left_out[0] == left_out[1]
+    assert any(left_out[0])
     assert len(ends["2"]["noise"]) == 5
     assert ends["1"]["noise"] != ends["5 windows on 1"]["noise"]
     # One voice: that of the first process.

@@ -128,15 +128,3 @@ def test_other_data_is_the_same_data_in_another_order():
     assert twice[:900] == once[:900]
     assert twice[900:1900] != once[900:1900]
     assert [data_step(step, 1, [700]) for step in range(3000)] != once
-
-
-def test_two_processes_decide_alike(make_recipe, tmp_path):
-    from test_parallel import assert_same_run, run_groups
-
-    settings = {"steps": 70, "on_spike": "skip", "learning_rate": 1e-3, "spike_deviations": 1.0}
-    ends = run_groups(tmp_path, {"1": (1, make_recipe(**settings)), "2": (2, make_recipe(**settings))})
-    assert not any(any(end["codes"]) for end in ends.values()), ends
-    assert_same_run(tmp_path, ends, "2", "1")
-    left_out = [["trouble" in r for r in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("1", "2")]
-    assert left_out[0] == left_out[1]
-    assert any(left_out[0])
