@@ -24,8 +24,9 @@ from illada.data.batches import Batches
 from illada.data.shards import Shards, ShardWriter, write_index
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import noisy_batches
-from illada.estimate import _checkpoint, _config, estimate
+from illada.estimate import _config, estimate
 from illada.model import IlladaForMaskedLM
+from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 
 # preset, vocabulary, window, windows a step, windows a pass, type, checkpointing
@@ -68,7 +69,7 @@ def measure(shape: str) -> int:
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         model = IlladaForMaskedLM(_config(recipe, vocabulary))
-        _checkpoint(model, SHAPES[shape][-1])
+        recompute(model, SHAPES[shape][-1])
         train(model, recipe, batches, shards)
         return status("VmHWM") - before
 

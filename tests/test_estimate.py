@@ -7,9 +7,11 @@ from torch.profiler import ProfilerActivity, profile
 from illada.cli import main
 from illada.diffusion.loss import masked_loss
 from illada.errors import IlladaError
-from illada.estimate import CHECKPOINTING, GPUS, _checkpoint, _lengths, estimate, flops_per_token, table
+from illada.estimate import CHECKPOINTING, _lengths, estimate, table
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe
+from illada.training.speed import GPUS, flops_per_token
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 
@@ -26,7 +28,7 @@ def recipe(dtype="fp32", window=64, batch=8, **training):
 def real_pass(dtype, kind, before_backward=lambda: None):
     """A forward and backward pass of the network that `recipe(dtype)` describes."""
     model = IlladaForMaskedLM(IlladaConfig.preset("1m", vocab_size=500, **SHAPE)).train()
-    _checkpoint(model, kind)
+    recompute(model, kind)
     packing = Packing(_lengths(64, 8, 0.3))
     ids = torch.zeros(packing.tokens, dtype=torch.int64)
     masked = torch.rand(packing.tokens, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -117,12 +119,19 @@ def test_flops_are_those_of_the_formula():
     assert flops_per_token(config, 8192) == pytest.approx(
         3 * (2 * blocks + 4 * 8192 * 4096 * 32 + 2 * head * 0.5005), rel=1e-12
     )
-    # Two segments of a window split anywhere hold 2/3 of its pairs, on average.
+    assert flops_per_token(config, 8192, adapter=10) < 0.8 * flops_per_token(config, 8192)
+
+
+def test_a_split_window_costs_less_attention():
+    """Two segments of a window split anywhere hold 2/3 of its pairs, on average."""
+    whole, split = recipe(), recipe()
+    whole.data.split_probability, split.data.split_probability = 0.0, 1.0
     cuts = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     pairs = float((cuts**2 + (1 - cuts) ** 2).mean())
-    less = (flops_per_token(config, 8192) - flops_per_token(config, 8192, 1.0)) / (3 * 4 * 8192 * 4096 * 32)
-    assert less == pytest.approx(1 - pairs, rel=1e-3)
-    assert flops_per_token(config, 8192, adapter=10) < 0.8 * flops_per_token(config, 8192)
+    found = [estimate(one) for one in (whole, split)]
+    config = IlladaConfig.preset("1m", vocab_size=500, **SHAPE)
+    attention = 3 * 4 * 64 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    assert (found[0].flops_per_token - found[1].flops_per_token) / attention == pytest.approx(1 - pairs, rel=1e-3)
 
 
 def test_speed_days_and_cost():

@@ -196,7 +196,8 @@ def _train(command: str, arguments: Namespace) -> None:
     result = train(recipe, title=command)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
-    print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
 def _estimate(arguments: Namespace) -> None:
@@ -233,6 +234,13 @@ def _chat(arguments: Namespace) -> None:
     settings = _settings(arguments)
     model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
     chat(model, text_tokenizer, settings, arguments.system)
+
+
+def _report(arguments: Namespace) -> None:
+    """Draw the curves of a run."""
+    from illada.training.plots import draw_run
+
+    print(f"written to {draw_run(arguments.run, arguments.output)}")
 
 
 def _convert(arguments: Namespace) -> None:
@@ -404,6 +412,9 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     add_function(score, {"--candidates": "texts to compare"})
     add_function(export, {})
+    command = add("report", _report, "Draw the curves of a training run: loss by mask ratio, speed and more.")
+    command.add_argument("run", type=str, help="folder of the run, finished or not")
+    command.add_argument("--output", type=str, help="picture to write (.png, .svg, .pdf); null for RUN/report.png")
     text = " ".join((convert.__doc__ or "").split("\n\n")[0].split())
     command = add("convert", _convert, text)
     command.add_argument(
@@ -467,7 +478,7 @@ def main(words: list[str] | None = None) -> None:
         try:
             arguments = parser.instantiate(arguments)
         except TypeError as error:
-            what = "model, lora, data and training must each hold lines of `key: value` in the recipe"
+            what = "model, lora, data, training, parallel and log must each hold lines of `key: value` in the recipe"
             raise IlladaError(what) from error
         actions[arguments.subcommand](arguments[arguments.subcommand])
     except IlladaError as error:

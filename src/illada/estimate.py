@@ -16,7 +16,6 @@ import os
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +24,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from illada.data.shards import Shards
 from illada.diffusion.loss import chunked_cross_entropy
-from illada.diffusion.noise import EPSILON
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.training.parallel import recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
+from illada.training.speed import GPUS, block_parameters, flops_per_token
 
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -44,25 +43,6 @@ KEPT_FREE = 0.1
 _GB = 1e9
 _ADAMW_BYTES = 8
 """Two fp32 moments of every trained parameter."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU, by its vendor's data sheet."""
-
-    teraflops: float
-    """Dense bf16 with fp32 accumulation; the sheets' headline figures are mostly those with sparsity, twice as high."""
-    gigabytes: float
-
-
-GPUS = {
-    "a100": Gpu(312, 80),  # SXM, 80 GB
-    "h100": Gpu(989, 80),  # SXM
-    "h200": Gpu(989, 141),
-    "b200": Gpu(2250, 180),  # as in HGX B200
-    "l40s": Gpu(362, 48),
-    "rtx4090": Gpu(165, 24),
-}
 
 
 @dataclass(frozen=True)
@@ -174,7 +154,9 @@ def estimate(
         assert settings.epochs is not None
         steps = max(1, round(settings.epochs * (known // recipe.data.window) / settings.samples_per_step))
     adapter = size.trained if recipe.lora.rank else 0
-    flops = flops_per_token(config, recipe.data.window, recipe.data.split_probability, adapter)
+    # Two segments of a uniformly split window hold two thirds of its pairs.
+    seen = recipe.data.window * (1 - recipe.data.split_probability / 3)
+    flops = flops_per_token(config, seen, adapter)
     speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * mfu / flops
     seconds = None if speed is None or steps is None else steps * tokens / speed
     hours = None if seconds is None else gpus * seconds / 3600
@@ -198,21 +180,6 @@ def estimate(
         gpu_hours=hours,
         cost=None if hours is None or price is None else hours * price,
     )
-
-
-def flops_per_token(config: IlladaConfig, window: int, split_probability: float = 0.0, adapter: int = 0) -> float:
-    """Return the FLOPs to learn from one token: 3·(2·P + 4·L·d·layers + 2·V·D·masked).
-
-    P are the parameters of the blocks, L is the mean number of tokens that a token sees (window·(1 - split/3), as the
-    two segments of a uniformly split window hold two thirds of its pairs), d the width of all query heads together. The
-    head counts on masked tokens only. A backward pass costs two forward ones; where the weights are frozen beside an
-    `adapter` of so many parameters, one for them.
-    """
-    attended = window * (1 - split_probability / 3)
-    masked = EPSILON + (1 - EPSILON) / 2
-    attention = 4 * attended * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    products = 2 * (_block_parameters(config) + config.vocab_size * config.hidden_size * masked)
-    return 3 * attention + (2 * products + 6 * adapter if adapter else 3 * products)
 
 
 def table(found: Estimate) -> str:
@@ -263,13 +230,6 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
     assert recipe.model.preset is not None
     vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
     return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.sizes(), **vocabulary})
-
-
-def _block_parameters(config: IlladaConfig) -> int:
-    """Return the parameters of all blocks, norms included."""
-    width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    attention = 2 * width * config.head_dim * (heads + groups)
-    return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size + 2 * width)
 
 
 def _machine_bytes() -> int:
@@ -344,7 +304,7 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        size = _Size(everything, _block_parameters(config), count)
+        size = _Size(everything, block_parameters(config), count)
         block, root = blocks // config.num_hidden_layers, everything - blocks
         gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
@@ -353,7 +313,7 @@ def _rehearse(
         gradients = 4 * count // gpus
         memory: dict[Checkpointing, Memory] = {}
         for kind in CHECKPOINTING:
-            _checkpoint(model, kind)
+            recompute(model, kind)
             saved, loss, meter = _one_pass(model, recipe, windows, bf16)
             during = gradients + meter.peak + reduced if passes > 1 or gpus > 1 else max(gradients, meter.peak_grown)
             after = gradients + 8 * root if gpus > 1 else 0
@@ -405,27 +365,6 @@ def _lengths(window: int, windows: int, split_probability: float) -> tuple[int, 
     cuts = [max(1, window * (i + 1) // (2 * (split + 1))) for i in range(split)]
     parts = [part for cut in cuts for part in (cut, window - cut)]
     return tuple(sorted([window] * (windows - split) + parts, reverse=True))
-
-
-_SAVED_OPERATIONS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-"""Selective checkpointing keeps the results of products and attention and computes the rest of a block again."""
-
-
-def _checkpoint(model: IlladaForMaskedLM, kind: Checkpointing) -> None:
-    if kind == "none":
-        model.activation_checkpointing_disable()
-    elif kind == "full":
-        model.activation_checkpointing_enable()
-    else:
-        chosen = partial(create_selective_checkpoint_contexts, _SAVED_OPERATIONS)
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": chosen})
 
 
 def _fill(part: torch.nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 Word = int | Tensor
 
 # One stream per purpose keeps the random numbers of one apart from those of another under the same seed.
-TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT = range(6)
-TURN = 7
+TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER, TURN = range(8)
 
 
 def _signed(word: int) -> int:
