@@ -96,7 +96,10 @@ def main():
         for file in seen.glob("*.json"):
             for step, hashes in json.loads(file.read_text()).items():
                 noise[step] += hashes
-        noise = {step: sorted(hashes) for step, hashes in noise.items()}
+        # Batches are made ahead, some for steps that never come.
+        metrics = Path(values["output"]) / "metrics.jsonl"
+        trained = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        noise = {step: sorted(hashes) for step, hashes in noise.items() if int(step) < trained}
         ends[name] = {"codes": codes, "said": (seen / "said.txt").read_text(), "noise": noise}
     print(json.dumps(ends))
 

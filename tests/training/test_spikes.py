@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def poison(monkeypatch, factor, *moments):
     honest, now = parallel.masked_loss, []
 
     def note(step, seed, returns):
-        now.append((step, len(returns)))
+        if threading.current_thread() is threading.main_thread():  # a thread makes batches of later steps
+            now.append((step, len(returns)))
         return data_step(step, seed, returns)
 
     def poisoned(*given):
