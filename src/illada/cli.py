@@ -77,6 +77,77 @@ def score(
     score_items(network, text_tokenizer, items, method, samples, seed, chat, sys.stdout)
 
 
+def evaluate(
+    output: str,
+    model: str | None = None,
+    run: str | None = None,
+    paper: Literal["base", "instruct"] | None = None,
+    task_files: str | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    decode: Literal["exact", "fast"] = "exact",
+    lengths: Literal["3,4", "4,3"] = "3,4",
+    scoring: Literal["confidence", "likelihood"] = "confidence",
+    samples: int = 128,
+    shots: int | None = None,
+    chat: bool = False,
+    settings: dict[str, Any] | None = None,
+    ablate: Literal["scoring", "block_length", "steps", "threshold"] | None = None,
+    values: list[str] | None = None,
+    allow_code: bool = False,
+    download: bool = False,
+    seed: int = 0,
+    max_batch_tokens: int = 16_384,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    device: str = "auto",
+    quantize: Literal["int8", "int4", "int8-bnb", "nf4"] | None = None,
+) -> None:
+    """Evaluate a model with lm-evaluation-harness: the paper's tables, any tasks. Interrupted, it continues.
+
+    Args:
+        output: folder for results.json, table.md, samples/ and the journal that an interrupted evaluation continues.
+        model: model, adapter or run folder, or a hub name (GSAI-ML/iLLaDA-8B-Base).
+        run: instead, a training run, each of whose checkpoints is evaluated, with a picture.
+        paper: the rows of the paper's table, with its shots, lengths, blocks and prompts, beside its numbers.
+        task_files: folder of the harness's task files (YAML) to evaluate; data files in it may be relative to it.
+        tasks: which rows or tasks; alone, any of the harness's by name.
+        limit: most documents of each task.
+        decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache: not the paper's.
+        lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
+        scoring: how choices are scored, where the paper's row does not say.
+        samples: Monte-Carlo samples of the likelihood.
+        shots: examples before each question; null for the task's own number.
+        chat: use the chat template, with each example as a turn of its own.
+        settings: of generation, before the tasks' own: --settings.block_length 16, --settings.threshold 0.9, ...
+        ablate: evaluate several values of this, in one table (scoring: the paper's Table 4).
+        values: of the ablation, instead of the usual ones.
+        allow_code: run the programs that the model writes, in a limited process of their own.
+        download: fetch data sets that are not in the local cache.
+        seed: of the choice of examples, of likelihood masks and of sampling.
+        max_batch_tokens: most positions of one forward pass when scoring.
+        dtype: of the weights; auto is the checkpoint's own.
+        device: to run on; auto takes a GPU where there is one.
+        quantize: weights of the blocks in 8 or 4 bits, made while loading.
+    """
+    arguments: dict[str, Any] = dict(locals())
+    from illada.evaluation import command
+
+    if table := command.evaluate(arguments):  # of several processes one has it
+        print(table)
+
+
+def compare(run_a: str, run_b: str) -> None:
+    """Compare two outputs of `illada eval`, document by document: differences with confidence intervals.
+
+    Args:
+        run_a: output folder.
+        run_b: output folder.
+    """
+    from illada.evaluation.compare import compare as compared
+
+    print(compared(run_a, run_b))
+
+
 def export(
     model: str,
     output: str,
@@ -411,6 +482,14 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command.add_argument("--system", type=str, help="system message")
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     add_function(score, {"--candidates": "texts to compare"})
+    text = " ".join((evaluate.__doc__ or "").split("\n\n")[0].split())
+    command = add("eval", lambda arguments: evaluate(**_given(arguments)), text)
+    for name, help_text in {"--tasks": "which rows or tasks", "--values": "of the ablation"}.items():
+        command.add_argument(name, type=str, nargs="+", help=help_text)
+    command.add_function_arguments(evaluate, as_positional=False, skip={"tasks", "values"})
+    command = add("compare", lambda arguments: compare(**_given(arguments)), (compare.__doc__ or "").split("\n\n")[0])
+    command.add_argument("run_a", type=str, help="output folder of `illada eval`")
+    command.add_argument("run_b", type=str, help="another")
     add_function(export, {})
     command = add("report", _report, "Draw the curves of a training run: loss by mask ratio, speed and more.")
     command.add_argument("run", type=str, help="folder of the run, finished or not")

@@ -1,0 +1,183 @@
+"""The unmodified harness drives the model on local tasks: what it gets is what the package computes."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from illada.commands.generate import settings_for, show_ids
+from illada.data.chat import encode_prompt
+from illada.errors import IlladaError
+from illada.evaluation.harness import IlladaLM, Scorable
+from illada.generation import GenerationSettings, generate
+from illada.scoring import confidence_scores, likelihood_scores, score_layout
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+@pytest.fixture(scope="module")
+def lm(model_folder):
+    return IlladaLM(str(model_folder), samples=4, dtype="fp32", device="cpu")
+
+
+def evaluated(lm, *tasks, **options):
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options)
+
+
+def ask(kind, *arguments, doc=0, index=0):
+    return Instance(kind, {}, arguments, index, ("task", doc, 1))
+
+
+def rows(name):
+    return [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_multiple_choice_is_decided_by_our_scores_in_the_authors_layout(lm, in_tasks):
+    results = evaluated(lm, "letters", "endings")
+    right = {}
+    for task in ("letters", "endings"):
+        samples = results["samples"][task]
+        for sample in samples:
+            context = sample["arguments"][0][0]
+            pairs, eos = score_layout(lm.tokenizer, context, [a[1] for a in sample["arguments"]])
+            assert pairs[0][0][0] == 0
+            assert eos == (2,)
+            want = confidence_scores(lm.model, pairs, eos)
+            assert [r[0][0] for r in sample["resps"]] == pytest.approx(want, abs=1e-4)
+        right[task] = sum(s["acc"] for s in samples) / len(samples)
+        assert results["results"][task]["acc,none"] == pytest.approx(right[task])
+    assert "acc_norm,none" in results["results"]["endings"]
+    assert lm.forwards["letters"] == sum(
+        len(score_layout(lm.tokenizer, "x", [" A"])[0][0][1]) for _ in range(2 * len(rows("letters")))
+    )
+
+
+def test_likelihood_is_the_other_scorer(lm, model_folder):
+    other = IlladaLM(str(model_folder), scoring="likelihood", samples=4, seed=7, dtype="fp32", device="cpu")
+    requests = [ask("loglikelihood", "one two", word, index=i) for i, word in enumerate((" three four", " five"))]
+    pairs, eos = score_layout(lm.tokenizer, "one two", [" three four", " five"])
+    got = [score for score, _ in other.loglikelihood(requests)]
+    assert got == pytest.approx(likelihood_scores(lm.model, pairs, 4, 7, eos), abs=1e-4)
+
+
+def test_greedy_is_what_the_model_would_say(lm):
+    begin = [0, 20, 30]
+    said = generate(lm.model, [begin], GenerationSettings(max_new_tokens=3, block_length=3, eos_token_id=None))[0].ids
+    other = [*said[:2], 40 if said[2] != 40 else 41]
+    assert lm._says([Scorable("a", (begin, said), True), Scorable("b", (begin, other), True)]) == {
+        "a": True,
+        "b": False,
+    }
+
+
+def test_only_a_single_continuation_is_asked_whether_it_would_be_said(lm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lm, "_says", lambda job: asked.append(len(job)) or {one.key: True for one in job})
+    one = ask("loglikelihood", "seven", " six five", doc=1)
+    several = [ask("loglikelihood", "seven", text, doc=2, index=i) for i, text in enumerate((" six four", " six two"))]
+    assert [said for _, said in lm.loglikelihood([one, *several, one])] == [True, False, False, True]
+    assert asked == [1]
+
+
+def test_texts_get_the_bound_in_windows(lm):
+    text = "one two three four five six seven " * 20
+    ids = lm.tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > 255
+    cut = [([0], ids[start : start + 255]) for start in range(0, len(ids), 255)]
+    got = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)])
+    assert got == pytest.approx([sum(likelihood_scores(lm.model, cut, 4))], rel=1e-5)
+    assert "bound" in lm.get_model_info()["loglikelihood_rolling"]
+
+
+def test_answers_are_those_of_the_engine_cut_at_stops(lm, in_tasks):
+    results = evaluated(lm, "sums")
+    for sample in results["samples"]["sums"]:
+        context = sample["arguments"][0][0]
+        assert context.count("####") == 2  # the shots
+        ids = [0, *lm.tokenizer.encode(context, add_special_tokens=False)]
+        settings = GenerationSettings(max_new_tokens=12, block_length=4, stop=("Q:",))
+        answer = generate(lm.model, [ids], settings_for(lm.model, settings), lm.tokenizer)[0]
+        assert sample["resps"][0][0] == show_ids(lm.tokenizer, answer.ids).partition("Q:")[0]
+
+
+def test_chats_are_encoded_as_everywhere_else(lm):
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    text = lm.apply_chat_template(turns)
+    assert lm._encode(text) == encode_prompt(lm.tokenizer, turns)
+    (pair,) = lm._layout(text, ["four"])
+    assert pair == (encode_prompt(lm.tokenizer, turns), lm.tokenizer.encode("four", add_special_tokens=False))
+    prefilled = lm.apply_chat_template([*turns, {"role": "assistant", "content": "The"}], add_generation_prompt=False)
+    assert prefilled == text + "The"
+
+
+def test_shots_are_turns_of_a_chat(lm, in_tasks):
+    results = evaluated(lm, "sums", apply_chat_template=True, fewshot_as_multiturn=True, limit=1)
+    context = results["samples"]["sums"][0]["arguments"][0][0]
+    assert context.count("<|user|>") == 3
+    assert context.count("<|assistant|>") == 3
+
+
+def test_long_contexts_lose_their_beginning(lm):
+    long = "six " + "seven " * 400
+    before = dict(lm.cut)
+    left = [0, *lm.tokenizer.encode(long.rstrip(), add_special_tokens=False)]
+    answer = lm.tokenizer.encode("  one", add_special_tokens=False)
+    room = lm.max_length - len(answer) - 1
+    want = confidence_scores(lm.model, [([0, *left[1 - room :]], answer)], (2,))
+    several = [ask("loglikelihood", long, " one"), ask("loglikelihood", long, " six", index=1)]
+    assert [lm.loglikelihood(several)[0][0]] == pytest.approx(want, abs=1e-4)
+    assert lm.cut["task"] == before.get("task", 0) + 2
+    assert lm.generate_until([ask("generate_until", long, {"max_gen_toks": 4, "block_length": 4})])
+
+
+def test_settings_of_a_task(lm):
+    settings = lm.settings_of({"until": "\n", "max_gen_toks": 3, "do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    assert (settings.max_new_tokens, settings.block_length, settings.stop) == (3, 3, ("\n",))
+    assert (settings.temperature, settings.top_p, settings.eos_ids) == (0.0, 1.0, (2,))
+    assert lm.settings_of({"do_sample": True}).temperature == 1.0
+    with pytest.raises(IlladaError, match="num_beams"):
+        lm.settings_of({"num_beams": 4})
+    with pytest.raises(IlladaError, match="unknown model_args blocklength"):
+        IlladaLM("nowhere", blocklength=4)
+
+
+def test_a_sampled_answer_asked_for_twice_is_drawn_twice(lm):
+    request = ask("generate_until", "one", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8, "seed": 5})
+    first, second = lm.generate_until([request, request])
+    assert first != second
+    assert lm.generate_until([request]) == [first]
+
+
+def test_the_harness_knows_the_model_by_name():
+    assert get_model("illada") is IlladaLM
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert (
+        EntryPoint("illada", project["entry-points"]["lm_eval.models"]["illada"], "lm_eval.models").load() is IlladaLM
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_harness(model_folder, tmp_path):
+    words = ["--model", "illada", "--model_args", f"pretrained={model_folder},dtype=fp32", "--device", "cpu"]
+    words += ["--tasks", "letters", "--include_path", str(TASKS), "--output_path", str(tmp_path)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "illada.evaluation", *words]
+    run = subprocess.run(command, cwd=TASKS, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "letters" in run.stdout
+    (written,) = tmp_path.rglob("results_*.json")
+    assert json.loads(written.read_text())["config"]["scoring"] == "confidence"
