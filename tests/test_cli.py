@@ -260,9 +260,9 @@ def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_nan_exits_with_1(work, fails, tmp_path, monkeypatch, capsys):
-    from illada.training import trainer
+    from illada.training import parallel
 
-    monkeypatch.setattr(trainer, "masked_loss", lambda model, *_: model.lm_head.weight.sum() * float("nan"))
+    monkeypatch.setattr(parallel, "masked_loss", lambda model, *_: model.lm_head.weight.sum() * float("nan"))
     line = fails("pretrain", work.recipe, *SHAPE, "--output", str(tmp_path / "run"), code=1)
     assert "no good checkpoint" in line
 

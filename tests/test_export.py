@@ -283,8 +283,7 @@ def test_the_card_of_a_tuned_checkpoint(run, tmp_path, monkeypatch):
     _, model = run
     path = tmp_path / "run"
     checkpoint = path / "checkpoints" / "step-00000004"
-    export_model(str(run[0]), str(checkpoint))
-    (checkpoint / "README.md").unlink()
+    export_model(str(run[0]), str(checkpoint / "model"))
     (checkpoint / "state.json").write_text(json.dumps({"step": 4, "tokens": 40}))
     recipe = {"model": {"start": "GSAI-ML/LLaDA-8B-Base"}, "training": {"rule": "llada"}}
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

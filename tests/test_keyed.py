@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,3 +76,37 @@ def test_numbers_along_any_word_look_uniform(axis):
     assert 20 < chi_square < 95  # 49 degrees of freedom: four standard deviations and more on either side
     lagged = torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))[0, 1]
     assert abs(lagged) < 0.03
+
+
+@few
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(0, 2**40), st.integers(0, 3))
+def test_dealing_is_gapless_and_keeps_the_shares(weights, seed, start):
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    length = max(64, -(-2 * sum(weights) // min(weights)))
+    dealt = [keyed.dealt(n, shares, seed) for n in range(length * (start + 1))]
+    for source, share in enumerate(shares):
+        turns = [turn for found, turn in dealt if found == source]
+        assert sorted(turns) == list(range(len(turns)))
+        assert abs(len(turns) - share * len(dealt)) < 1
+        # No stretch of rounds is far from the share either.
+        some = [found for found, _ in dealt[start * length :]].count(source)
+        assert abs(some - share * length) < 2
+
+
+def test_dealing_depends_on_the_key_and_on_nothing_else():
+    shares = [Fraction(1, 3), Fraction(2, 3)]
+    orders = {tuple(keyed.dealt(n, shares, seed)[0] for n in range(64)) for seed in range(10)}
+    assert len(orders) == 10
+    assert keyed.dealt(10**15, shares, 3) == keyed.dealt(10**15, shares, 3)
+    assert keyed.dealt(7, [Fraction(1)], 3) == (0, 7)
+
+
+@pytest.mark.parametrize("count", [1000, 1024, 1500])
+def test_a_shuffled_order_looks_uniform(count):
+    """Where the first places land, and whether neighbours stay neighbours, over many keys."""
+    cells, keys = 20, 4000
+    landed = [keyed.shuffled_index(5, count, seed) * cells // count for seed in range(keys)]
+    expected = keys / cells
+    assert sum((landed.count(cell) - expected) ** 2 / expected for cell in range(cells)) < 43.8  # 0.1 %, 19 degrees
+    near = sum(abs(keyed.shuffled_index(5, count, s) - keyed.shuffled_index(6, count, s)) < 50 for s in range(keys))
+    assert abs(near / keys - 100 / count) < 0.02

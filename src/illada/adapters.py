@@ -84,10 +84,15 @@ def base_fingerprint(model: IlladaForMaskedLM) -> str:
 
 
 def save_adapter(model: IlladaForMaskedLM, folder: Path) -> None:
-    """Write the adapter of an adapted model into `folder`, as PEFT does, in an order that is always the same."""
+    """Write the adapter of an adapted model into `folder`, as PEFT does."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_adapter_config(model, folder)
+
+
+def save_adapter_config(model: IlladaForMaskedLM, folder: Path) -> None:
+    """Write the configuration of a model's adapter into `folder`, as PEFT does, in an order that is always the same."""
     values = {**model.peft_config[_NAME].to_dict(), "inference_mode": True}
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     (folder / CONFIG).write_text(json.dumps(values, indent=1, sort_keys=True))

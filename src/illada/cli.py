@@ -237,7 +237,7 @@ def bench_generate(
         max_new_tokens: most tokens of an answer.
         repeats: timed runs of each variant; the median counts.
         only: variants to run, by their names in the table, beside the plain loop and "1 token".
-        outside: samplers of others, which are run: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or Fast-dLLM's.
+        outside: others' samplers, to be run: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or Fast-dLLM's.
         output: folder for results.json, table.md and frontier.png; null only prints the table.
         seed: of random weights and prompts, and of the choice of problems.
         dtype: of the weights; auto is the checkpoint's own, or fp32 for random ones.
@@ -267,7 +267,21 @@ def _train(command: str, arguments: Namespace) -> None:
     result = train(recipe, title=command)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
-    print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+
+
+def _estimate(arguments: Namespace) -> None:
+    """Say what a recipe will need."""
+    import json
+
+    from illada.estimate import estimate, table
+    from illada.training import Recipe
+
+    recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
+    names = ("gpus", "gpu", "mfu", "price", "vocab_size", "data_tokens")
+    found = estimate(recipe, **{name: arguments[name] for name in names})
+    print(json.dumps(dataclasses.asdict(found), indent=1) if arguments.json else table(found))
 
 
 def _generate(arguments: Namespace) -> None:
@@ -291,6 +305,13 @@ def _chat(arguments: Namespace) -> None:
     settings = _settings(arguments)
     model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
     chat(model, text_tokenizer, settings, arguments.system)
+
+
+def _report(arguments: Namespace) -> None:
+    """Draw the curves of a run."""
+    from illada.training.plots import draw_run
+
+    print(f"written to {draw_run(arguments.run, arguments.output)}")
 
 
 def _convert(arguments: Namespace) -> None:
@@ -378,6 +399,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 
 def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     from illada.data.prepare import prepare
+    from illada.estimate import estimate
     from illada.generation import GenerationSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
@@ -407,6 +429,9 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
 
     def prepare_and_print(arguments: Namespace) -> None:
         shards = prepare(**_given(arguments))
+        if isinstance(shards, str):
+            print(f"Slurm job {shards} completes {arguments.output}; the same command continues what was interrupted")
+            return
         odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in shards.index["odd"].items() if count)
         print(
             f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text in {shards.path}"
@@ -417,7 +442,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     add_function(demo, {})
     add_function(tokenizer, sources)
     add_function(
-        prepare, {**sources, "--patterns": "which files of a folder", "--exclude": "but not these"}, prepare_and_print
+        prepare,
+        {
+            **sources,
+            "--patterns": "which files of a folder",
+            "--exclude": "but not these",
+            "--filters": "leave out poor text: gopher, gopher-repetition, c4, fineweb (made for English web pages)",
+            "--slurm_options": "more of sbatch's, as account=NAME",
+        },
+        prepare_and_print,
     )
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)
@@ -427,6 +460,11 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         command.add_class_arguments(Recipe)
         if name == "sft":
             command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+    command = add("estimate", _estimate, "Say what a recipe will need: memory by kind, speed, days and cost.")
+    command.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag")
+    command.add_function_arguments(estimate, as_positional=False, skip={"recipe"})
+    command.add_argument("--json", type=bool, default=False, help="print a JSON object instead")
+    command.add_class_arguments(Recipe)
     command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
     _add_model_arguments(command)
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
@@ -453,6 +491,9 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command.add_argument("run_a", type=str, help="output folder of `illada eval`")
     command.add_argument("run_b", type=str, help="another")
     add_function(export, {})
+    command = add("report", _report, "Draw the curves of a training run: loss by mask ratio, speed and more.")
+    command.add_argument("run", type=str, help="folder of the run, finished or not")
+    command.add_argument("--output", type=str, help="picture to write (.png, .svg, .pdf); null for RUN/report.png")
     text = " ".join((convert.__doc__ or "").split("\n\n")[0].split())
     command = add("convert", _convert, text)
     command.add_argument(
@@ -480,7 +521,7 @@ def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
     """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
     without brackets (`--lora.targets q_proj v_proj`).
     """
-    if len(words) > 1 and words[0] in ("pretrain", "sft") and not words[1].startswith("-"):
+    if len(words) > 1 and words[0] in ("pretrain", "sft", "estimate") and not words[1].startswith("-"):
         words = [words[0], "--config", *words[1:]]
     commands = next((action.choices for action in parser._actions if action.choices), None) or {}
     command = commands.get(words[0]) if isinstance(commands, dict) else None
@@ -516,7 +557,7 @@ def main(words: list[str] | None = None) -> None:
         try:
             arguments = parser.instantiate(arguments)
         except TypeError as error:
-            what = "model, lora, data and training must each hold lines of `key: value` in the recipe"
+            what = "model, lora, data, training, parallel and log must each hold lines of `key: value` in the recipe"
             raise IlladaError(what) from error
         actions[arguments.subcommand](arguments[arguments.subcommand])
     except IlladaError as error:

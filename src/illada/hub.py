@@ -38,7 +38,7 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
         f"with `hf download {name} --local-dir FOLDER` and give that folder"
     )
     try:
-        with _network():
+        with network():
             return Path(snapshot_download(name, allow_patterns=list(files)))
     except errors.GatedRepoError as error:
         raise IlladaError(
@@ -74,7 +74,7 @@ def ban_network() -> None:
 
 
 @contextmanager
-def _network() -> Iterator[None]:
+def network() -> Iterator[None]:
     """Lift our own ban on the network; one that the user set (HF_HUB_OFFLINE) stays."""
     from huggingface_hub import constants
     from transformers.utils import logging

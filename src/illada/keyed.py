@@ -5,7 +5,10 @@ position). Each word is folded into a 64-bit state with the SplitMix64 finaliser
 state, so keys that differ in one word give unrelated numbers. Integer arithmetic only: bit-equal on CPU and GPU.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 Word = int | Tensor
 
 # One stream per purpose keeps the random numbers of one apart from those of another under the same seed.
-TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT = range(6)
+TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER, TURN = range(8)
 
 
 def _signed(word: int) -> int:
@@ -83,6 +86,36 @@ def shuffled_index(index: int, count: int, *key: int) -> int:
         value = (left << half) | right
         if value < count:
             return value
+
+
+def dealt(number: int, shares: Sequence[Fraction], *key: int) -> tuple[int, int]:
+    """Return which of several sources item `number` of an endless sequence comes from, and the how-manieth of it.
+
+    Items are dealt in rounds, in a keyed order inside each. After every round each source has had its exact share of
+    all items so far, to the item (two at most for a middle one), and each gives its items 0, 1, 2, … without a gap.
+
+    Args:
+        number: from 0.
+        shares: of the sources, exact, above 0, with the sum 1.
+        key: of the order inside the rounds.
+    """
+    if len(shares) == 1:
+        return 0, number
+    # So long that no source loses by rounding in any round what it had before.
+    length = max(64, math.ceil(2 / min(shares)))
+    which, place = divmod(number, length)
+    place = shuffled_index(place, length, *key, which)
+    below, above = (
+        [math.floor(end * bound) for bound in accumulate(shares, initial=Fraction(0))]
+        for end in (which * length, (which + 1) * length)
+    )
+    for source in range(len(shares)):
+        before = below[source + 1] - below[source]
+        now = above[source + 1] - above[source] - before
+        if place < now:
+            return source, before + place
+        place -= now
+    raise ValueError(f"the shares add up to {sum(shares)}, not 1")
 
 
 def _fold_int(key: Sequence[int]) -> int:

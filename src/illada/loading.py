@@ -28,24 +28,27 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def model_folder(path: str) -> Path:
-    """Return the local folder meant by `path`: itself, a run's finished model or adapter, or its newest checkpoint.
+    """Return the local folder meant by `path`: itself, or a run's finished model or adapter, or its newest checkpoint.
 
-    It holds config.json or adapter_config.json. A path that does not exist and looks like a hub name is downloaded into
-    the local cache.
+    It holds config.json or adapter_config.json. A checkpoint is put together from its shards when first asked for. A
+    path that does not exist and looks like a hub name is downloaded into the local cache.
 
     Raises:
         IlladaError: when there is no model, or it cannot be downloaded.
     """
-    from illada.training.checkpoint import checkpoints
+    from illada.training.checkpoint import STATE, checkpoints, export
 
     folder = Path(path)
     if not folder.exists():
         if not is_hub_name(path):
             raise IlladaError(f"no model at {path}: the folder does not exist")
         folder = hub_folder(path, MODEL_FILES)
-    for candidate in (folder, folder / "model", folder / "adapter", *reversed(checkpoints(folder))):
+    places = [folder, *checkpoints(folder)[-1:]]
+    for candidate in (place / name for place in places for name in (".", "model", "adapter")):
         if any((candidate / name).is_file() for name in ("config.json", adapters.CONFIG)):
             return candidate
+    if (places[-1] / STATE).is_file():
+        return export(places[-1], places[-1])
     raise IlladaError(f"no model at {path}: give a folder with config.json, a run folder, or a hub name")
 
 

@@ -288,7 +288,7 @@ def test_a_finished_preparation_returns_at_once_and_another_is_refused(tmp_path,
     settings, expected = prepared
     settings = {**settings, "output": str(tmp_path / "out")}
     prepare(**settings)
-    monkeypatch.setattr(module, "_run_locally", None)
+    monkeypatch.setattr(module, "run_locally", None)
     prepare(**settings)
     assert content(tmp_path / "out") == expected
     with pytest.raises(IlladaError, match="text_field was text, now body"):

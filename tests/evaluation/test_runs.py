@@ -340,3 +340,10 @@ def test_an_ablation_that_concerns_nothing_says_so(model_folder, tmp_path, capsy
         cli.main(["eval", "--model", str(model_folder), "--device", "cpu", *words])
     assert "no task here is concerned" in capsys.readouterr().err
     assert ablation("threshold", ["none", "0.9"])[0].generation["threshold"] is None
+
+
+def test_a_folder_of_tasks_may_be_relative(monkeypatch):
+    monkeypatch.chdir(HERE)
+    files = [getattr(task, "yaml_path", task) for task in task_manager(TASKS.name).task_index.values()]
+    assert files
+    assert all(Path(file).is_absolute() for file in files)

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import Engine, GenerationSettings, generate, infill
+from illada.generation import Engine, GenerationSettings, generate, infill, propose
 from illada.generation.row import Proposals, Row
 from illada.generation.unmask import positions_to_commit, quota
 from illada.model import Packing, attention
@@ -168,6 +168,13 @@ def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypat
     monkeypatch.setattr(attention, "varlen_attn", varlen_by_the_book)
     model.set_attn_implementation("varlen")
     agree(generate(model, prompts, MANY_MODES), wanted, MANY_MODES)
+
+
+def test_the_packed_kernel_is_refused_where_there_is_none(build_model):
+    model = build_model(tie=True, seed=3)
+    model.set_attn_implementation("varlen")
+    with pytest.raises(IlladaError, match="varlen needs CUDA and bf16 or fp16, not cpu and float32: take sdpa"):
+        generate(model, [[9]], SMALL)
 
 
 @pytest.mark.gpu
@@ -405,6 +412,8 @@ def test_ties_go_to_the_left(confidence):
     assert positions_to_commit(halves, tied_M, position_M, 128, 0, 0).tolist() == list(range(64))
     sure = GenerationSettings(block_length=128, threshold=0.5)
     assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [0]
+    tied_M[7:9] = 0.5  # at least the threshold
+    assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [7, 8]
 
 
 def test_gumbel_max_samples_the_softmax(build_model):
@@ -605,6 +614,20 @@ def test_the_boost_writes_the_end_of_thinking_once(tied, power):
         assert answer.text.startswith("</think>")
 
 
+def test_the_end_of_thinking_counts_once_it_is_committed():
+    row = Row(0, np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
+    row.ids_G[:] = THINK
+    for masked, boost in (
+        ([0, 1, 2, 3], (13, 2.0)),
+        ([2, 3], (3, 6.0)),
+        ([0, 2], (13, 2.0)),
+        ([1], (2, 4.0)),
+        ([], None),
+    ):
+        row.masked_G[:] = np.isin(np.arange(4), masked)
+        assert row.boost() == boost
+
+
 def test_a_stop_string_is_found_across_tokens_and_cut_inside_one(build_model):
     model = Scripted(build_model(tie=True, seed=3), [6, 8, 11, 12, 9, 10, 6, 6, 7, 7, 7, 7])
     settings = dataclasses.replace(SMALL, stop=("Py", "nothing", "STOP", "SP"))
@@ -698,6 +721,17 @@ def test_speculation_saves_passes_and_shows_every_step(tied):
     assert in_order(events) == in_order(plain_events)
 
 
+def test_a_stop_string_ends_what_drafts_went_beyond(build_model):
+    model = biased(build_model(tie=True, seed=3), i7=50.0)
+    settings = dataclasses.replace(SMALL, stop=("bbbb",))
+    (slow,) = generate(model, [[9]], settings, Pieces())
+    events = []
+    (fast,) = generate(model, [[9]], dataclasses.replace(settings, speculate=9), Pieces(), events.append)
+    assert [event.done for event in events] == [False, False, False, True]
+    assert (fast.ids, fast.text, fast.finish_reason) == (slow.ids, slow.text, slow.finish_reason) == ([], "", "stop")
+    assert (slow.forwards, fast.forwards) == (4, 2)
+
+
 def test_drafts_take_only_the_room_that_is_left(tied, monkeypatch):
     seen = []
     packed = tied.model.packed
@@ -772,6 +806,27 @@ def test_requests_enter_and_leave_between_passes(tied):
     assert engine.step() == {}
 
 
+def test_neighbours_of_a_pass_are_of_equal_length(tied, monkeypatch):
+    seen = []
+    packed = tied.model.packed
+    monkeypatch.setattr(tied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
+    generate(tied, [[9] * n for n in (5, 2, 5, 1)], dataclasses.replace(SMALL, threshold=0.3, speculate=2))
+    assert max(map(len, seen)) > 4
+    assert all(lengths == tuple(sorted(lengths)) for lengths in seen)
+
+
+def test_a_request_that_waits_may_be_cancelled(tied):
+    engine = Engine(tied, max_batch_tokens=14)  # two see five positions each in their first block
+    for prompt in ([9], [6], [8], [7]):
+        engine.submit(prompt, SMALL)
+    ended = engine.step()
+    assert [row.index for row in engine.running] == [0, 1]
+    engine.cancel(2)
+    while engine.busy:
+        ended |= engine.step()
+    assert list(ended) == [0, 1, 3]  # in the order of requests
+
+
 def test_the_memory_of_caches_is_bounded(tied):
     settings = dataclasses.replace(SMALL, cache="frozen", max_new_tokens=8)
     engine = Engine(tied, max_past_tokens=30)
@@ -792,6 +847,45 @@ def test_the_memory_of_caches_is_bounded(tied):
     while engine.busy:
         engine.step()
     assert sorted(engine.pool.free) == list(range(engine.pool.pages))
+    assert Row(0, np.array([9]), 8, settings).kept == 9
+    assert Row(0, np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
+
+
+def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
+    engine = Engine(tied, max_past_tokens=1)
+    once = dataclasses.replace(SMALL, max_new_tokens=4, steps_per_block=1)
+    for cache in ("frozen", "none", "none"):
+        engine.submit([9], dataclasses.replace(once, cache=cache))
+    assert len(engine.step()) == 3
+
+
+@pytest.mark.parametrize("mask_id", [0, 17, 63])
+@pytest.mark.parametrize("narrowest", [1, 9, 1024])
+def test_the_vocabulary_in_pieces_is_the_vocabulary(build_model, monkeypatch, mask_id, narrowest):
+    model = build_model(tie=True, seed=3, mask_token_id=mask_id)
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    hidden[0] = 10 * model.lm_head.weight[mask_id].detach()  # certain of MASK
+    monkeypatch.setattr(propose, "NARROWEST", narrowest)
+    monkeypatch.setattr(propose, "IN_CACHE", 1)
+    with torch.inference_mode():
+        logits = model.lm_head(hidden)
+        log_p = logits.log_softmax(-1)
+        logits[:, mask_id] = -math.inf
+        want = logits.argmax(-1, keepdim=True)
+        for held in (1, 60, 200, 7 * 64, 2**24):
+            ids, log_prob, score = propose.most_probable(model, hidden, held)
+            assert ids.tolist() == want[:, 0].tolist()
+            torch.testing.assert_close(log_prob, log_p.gather(1, want)[:, 0], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(score, log_prob.exp())
+
+
+def test_a_head_that_someone_wrapped_is_called_as_a_whole(build_model):
+    model = build_model(tie=True, seed=3)
+    inner, bias = model.lm_head.forward, 500.0 * torch.eye(64)[7]
+    model.lm_head.forward = lambda hidden: inner(hidden) + bias  # as accelerate does
+    engine = Engine(model, max_logits=1)
+    engine.submit([9], SMALL)
+    assert engine.run()[0].ids == [7] * 12
 
 
 def test_the_training_flag_is_restored(build_model):

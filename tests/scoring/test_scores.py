@@ -81,8 +81,9 @@ def test_both_scores_agree_on_one_token_and_take_one_pass(untied, monkeypatch):
     monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[0].numel()) or packed(*a, **k))
     rows = []
     hook = untied.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    close(confidence_scores(untied, pairs, (2,)), want)
-    close(likelihood_scores(untied, pairs, samples=128, right_context=(2,)), want)
+    # One sequence takes the room of one.
+    close(confidence_scores(untied, pairs, (2,), max_batch_tokens=4), want)
+    close(likelihood_scores(untied, pairs, samples=128, right_context=(2,), max_batch_tokens=4), want)
     hook.remove()
     assert seen == [4, 4]  # four candidates, one sequence of four tokens
     assert rows == [4, 4]  # one sample of each
@@ -94,6 +95,14 @@ def test_the_first_step_is_shared_and_finished_candidates_drop_out(untied, monke
     monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
     confidence_scores(untied, [([1], [3, 4, 5]), ([1], [7]), ([1], [13, 14, 15])])
     assert [sorted(lengths) for lengths in seen] == [[2, 4], [4, 4], [4, 4]]
+
+
+def test_forward_passes_hold_no_more_positions_than_allowed(untied, monkeypatch):
+    seen = []
+    packed = untied.model.packed
+    monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
+    confidence_scores(untied, [([1], [7]), ([2], [7]), ([3], [7]), ([4] * 8, [7])], max_batch_tokens=5)
+    assert seen == [(2, 2), (2,), (9,)]
 
 
 def test_confidence_reveals_the_surest_truth_first(untied):
@@ -141,8 +150,11 @@ def test_right_context_is_seen(untied):
 
 def test_the_training_flag_is_restored(build_model):
     model = build_model(tie=True, seed=3).train()
+    meanwhile = []
+    model.lm_head.register_forward_hook(lambda *_: meanwhile.append(model.training))
     confidence_scores(model, [([1], [2])])
     assert model.training
+    assert meanwhile == [False]
 
 
 @pytest.mark.parametrize("score", [confidence_scores, likelihood_scores])
@@ -206,6 +218,6 @@ def test_layout_without_special_ids():
 
 def test_pairs_that_look_the_same_may_ask_for_different_tokens(tied):
     """The context of the first holds MASK (id 5) where the second has its candidate's first token masked."""
-    pairs = [([9, 5], [7]), ([9], [8, 7])]
+    pairs = [([9, 5], [7]), *(([9], [i, 7]) for i in range(10, 20))]
     wanted = [reference_confidence_score(tied, *pair) for pair in pairs]
     assert confidence_scores(tied, pairs) == pytest.approx(wanted, abs=1e-4)

@@ -1,19 +1,22 @@
+import fcntl
 import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from illada.data.shards import Shards
 from illada.diffusion.bound import bits_per_byte, validation_bound
 from illada.errors import IlladaError
-from illada.training import DivergedError, train, trainer
-from illada.training.checkpoint import checkpoints
+from illada.training import DivergedError, parallel, train, trainer
+from illada.training.checkpoint import Checkpoints, checkpoints, export
 from illada.training.report import Report, read_metrics
 
 
@@ -21,8 +24,17 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the trainer handles it."""
 
 
+MACHINE = {"tokens_per_second": 0, "memory_gb": 0}  # what two equal runs may differ in
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
 def weights(run, at="model"):
     return load_file(Path(run) / at / "model.safetensors")
+
+
+def held(checkpoint):
+    """Weights and moments of a checkpoint that one process wrote."""
+    return load_file(checkpoint / SHARD)
 
 
 def same(a, b):
@@ -54,7 +66,7 @@ def train_killed_at(recipe, *steps):
     return train(recipe)
 
 
-def test_the_loss_falls_and_the_run_is_complete(make_recipe, data):
+def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
     recipe = make_recipe(validation="held_out", steps=120, decay_steps=12, validate_every=50, learning_rate=1e-2)
     result = train(recipe)
     run = Path(recipe.output)
@@ -80,7 +92,13 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data):
     assert not [path for path in run.rglob("*") if "partial" in path.name]
     assert (run / "model" / "tokenizer.json").is_file()
     again = train(recipe)
-    assert same(weights(run), weights(run, "checkpoints/step-00000120"))
+    last = held(checkpoints(run)[-1])
+    assert same(weights(run), {name: tensor for name, tensor in last.items() if "/" not in name})
+    assert len(last) == 3 * len(weights(run))  # and two moments each
+    assert export(checkpoints(run)[-1], tmp_path) == tmp_path / "model"
+    assert same(weights(run), weights(tmp_path))
+    for file in ("model/model.safetensors", "model/config.json", "model/tokenizer.json"):
+        assert (run / file).stat().st_mode == (run / "recipe.yaml").stat().st_mode, file
     assert again.model == run / "model"
     assert steps_of(run) == list(range(1, 121))
 
@@ -93,7 +111,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe):
     assert same(weights(whole.output), weights(killed.output))
     assert steps_of(killed.output) == list(range(1, 31))
     for a, b in zip(*(read_metrics(Path(r.output) / "metrics.jsonl") for r in (whole, killed)), strict=True):
-        assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+        assert {**a, **MACHINE} == {**b, **MACHINE}
 
 
 def test_seeds_differ_and_equal_seeds_do_not(make_recipe):
@@ -120,9 +138,10 @@ def test_micro_batches_change_nothing_beyond_rounding(make_recipe):
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=2e-4, msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing(make_recipe):
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_nothing(make_recipe, recompute):
     plain, saving = make_recipe("plain", steps=4), make_recipe("saving", steps=4)
-    saving.model.gradient_checkpointing = True
+    saving.parallel.recompute = recompute
     for recipe in (plain, saving):
         train(recipe)
     assert same(weights(plain.output), weights(saving.output))
@@ -189,7 +208,7 @@ def test_a_plateau_begins_the_decay_also_across_a_kill(make_recipe, monkeypatch)
         # Steps 4, 8, 12, 16: nothing better after 8, so the decay begins at 16 and ends the run at 22.
         # A killed run sees steps 16 and later a second time.
         seen = [5.0, 4.0, 4.0, 3.99, *[3.99] * len(kills), 3.0, 3.0]
-        monkeypatch.setattr(trainer, "validation_bound", lambda *_, seen=seen: seen.pop(0))
+        monkeypatch.setattr(trainer, "_validate", lambda *_, seen=seen: seen.pop(0))
         recipe = make_recipe(name, "train", "held_out", **settings)
         train_killed_at(recipe, *kills)
         records = read_metrics(Path(recipe.output) / "metrics.jsonl")
@@ -217,7 +236,7 @@ def test_a_request_to_decay_comes_too_late_when_the_decay_is_on(make_recipe):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(make_recipe, monkeypatch, bad):
     recipe = make_recipe()
-    honest, calls = trainer.masked_loss, []
+    honest, calls = parallel.masked_loss, []
 
     def poisoned(*args):
         calls.append(1)
@@ -225,7 +244,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(make_recipe, m
         return loss * bad if len(calls) == 2 * 16 else loss  # the second half of step 16
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "masked_loss", poisoned)
+        patch.setattr(parallel, "masked_loss", poisoned)
         with pytest.raises(DivergedError, match="step-00000014") as caught:
             train(recipe)
     assert "\n" not in str(caught.value)
@@ -239,7 +258,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(make_recipe, m
 
 
 def test_divergence_before_any_checkpoint_says_so(make_recipe, monkeypatch):
-    monkeypatch.setattr(trainer, "masked_loss", lambda model, *_: model.lm_head.weight.sum() * math.nan)
+    monkeypatch.setattr(parallel, "masked_loss", lambda model, *_: model.lm_head.weight.sum() * math.nan)
     with pytest.raises(DivergedError, match="no good checkpoint"):
         train(make_recipe())
 
@@ -253,7 +272,8 @@ def test_a_half_written_checkpoint_is_ignored(make_recipe):
     run = Path(recipe.output)
     partial = run / "checkpoints" / ".step-00000021.partial"
     shutil.copytree(run / "checkpoints" / "step-00000014", partial)
-    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / SHARD).write_bytes(b"half")
+    (partial / "state.json").unlink()
     whole = make_recipe("whole")
     train(whole)
     train(recipe)
@@ -261,18 +281,20 @@ def test_a_half_written_checkpoint_is_ignored(make_recipe):
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("how", ["cut weights", "cut optimiser", "lost moments", "state", "state is a list"])
+@pytest.mark.parametrize("how", ["cut", "lost moments", "state", "state is a list"])
 def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
     recipe = make_recipe(steps=8)
     train(recipe)
     newest = checkpoints(Path(recipe.output))[-1]
-    file = newest / {"cut weights": "model.safetensors"}.get(how, "optimizer.safetensors")
+    file = newest / SHARD
     if how.startswith("state"):
         (newest / "state.json").write_text("[]" if how.endswith("list") else '{"step": 8')
     elif how.startswith("cut"):
         file.write_bytes(file.read_bytes()[:-100])
     else:
-        save_file({k: v for k, v in load_file(file).items() if "layers.1" not in k}, file)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        save_file({k: v for k, v in load_file(file).items() if "layers.1" not in k}, file, about)
     with pytest.raises(IlladaError, match=newest.name) as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
@@ -367,6 +389,23 @@ def test_an_output_that_is_something_else_is_left_alone(make_recipe, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_two_trainers_do_not_share_a_folder(make_recipe):
+    recipe = make_recipe(steps=2)
+    train(recipe)
+    with (Path(recipe.output) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(IlladaError, match=r"another process trains in .*run: wait for its end"):
+            train(recipe)
+    train(recipe)
+
+
+def test_the_newest_checkpoints_are_kept_and_those_of_every_so_many_steps(make_recipe):
+    recipe = make_recipe(steps=32, checkpoint_every=4, keep_checkpoints=2, keep_every=12)
+    train(recipe)
+    kept = [path.name for path in checkpoints(Path(recipe.output))]
+    assert kept == ["step-00000012", "step-00000024", "step-00000028", "step-00000032"]
+
+
 # SFT
 
 
@@ -422,3 +461,41 @@ def test_metrics_survive_a_half_written_line(tmp_path):
     with Report(tmp_path, "x", total=5, done=2) as report:
         report.log(3, loss=0.5)
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_weights_change_only_when_the_checkpoint_has_its_copy(make_recipe, monkeypatch):
+    """The order of events of a run: a checkpoint is begun, its copy is waited for, the weights change."""
+    events = []
+    saving, waiting, step = Checkpoints.save, Checkpoints.settle, torch.optim.AdamW.step
+
+    def save(self, state):
+        events.append("begun")
+        path = saving(self, state)
+        copied = self._copied
+        self._copied = SimpleNamespace(result=lambda: events.append("copied") or copied.result())
+        return path
+
+    def settle(self):
+        waiting(self)
+        assert self._copied is None
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "settle", settle)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: events.append("changed") or step(*given))
+    recipe = make_recipe(steps=5, checkpoint_every=2)
+    train(recipe)
+    assert events == [*["changed"] * 2, "begun", "copied", *["changed"] * 2, "begun", "copied", "changed", "begun"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(make_recipe, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("illada.training.checkpoint.HuggingFaceStorageWriter.write_data", full)
+    recipe = make_recipe(steps=4, checkpoint_every=2)
+    with pytest.raises(IlladaError, match=r"no checkpoint could be written in .*No space left") as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    train(recipe)
+    assert steps_of(recipe.output) == [1, 2, 3, 4]

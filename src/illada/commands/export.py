@@ -126,9 +126,9 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
 def _run_of(folder: Path) -> Path | None:
     """Return the run whose finished model or checkpoint this folder is, if it is one."""
     folder = folder.resolve()
-    runs = [folder.parent] if folder.name in ("model", "adapter") else []
-    runs += [folder.parent.parent] if folder.parent.name == "checkpoints" else []
-    return next((run for run in runs if (run / "recipe.yaml").is_file()), None)
+    parent = folder.parent
+    run = parent.parent.parent if parent.parent.name == "checkpoints" else parent
+    return run if folder.name in ("model", "adapter") and (run / "recipe.yaml").is_file() else None
 
 
 def _recipe(run: Path | None) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _training(run: Path, folder: Path, rule: Any) -> list[str]:
     from illada.training.report import read_metrics
 
     records = read_metrics(run / "metrics.jsonl")
-    state = folder / "state.json"
+    state = folder.parent / "state.json"
     if state.is_file():
         step = json.loads(state.read_text())["step"]
         records = [record for record in records if record["step"] <= step]

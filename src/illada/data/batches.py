@@ -3,10 +3,15 @@
 A *sample* is a window of the token stream (iLLaDA's rule) or one example (the older LLaDA rule); it is cut into
 *segments*, between which there is no attention. What step n holds is a pure function of (seed, n): nothing has to be
 saved to resume except n, and every process of a run can see the plan of the whole step while loading only its part.
+
+Of a mixture, sample k of a run comes from the source whose turn it is (`keyed.dealt`): over any stretch of the run the
+sources have their shares, and each goes through its own epochs, every one in a new order with new noise.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -48,8 +53,10 @@ class Segment:
 class Batches:
     """The training set as a function from step number to segments.
 
+    `samples` is one pass: as many as all sources together hold.
+
     Args:
-        shards: the prepared tokens.
+        shards: the prepared tokens, of one source or several.
         window: tokens of a sample; under the older LLaDA rule the longest example (longer ones are cut at the end).
         samples_per_step: global batch, in samples.
         seed: of order, splits and noise.
@@ -77,22 +84,30 @@ class Batches:
         self.shards, self.window, self.samples_per_step, self.seed = shards, window, samples_per_step, seed
         self.split_probability, self.boundaries, self.rule = split_probability, boundaries, rule
         self.eos_token_id = eos_token_id
-        self.samples = shards.documents if rule == "llada" else shards.tokens // window
-        if self.samples == 0:
-            raise IlladaError(
-                f"{shards.path} holds {shards.tokens} tokens, less than one window of {window}: "
-                "prepare more text or set a smaller data.window"
-            )
+        sources = shards.sources
+        self._counts = [source.documents if rule == "llada" else source.tokens // window for source in sources]
+        self._first_sample = list(accumulate(self._counts, initial=0))
+        self.samples = self._first_sample[-1]
+        for source, count in zip(sources, self._counts, strict=True):
+            if count == 0:
+                raise IlladaError(
+                    f"{source.name} holds {source.tokens} tokens, less than one window of {window}: "
+                    "prepare more text or set a smaller data.window"
+                )
         if rule == "llada" and (shards.kind != "chat" or eos_token_id is None):
-            raise IlladaError(f"the llada rule needs prompts and answers: prepare {shards.path} with --kind chat")
+            names = " and ".join(source.name for source in sources)
+            raise IlladaError(f"the llada rule needs prompts and answers: prepare {names} with --kind chat")
 
     def plan(self, step: int) -> list[list[Segment]]:
         """Return the segments of every sample of a step."""
         first = step * self.samples_per_step
+        shares = [source.share for source in self.shards.sources]
         samples = []
         for number in range(first, first + self.samples_per_step):
-            epoch, place = divmod(number, self.samples)
-            sample = keyed.shuffled_index(place, self.samples, self.seed, keyed.ORDER, epoch)
+            source, turn = keyed.dealt(number, shares, self.seed, keyed.TURN)
+            epoch, place = divmod(turn, self._counts[source])
+            place = keyed.shuffled_index(place, self._counts[source], self.seed, keyed.ORDER, epoch)
+            sample = self._first_sample[source] + place
             samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
         if self.rule == "llada":
             longest = max(segments[0].length for segments in samples)
@@ -100,7 +115,9 @@ class Batches:
         return samples
 
     def _window(self, sample: int, epoch: int) -> list[Segment]:
-        start, end = sample * self.window, (sample + 1) * self.window
+        source = bisect_right(self._first_sample, sample) - 1
+        start = self.shards.sources[source].first_token + (sample - self._first_sample[source]) * self.window
+        end = start + self.window
         cuts = set(self.shards.document_ends_within(start, end)) if self.boundaries == "document" else set()
         if self.window > 1 and keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 0) < self.split_probability:
             cuts.add(start + 1 + int(keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 1) * (self.window - 1)))
@@ -123,10 +140,9 @@ def _padded(segment: Segment, longest: int) -> Segment:
 
 def read_segments(segments: Sequence[Segment], shards: Shards, eos_token_id: int | None = None) -> Tensor:
     """Return the clean ids of segments, padding included, one after another: int64 [T]."""
-    parts: list[np.ndarray] = []
-    for segment in segments:
-        parts.append(shards.read(segment.start, segment.length))
-        if segment.padding:
-            assert eos_token_id is not None
-            parts.append(np.full(segment.padding, eos_token_id, dtype=np.int64))
-    return torch.from_numpy(np.concatenate(parts))
+    tokens = shards.read_all((segment.start, segment.length) for segment in segments)
+    if any(segment.padding for segment in segments):
+        assert eos_token_id is not None
+        ends = np.cumsum([segment.length for segment in segments])
+        tokens = np.insert(tokens, ends.repeat([segment.padding for segment in segments]), eos_token_id)
+    return torch.from_numpy(tokens)

@@ -1,7 +1,7 @@
 """Raw text to token shards: restartable, and the same bytes whatever the number of workers.
 
-`prepare` runs three phases that a cluster may run apart: `plan` divides the sources into tasks, any datatrove executor
-runs `pipeline(...)` on them, `finish` puts their shards together. Division and order depend on the sources alone.
+`prepare` has three phases: `plan` divides the sources into tasks, an executor of datatrove's carries out the stages
+(`executors`), `finish` puts the shards together. Division and order depend on the sources alone.
 """
 
 import dataclasses
@@ -9,22 +9,21 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from illada.data.executors import progress, run_locally, run_on_ray, submit_to_slurm
 from illada.data.shards import INDEX, TOKENS_PER_SHARD, ShardInfo, Shards, write_index, write_json
 from illada.data.sources import PATTERNS, Options, SourceFile, Unit, divide, find_files, fingerprint
 from illada.data.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.errors import IlladaError
+
+if TYPE_CHECKING:
+    from illada.data.cleaning import Stage
 
 _PLAN = "plan.json"
 
@@ -44,8 +43,17 @@ def prepare(
     workers: int = 1,
     tokens_per_shard: int = TOKENS_PER_SHARD,
     task_bytes: int = 0,
-) -> Shards:
+    dedup: Literal["none", "exact", "minhash"] = "none",
+    filters: Sequence[str] = (),
+    executor: Literal["local", "ray", "slurm"] = "local",
+    partition: str | None = None,
+    time: str = "24:00:00",
+    memory_gb: int = 2,
+    slurm_options: Sequence[str] = (),
+) -> Shards | str:
     """Turn files and folders into a prepared data set; the same call continues where an interrupted one stopped.
+
+    Returns the data set, or the number of the last job where Slurm works on it.
 
     Args:
         sources: text files, .jsonl and .parquet files (also .gz for the first two), and folders of them.
@@ -62,18 +70,45 @@ def prepare(
         workers: processes; one process uses all cores for tokenising, several use one each and read in parallel too.
         tokens_per_shard: a shard is closed by the first document that reaches this.
         task_bytes: size of a task, the unit of restarting; 0 for a size that suits the sources.
+        dedup: leave out repeated documents: "exact" the equal ones, "minhash" the very similar ones too.
+        filters: leave out poor text by known rules, made for English web pages: gopher, gopher-repetition, c4, fineweb.
+        executor: "local" for processes of this machine, "ray" for a Ray cluster (RAY_ADDRESS, or started here), "slurm"
+            to submit jobs; clusters need `sources` and `output` on a disk that all machines share.
+        partition: of the Slurm cluster.
+        time: most a Slurm job may take.
+        memory_gb: for each worker on Ray and Slurm.
+        slurm_options: more of sbatch's, as account=NAME.
 
     Raises:
         IlladaError: when a source is missing or unusable, or `output` holds something else.
     """
-    if workers < 1:
-        raise IlladaError(f"workers must be at least 1, got {workers}")
+    if workers < 1 or memory_gb < 1:
+        raise IlladaError(f"workers and memory_gb must be at least 1, not {workers} and {memory_gb}")
+    if executor == "slurm" and partition is None:
+        raise IlladaError("executor slurm needs a partition: `sinfo` lists them")
+    if executor != "slurm" and (partition is not None or slurm_options):
+        raise IlladaError("partition and slurm_options are for executor slurm")
     tasks = plan(
         sources, output, tokenizer, kind, text_field, documents, patterns, exclude,
-        add_bos, add_eos, split_turns, tokens_per_shard, task_bytes,
+        add_bos, add_eos, split_turns, tokens_per_shard, task_bytes, dedup, filters,
     )  # fmt: skip
+    if tasks and executor == "slurm":
+        from illada.data.cleaning import Stage
+        from illada.data.steps import Finish
+
+        last = Stage("finish", 1, [Finish(os.path.abspath(output))])
+        # Not in "work": the last job puts that away while its own log is still being written.
+        log = Path(os.path.abspath(output), "slurm")
+        assert partition is not None
+        return submit_to_slurm([*stages(output), last], log, workers, partition, time, memory_gb, slurm_options)
     if tasks:
-        _run_locally(output, tasks, workers)
+        work = Path(os.path.abspath(output), "work")
+        todo = stages(output, threads=executor == "local" and min(workers, tasks) == 1)
+        with progress(work, _planned(Path(output))["source_bytes"]):
+            if executor == "ray":
+                run_on_ray(todo, work / "log", workers, memory_gb)
+            else:
+                run_locally(todo, work / "log", workers)
     return finish(output)
 
 
@@ -91,6 +126,8 @@ def plan(
     split_turns: bool = False,
     tokens_per_shard: int = TOKENS_PER_SHARD,
     task_bytes: int = 0,
+    dedup: Literal["none", "exact", "minhash"] = "none",
+    filters: Sequence[str] = (),
 ) -> int:
     """Write the plan of a preparation into `output`; returns how many tasks it has, 0 when all is finished.
 
@@ -104,6 +141,12 @@ def plan(
         raise IlladaError(f"kind is text or chat and documents is file or line, not {kind!r} and {documents!r}")
     if split_turns and kind != "chat":
         raise IlladaError("split_turns is for conversations: add kind chat")
+    from illada.data import cleaning, steps
+
+    if dedup not in ("none", "exact", "minhash"):
+        raise IlladaError(f"dedup is none, exact or minhash, not {dedup!r}")
+    filters = [name for given in filters for name in given.replace(",", " ").split()]
+    cleaning.check(filters, kind)
     if tokens_per_shard < 1 or task_bytes < 0:
         raise IlladaError("tokens_per_shard must be at least 1 and task_bytes at least 0")
     files = find_files(sources, patterns, exclude)
@@ -133,6 +176,8 @@ def plan(
         "split_turns": split_turns,
         "tokens_per_shard": tokens_per_shard,
         "task_bytes": task_bytes,
+        "dedup": dedup,
+        "filters": filters,
         "illada": metadata.version("illada"),
         "datatrove": metadata.version("datatrove"),
         "special_ids": {
@@ -145,8 +190,6 @@ def plan(
     if existing is not None:
         _compare(folder, existing, preparation)
         return 0 if (folder / INDEX).exists() else len(tasks)
-    from illada.data import steps
-
     work = folder / steps.WORK
     work.mkdir(parents=True, exist_ok=True)
     loaded.save_pretrained(folder / steps.TOKENIZER)
@@ -159,19 +202,26 @@ def plan(
     return len(tasks)
 
 
-def pipeline(output: str, quiet: bool = False, threads: bool = False) -> list[Any]:
-    """Return the datatrove steps that carry out the plan in `output`, for any of its executors.
-
-    `quiet` silences datatrove's log in worker processes; `threads` lets the tokenizer use all cores.
-    """
+def stages(output: str, threads: bool = False) -> "list[Stage]":
+    """Return the stages that carry out the plan in `output`; `threads` lets the tokenizer use all cores."""
     _require_extra()
-    from illada.data import steps
+    from illada.data import cleaning, steps
 
     planned = _planned(Path(output))
     options = Options(kind=planned["kind"], text_field=planned["text_field"], documents=planned["documents"])
+    if planned["filters"] or planned["dedup"] != "none":
+        # Rules and duplicates are about whole documents.
+        options = dataclasses.replace(options, piece_characters=sys.maxsize)
     settings = {name: planned[name] for name in ("kind", "add_bos", "add_eos", "split_turns", "tokens_per_shard")}
     path = os.path.abspath(output)
-    return [steps.ReadDocuments(path, options, quiet), steps.WriteShards(path, **settings, threads=threads)]
+    return cleaning.stages(
+        lambda: steps.ReadDocuments(path, options),
+        lambda: steps.WriteShards(path, **settings, threads=threads),
+        planned["tasks"],
+        planned["filters"],
+        planned["dedup"],
+        Path(path, steps.WORK, "dedup"),
+    )
 
 
 def finish(output: str) -> Shards:
@@ -217,6 +267,7 @@ def finish(output: str) -> Shards:
     for path, count in failures.items():
         if count["bad"] and not count["good"]:
             raise IlladaError(f"{path}: none of its {count['bad']} records is usable; {first_failure[path]}")
+    odd.update(_left_out(folder, planned))
     if not shards:
         counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in odd.items() if count)
         raise IlladaError(f"nothing to keep in the sources of {output} ({counted or 'no records'}) {refused}".strip())
@@ -233,6 +284,19 @@ def finish(output: str) -> Shards:
     )
     shutil.rmtree(work, ignore_errors=True)
     return Shards.open(folder)
+
+
+def _left_out(folder: Path, planned: dict[str, Any]) -> Counter[str]:
+    """Return how many documents the filters and the search for duplicates dropped, from datatrove's counts."""
+    names = [name.replace("-", "_") for name in planned["filters"]] + ["duplicate"] * (planned["dedup"] != "none")
+    dropped: Counter[str] = Counter()
+    for log in (folder / "work" / "log", folder / "slurm"):
+        for file in (log / "write" / "stats").glob("*.json"):
+            # The first of the steps reads, the last one writes.
+            for name, step in zip(names, json.loads(file.read_text())[1:], strict=False):
+                count = step["stats"].get("dropped", 0)
+                dropped[f"{name}_documents"] += int(count["total"] if isinstance(count, dict) else count)
+    return dropped
 
 
 def _require_extra() -> None:
@@ -278,8 +342,9 @@ def _existing(folder: Path) -> dict[str, Any] | None:
 
 def _compare(folder: Path, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
-        if existing.get(name) != value:
-            was, now = str(existing.get(name)), str(value)
+        before = existing.get(name)
+        if before != value:
+            was, now = str(before), str(value)
             change = f": {name} was {was}, now {now}" if len(was) + len(now) < 200 else f": {name} differs"
             raise IlladaError(f"{folder} holds another preparation{change}; choose another output or delete it")
 
@@ -292,80 +357,3 @@ def _planned(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise IlladaError(f"the plan in {folder / 'work'} is damaged ({error}): delete {folder}") from None
     return planned
-
-
-def _run_locally(output: str, tasks: int, workers: int) -> None:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.utils.logging import logger
-
-    workers = min(workers, tasks)
-    work = Path(output, "work")
-    # It logs every task to the terminal; one progress line says enough.
-    logger.disable("datatrove")
-    try:
-        executor = LocalPipelineExecutor(
-            pipeline(output, quiet=True, threads=workers == 1),
-            tasks=tasks,
-            logging_dir=os.path.abspath(work / "log"),
-        )
-        ranks = executor.get_incomplete_ranks()
-        with _progress(work, _planned(Path(output))["source_bytes"]):
-            # Not executor.run(): it starts a manager process that outlives a killed run for ever, and waits for ever
-            # when a worker is killed.
-            if workers == 1:
-                for rank in ranks:
-                    executor._run_for_rank(rank)
-                return
-            context = get_context("forkserver")
-            # The slow imports happen once, before the workers are forked.
-            context.set_forkserver_preload(["illada.data.steps"])
-            pool = ProcessPoolExecutor(workers, mp_context=context)
-            try:
-                for future in as_completed([pool.submit(executor._run_for_rank, rank) for rank in ranks]):
-                    future.result()
-            except BrokenProcessPool:
-                raise IlladaError(
-                    "a worker was killed, perhaps for want of memory: prepare again with fewer workers to continue"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        logger.enable("datatrove")
-
-
-@contextmanager
-def _progress(work: Path, total: int) -> Iterator[None]:
-    """Show the bytes read by all tasks in one line, if someone is looking."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    ended = threading.Event()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("preparing", total=total)
-
-        def look() -> None:
-            while not ended.wait(0.5):
-                progress.update(bar, completed=_bytes_read(work))
-
-        watcher = threading.Thread(target=look, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            progress.update(bar, completed=_bytes_read(work))
-
-
-def _bytes_read(work: Path) -> int:
-    total = 0
-    for file in work.glob("progress-*"):
-        try:
-            total += int(file.read_text() or 0)
-        except (OSError, ValueError):  # being written
-            continue
-    return total

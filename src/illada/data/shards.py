@@ -6,15 +6,17 @@ A prepared folder holds `index.json` (written last: without it the folder is not
 * `shard-00000.documents`: little-endian int64 [documents, 2]: where each document ends inside the shard (exclusive)
   and how many prompt tokens stand at its start (0 for plain text).
 
-Raw arrays, so they are memory-mapped, never parsed. A document never crosses a shard.
+Raw arrays, so they are memory-mapped, never parsed. A document never crosses a shard. A folder may also lie where
+fsspec reaches it, and several may be mixed.
 """
 
 import json
 import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +24,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from illada.data.stores import Folder, Range, Remote, open_store
 from illada.errors import IlladaError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 TOKENS_PER_SHARD = 1 << 27
 
-# A process may hold few files open, and a map holds one.
-_MAPS_HELD = 128
 # Beyond this many documents their ends are checked shard by shard on first use, not all when the data set is opened.
 _DOCUMENTS_CHECKED_AT_ONCE = 1 << 24
 
@@ -49,22 +50,35 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture: a stretch of the stream, and its share of the samples."""
+
+    name: str
+    first_token: int
+    tokens: int
+    first_document: int
+    documents: int
+    share: Fraction
+
+
 class Shards:
-    """A prepared data set, read as one stream of tokens: the documents of all shards one after another.
+    """Prepared data, read as one stream of tokens: the documents of all shards one after another.
 
     Attributes:
-        path: its folder.
+        path: its folder; of a remote one, what is kept of it in the local cache.
         tokens: length of the stream.
         documents: number of documents.
         bytes: UTF-8 bytes of the source text, to turn nats per token into bits per byte.
         vocab_size: every id is below it.
         tokenizer_sha256: `tokenizer_sha256` of the tokenizer that made the ids ("" if unknown).
-        kind: "text" or "chat".
-        index: all of `index.json`.
+        kind: "text" or "chat" (of a mixture: "chat" when all of it is).
+        index: all of `index.json`; of a mixture: what there is of it.
+        sources: the data sets mixed, in stream order; one unless it is a mixture.
     """
 
-    def __init__(self, path: Path, index: dict[str, Any]):
-        self.path = path
+    def __init__(self, store: Folder | Remote, index: dict[str, Any]):
+        self.path = store.path
         self.index = index
         self.tokens: int = index["tokens"]
         self.documents: int = index["documents"]
@@ -72,45 +86,96 @@ class Shards:
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         self.kind: str = index["kind"]
+        self.sources = [Source(store.name, 0, self.tokens, 0, self.documents, Fraction(1))]
         self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self._shards = [ShardInfo(**shard) for shard in index["shards"]]
+        self._stores = [store] * len(self._shards)
+        self._add_up()
+
+    def _add_up(self) -> None:
         # First token and first document of every shard, and the totals at the end.
         self._first_token = list(accumulate((shard.tokens for shard in self._shards), initial=0))
         self._first_document = list(accumulate((shard.documents for shard in self._shards), initial=0))
-        self._maps: dict[str, npt.NDArray[Any]] = {}
         self._checked: set[int] = set()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Shards":
-        """Open a prepared folder; no token is read yet.
+    def open(cls, place: str | os.PathLike[str] | Mapping[str, float]) -> "Shards":
+        """Open a prepared folder, the URL of one, or several with weights; no token is read yet.
+
+        Weights are shares of the samples, in any unit.
 
         Raises:
-            IlladaError: when the folder is no data set, is of a newer format, or lacks, or has cut or damaged, a shard.
+            IlladaError: when a folder is no data set, is of a newer format, or lacks, or has cut or damaged, a shard;
+                when a weight is not above 0, or two of a mixture were prepared with different tokenizers.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise IlladaError(f"no prepared data at {path}: make it with `illada prepare`")
+        return cls._open_all(place) if isinstance(place, Mapping) else cls._open_one(place)
+
+    @classmethod
+    def _open_one(cls, path: str | os.PathLike[str]) -> "Shards":
+        store = open_store(path)
+        name = store.name
+        if not store.exists():
+            raise IlladaError(f"no prepared data at {name}: make it with `illada prepare`")
         try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            index = json.loads(store.text(INDEX))
         except FileNotFoundError:
             raise IlladaError(
-                f"{path} has no {INDEX}: it is not prepared data, or `illada prepare` was interrupted (run it again)"
+                f"{name} has no {INDEX}: it is not prepared data, or `illada prepare` was interrupted (run it again)"
             ) from None
         except ValueError as error:
-            raise IlladaError(f"{path / INDEX} is damaged ({error}): prepare the data again") from None
+            raise IlladaError(f"{name}/{INDEX} is damaged ({error}): prepare the data again") from None
         version = index.get("format_version") if isinstance(index, dict) else None
         if not isinstance(version, int):
-            raise IlladaError(f"{path / INDEX} is not an index of prepared data: it has no format_version")
+            raise IlladaError(f"{name}/{INDEX} is not an index of prepared data: it has no format_version")
         if version > FORMAT_VERSION:
             raise IlladaError(
-                f"{path} has data format {version}, this illada reads up to {FORMAT_VERSION}: use a newer illada"
+                f"{name} has data format {version}, this illada reads up to {FORMAT_VERSION}: use a newer illada"
             )
         try:
-            shards = cls(path, index)
+            shards = cls(store, index)
         except (KeyError, TypeError, ValueError) as error:
-            raise IlladaError(f"{path / INDEX} is damaged ({error!r}): prepare the data again") from None
-        shards._check()
+            raise IlladaError(f"{name}/{INDEX} is damaged ({error!r}): prepare the data again") from None
+        shards._check(store)
         return shards
+
+    @classmethod
+    def _open_all(cls, places: Mapping[str, float]) -> "Shards":
+        if not places:
+            raise IlladaError("the mixture is empty: give at least one folder with a weight")
+        for place, weight in places.items():
+            if not 0 < weight < float("inf"):
+                raise IlladaError(f"the weight of {place} is {weight:g}: it must be above 0 (leave out what has none)")
+        parts = [cls._open_one(place) for place in places]
+        first = parts[0]
+        for place, part in zip(places, parts, strict=True):
+            if (part.tokenizer_sha256, part.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
+                raise IlladaError(
+                    f"{place} was prepared with another tokenizer than {next(iter(places))}: use one for both"
+                )
+        # As they are written, so that 0.1 is a tenth and the shares are exact.
+        weights = [Fraction(str(weight)) for weight in places.values()]
+        return cls._joined(parts, [weight / sum(weights) for weight in weights])
+
+    @classmethod
+    def _joined(cls, parts: Sequence["Shards"], shares: Sequence[Fraction]) -> "Shards":
+        joined: Shards = cls.__new__(cls)
+        joined.__dict__.update(parts[0].__dict__)
+        joined.tokens = sum(part.tokens for part in parts)
+        joined.documents = sum(part.documents for part in parts)
+        joined.bytes = sum(part.bytes for part in parts)
+        joined.kind = "chat" if all(part.kind == "chat" for part in parts) else "text"
+        fingerprints = [part.index.get("provenance", {}).get("source_fingerprint") for part in parts]
+        joined.index = {"provenance": {"source_fingerprint": fingerprints}}
+        joined._shards = [shard for part in parts for shard in part._shards]
+        joined._stores = [store for part in parts for store in part._stores]
+        joined._add_up()
+        token = document = 0
+        joined.sources = []
+        for part, share in zip(parts, shares, strict=True):
+            name = part.sources[0].name
+            joined.sources.append(Source(name, token, part.tokens, document, part.documents, share))
+            token, document = token + part.tokens, document + part.documents
+        return joined
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Return tokens start..start+count-1 of the stream, int64 [count].
@@ -118,17 +183,32 @@ class Shards:
         Raises:
             IndexError: when the range is not inside the stream.
         """
-        end = start + count
-        if not 0 <= start <= end <= self.tokens:
-            raise IndexError(f"tokens {start}..{end} are outside the stream of {self.tokens}")
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            shard = bisect_right(self._first_token, start + done) - 1
-            first = start + done - self._first_token[shard]
-            length = min(count - done, self._shards[shard].tokens - first)
-            out[done : done + length] = self._map(f"{self._shards[shard].name}.tokens")[first : first + length]
-            done += length
+        return self.read_all([(start, count)])
+
+    def read_all(self, spans: Iterable[tuple[int, int]]) -> npt.NDArray[np.int64]:
+        """Return the tokens of many (start, count), one span after another, int64; remote ones are asked for at once.
+
+        Raises:
+            IndexError: when a span is not inside the stream.
+        """
+        wanted: dict[Folder | Remote, list[tuple[int, Range]]] = {}
+        total = 0
+        for start, count in spans:
+            end, done = start + count, start
+            if not 0 <= start <= end <= self.tokens:
+                raise IndexError(f"tokens {start}..{end} are outside the stream of {self.tokens}")
+            while done < end:
+                number = bisect_right(self._first_token, done) - 1
+                first = done - self._first_token[number]
+                length = min(end - done, self._shards[number].tokens - first)
+                place = (f"{self._shards[number].name}.tokens", first, first + length)
+                wanted.setdefault(self._stores[number], []).append((total, place))
+                done, total = done + length, total + length
+        out = np.empty(total, dtype=np.int64)
+        for store, entries in wanted.items():
+            pieces = store.pieces([place for _, place in entries], self._dtype)
+            for (offset, _), piece in zip(entries, pieces, strict=True):
+                out[offset : offset + len(piece)] = piece
         return out
 
     def document_span(self, i: int) -> tuple[int, int, int]:
@@ -158,30 +238,9 @@ class Shards:
             shard += 1
         return ends
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps behind: a pickled map is a copy of the file."""
-        return {**self.__dict__, "_maps": {}}
-
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        mapped = self._maps.pop(name, None)
-        if mapped is None:
-            if len(self._maps) >= _MAPS_HELD:
-                del self._maps[next(iter(self._maps))]
-            dtype = self._dtype if name.endswith(".tokens") else np.dtype("<i8")
-            try:
-                mapped = np.memmap(self.path / name, dtype=dtype, mode="r")
-            except (OSError, ValueError) as error:
-                raise IlladaError(f"cannot read {self.path / name} ({error}): prepare the data again") from None
-            if name.endswith(".documents"):
-                mapped = mapped.reshape(-1, 2)
-            # A plain view: indexing a memmap subclass is several times slower.
-            mapped = mapped.view(np.ndarray)
-        self._maps[name] = mapped  # last = most recently used
-        return mapped
-
     def _documents(self, shard: int) -> npt.NDArray[np.int64]:
-        info = self._shards[shard]
-        rows = self._map(f"{info.name}.documents")
+        info, store = self._shards[shard], self._stores[shard]
+        rows = store.whole(f"{info.name}.documents", np.dtype("<i8")).reshape(-1, 2)
         if shard not in self._checked:
             ends = rows[:, 0]
             lengths = np.diff(ends, prepend=0)
@@ -190,12 +249,12 @@ class Shards:
                 or (lengths <= 0).any()
                 or ((rows[:, 1] < 0) | (rows[:, 1] > lengths)).any()
             ):
-                raise IlladaError(f"{self.path / info.name}.documents is damaged: prepare the data again")
+                raise IlladaError(f"{store.name}/{info.name}.documents is damaged: prepare the data again")
             self._checked.add(shard)
         return rows
 
-    def _check(self) -> None:
-        """Compare every file's size with the index, and (unless they are very many) the document ends."""
+    def _check(self, store: Folder | Remote) -> None:
+        """Compare every file's size with the index, and (unless they are many or far away) the document ends."""
         totals = {
             "tokens": self._first_token[-1],
             "documents": self._first_document[-1],
@@ -204,20 +263,22 @@ class Shards:
         for name, total in totals.items():
             if self.index[name] != total:
                 raise IlladaError(
-                    f"{self.path / INDEX} is damaged: {name} is {self.index[name]} but its shards hold {total}"
+                    f"{store.name}/{INDEX} is damaged: {name} is {self.index[name]} but its shards hold {total}"
                 )
+        sizes = store.sizes()
         for shard in self._shards:
             for suffix, size in (("tokens", shard.tokens * self._dtype.itemsize), ("documents", shard.documents * 16)):
-                file = self.path / f"{shard.name}.{suffix}"
-                try:
-                    found = file.stat().st_size
-                except OSError:
-                    raise IlladaError(f"{file} is missing: copy the whole folder or prepare the data again") from None
-                if found != size:
+                file = f"{shard.name}.{suffix}"
+                if file not in sizes:
                     raise IlladaError(
-                        f"{file} has {found} bytes instead of {size}: copy the whole folder or prepare the data again"
+                        f"{store.name}/{file} is missing: copy the whole folder or prepare the data again"
                     )
-        if self.documents <= _DOCUMENTS_CHECKED_AT_ONCE:
+                if sizes[file] != size:
+                    raise IlladaError(
+                        f"{store.name}/{file} has {sizes[file]} bytes instead of {size}: "
+                        "copy the whole folder or prepare the data again"
+                    )
+        if isinstance(store, Folder) and self.documents <= _DOCUMENTS_CHECKED_AT_ONCE:
             for number in range(len(self._shards)):
                 self._documents(number)
 

@@ -1,4 +1,4 @@
-"""The two datatrove steps of data preparation: read documents, write shards.
+"""The datatrove steps of data preparation: read documents, write shards, put the shards together.
 
 They find everything they need in the output folder, which makes the pipeline small and the same on the local, Slurm and
 Ray executors of datatrove. Importing this module needs `pip install 'illada[data]'`.
@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.logging import logger
 
 from illada.data.chat import encode_conversation, split_turns
 from illada.data.shards import ShardWriter, write_json
@@ -43,15 +41,9 @@ class ReadDocuments(PipelineStep):
     type = "READER"
     name = "illada documents"
 
-    def __init__(self, output: str, options: Options, quiet: bool = False):
+    def __init__(self, output: str, options: Options):
         super().__init__()
-        self.output, self.options, self.quiet = output, options, quiet
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a worker process, where datatrove would write its log to the terminal."""
-        self.__dict__.update(state)
-        if self.quiet:
-            logger.disable("datatrove")
+        self.output, self.options = output, options
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:  # noqa: ARG002
         """Yield the documents of task `rank`; none when the task is finished already."""
@@ -157,6 +149,23 @@ class WriteShards(PipelineStep):
                 size = sum(len(message["content"].encode()) for message in part)
                 self.writer.append(ids, prompt_tokens, size)
         return refused, first
+
+
+class Finish(PipelineStep):
+    """Completes the data set when all tasks are done, where nobody waits for them."""
+
+    type = "WRITER"
+    name = "illada index"
+
+    def __init__(self, output: str):
+        super().__init__()
+        self.output = output
+
+    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
+        """Put the shards of all tasks together and write the index."""
+        from illada.data.prepare import finish
+
+        finish(self.output)
 
 
 def _batches(data: Iterator[Document]) -> Iterator[list[Document]]:

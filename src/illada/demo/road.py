@@ -156,10 +156,11 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
             _write_examples(file, examples("train", seed + (split != "train"), scale.tasks), count)
     text = {"text-train": training_files, "text-validation": validation_files}
     chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
-    return {
-        **{name: prepare(files, str(folder / name), str(tokenizer)) for name, files in text.items()},
-        **{name: prepare(files, str(folder / name), str(tokenizer), kind="chat") for name, files in chat.items()},
-    }
+    for name, files in text.items():
+        prepare(files, str(folder / name), str(tokenizer))
+    for name, files in chat.items():
+        prepare(files, str(folder / name), str(tokenizer), kind="chat")
+    return {name: Shards.open(folder / name) for name in (*text, *chat)}
 
 
 def _recipe(

@@ -4,7 +4,7 @@ Shape letters: V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from illada.data.batches import Segment
 from illada.data.shards import Shards
 from illada.diffusion.loss import masked_loss
-from illada.diffusion.noisy import noisy_batches
+from illada.diffusion.noisy import Batch, noisy_batches
 from illada.model import IlladaForMaskedLM
 
 VALIDATION_SEED = 20_260_625
@@ -25,23 +25,28 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
     return nats_per_token * tokens / max(1, text_bytes) / math.log(2)
 
 
-@torch.no_grad()
-def validation_bound(
-    model: IlladaForMaskedLM, shards: Shards, window: int, samples: int | None, samples_per_batch: int
-) -> float:
-    """Return the bound in nats per token over `samples` windows (all for None), unsplit, with fixed noise.
+def validation_batches(
+    shards: Shards, window: int, samples: int | None, samples_per_batch: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Yield the part of one of `ranks` processes of `samples` windows (all for None), unsplit, with fixed noise.
 
-    The windows are spread evenly over the data; t is stratified over them. The model's device and the caller's autocast
-    are used.
+    The windows are spread evenly over the data; t is stratified over them. The sum of the masked losses of all batches
+    is the bound in nats per token.
     """
     whole = max(1, shards.tokens // window)
     count = whole if samples is None else min(samples, whole)
     length = min(window, shards.tokens)
     plan = [[Segment(i, 0, 0, i * whole // count * window, length, 0)] for i in range(count)]
-    total = 0.0
-    for batch in noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0):
-        total += float(masked_loss(model, *batch.on(model.device), batch.packing))
-    return total
+    return noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0, rank=rank, ranks=ranks)
+
+
+@torch.no_grad()
+def validation_bound(
+    model: IlladaForMaskedLM, shards: Shards, window: int, samples: int | None, samples_per_batch: int
+) -> float:
+    """Return the bound (see `validation_batches`), on the model's device and under the caller's autocast."""
+    batches = validation_batches(shards, window, samples, samples_per_batch)
+    return sum(float(masked_loss(model, *batch.on(model.device), batch.packing)) for batch in batches)
 
 
 @dataclass(frozen=True)

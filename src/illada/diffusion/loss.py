@@ -25,7 +25,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden_MD: Tensor,
+        head_VD: Tensor,
+        target_M: Tensor,
+        weight_M: Tensor,
+        dtype: torch.dtype,
+        each_M: Tensor | None,
     ) -> Tensor:
         chunk = max(64, LOGITS_BYTES // (4 * head_VD.shape[0]))
         head = head_VD.to(dtype)
@@ -38,7 +44,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CD, target_C1, weight_C = hidden_MD[rows].to(dtype), target_M[rows, None], weight_M[rows].float()
             logits_CV = (hidden_CD @ head.T).float()
             log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            total += ((log_sum_C1 - logits_CV.gather(1, target_C1))[:, 0] * weight_C).sum()
+            loss_C = (log_sum_C1 - logits_CV.gather(1, target_C1))[:, 0]
+            total += (loss_C * weight_C).sum()
+            if each_M is not None:
+                each_M[rows] = loss_C
             if needs_hidden or needs_head:
                 # d(cross-entropy)/d(logits) = softmax - one-hot, formed in place of the logits.
                 slope_CV = logits_CV.sub_(log_sum_C1).exp_()
@@ -52,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         scale = grad_outputs[0]
         grad_hidden_MD, grad_head_VD = ctx.saved_tensors
         return (
@@ -61,22 +70,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def chunked_cross_entropy(hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor) -> Tensor:
+def chunked_cross_entropy(
+    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, each_M: Tensor | None = None
+) -> Tensor:
     """Return sum over rows of weight * cross-entropy(head(hidden), target), in nats, fp32 scalar.
 
-    Under autocast the products run in the autocast dtype; softmax and sums are always fp32.
+    The cross-entropies themselves go into `each_M` when it is given. Under autocast the products run in the autocast
+    dtype; softmax and sums are always fp32.
     """
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden_MD, head_VD, target_M, weight_M, dtype)
+        return _ChunkedCrossEntropy.apply(hidden_MD, head_VD, target_M, weight_M, dtype, each_M)
 
 
 def masked_loss(
-    model: IlladaForMaskedLM, clean_T: Tensor, masked_T: Tensor, weight_T: Tensor, packing: Packing
+    model: IlladaForMaskedLM,
+    clean_T: Tensor,
+    masked_T: Tensor,
+    weight_T: Tensor,
+    packing: Packing,
+    each_T: Tensor | None = None,
 ) -> Tensor:
     """Return sum over masked tokens of weight * cross-entropy(clean token | noisy segment), in nats.
 
@@ -86,12 +104,17 @@ def masked_loss(
         masked_T: which of them the model does not see, bool [T].
         weight_T: weight of each token's loss, usually 1/(p * tokens of the batch); ignored where not masked.
         packing: how the T tokens divide into segments.
+        each_T: gets the cross-entropy of every masked token, fp32 [T]; None when nobody asks.
     """
     noisy_T = clean_T.masked_fill(masked_T, model.config.mask_token_id)
     hidden_TD = model.model.packed(noisy_T, packing)
     selected_M = masked_T.nonzero()[:, 0]
     head_VD = model.lm_head.weight
-    return chunked_cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M])
+    each_M = None if each_T is None else each_T.new_empty(selected_M.numel())
+    loss = chunked_cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M], each_M)
+    if each_T is not None and each_M is not None:
+        each_T[selected_M] = each_M
+    return loss
 
 
 def diffusion_loss(

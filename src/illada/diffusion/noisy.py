@@ -4,7 +4,8 @@ Shape letters: S segments · T packed tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Batch:
     weight_T: Tensor
     """Weight of each token's cross-entropy, fp32; meaningful where masked."""
     packing: Packing
+    probability_T: Tensor
+    """With which each of them was masked, fp32."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -45,10 +48,14 @@ def noisy_batches(
     rule: Rule = "illada",
     eos_token_id: int | None = None,
     epsilon: float = EPSILON,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Draw t for all segments of a step, then noise and pack them batch by batch.
+    """Draw t for all segments of a step, then noise and pack those of one of `ranks` processes, batch by batch.
 
-    How the step is divided into batches changes neither noise nor weights.
+    How the step is divided into processes and batches changes neither noise nor weights. Every process gets the same
+    number of batches, as sharded weights are gathered by all at once: one that runs out of samples repeats the first
+    with weight 0.
 
     Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step) (paper Eq. 1), or
     1/(p * answer tokens * examples) under the older LLaDA rule.
@@ -57,15 +64,18 @@ def noisy_batches(
     column = {name: torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch")}
     times = stratified_times(seed, step, column["sample"], column["part"], column["epoch"]).tolist()
     tokens = sum(segment.size for segment in segments)
-    place = 0
-    for first in range(0, len(samples), samples_per_batch):
-        count = sum(len(sample) for sample in samples[first : first + samples_per_batch])
-        chosen = list(zip(segments[place : place + count], times[place : place + count], strict=True))
-        place += count
+    starts = list(accumulate((len(sample) for sample in samples), initial=0))
+    share = -(-len(samples) // ranks)
+    end = min(share * (rank + 1), len(samples))
+    for first in range(share * rank, share * (rank + 1), samples_per_batch):
+        idle = first >= end
+        place = slice(0, starts[1]) if idle else slice(starts[first], starts[min(first + samples_per_batch, end)])
+        chosen = list(zip(segments[place], times[place], strict=True))
         # Equal lengths side by side share one attention call.
         chosen.sort(key=lambda pair: -pair[0].size)
         norms = [(s.size - s.visible) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
-        yield _noisy_batch(chosen, norms, shards, seed, eos_token_id, epsilon)
+        batch = _noisy_batch(chosen, norms, shards, seed, eos_token_id, epsilon)
+        yield replace(batch, weight_T=torch.zeros_like(batch.weight_T)) if idle else batch
 
 
 def _noisy_batch(
@@ -95,4 +105,4 @@ def _noisy_batch(
     )
     masked_T &= within_T >= spread([s.visible for s in segments], torch.int64)
     weight_T = 1 / (probability_T * spread(norms, torch.float64))
-    return Batch(clean_T, masked_T, weight_T.float(), packing)
+    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float())

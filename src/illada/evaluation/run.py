@@ -95,7 +95,8 @@ def task_manager(folder: str | None) -> TaskManager:
         return TaskManager(include_path=str(HERE / "tasks"))
     if not any(Path(folder).rglob("*.yaml")):
         raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
-    return TaskManager(include_path=folder, include_defaults=False)
+    # In full, as data sets are read from inside the folder.
+    return TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
 
 
 def ablation(what: str, values: Sequence[Any] | None) -> list[Variant]:

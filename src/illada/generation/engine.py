@@ -166,7 +166,7 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_logits: int = 2**24,
-        max_past_tokens: int = 2**18,
+        max_past_tokens: int = 2**16,
     ):
         limits = {"max_batch_tokens": max_batch_tokens, "max_logits": max_logits, "max_past_tokens": max_past_tokens}
         for name, limit in limits.items():

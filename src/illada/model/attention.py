@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from illada.errors import IlladaError
 from illada.model.past import Past, Place
 
 
@@ -144,6 +145,9 @@ def packed_attention(
     so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
     nested tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed
     sequences, on CUDA in half precision. Heads of one group share their key and value.
+
+    Raises:
+        IlladaError: when "varlen" is asked for elsewhere.
     """
     gqa = query_MHD.shape[1] != key_TGD.shape[1]
     runs = packing.runs
@@ -161,7 +165,16 @@ def packed_attention(
         if packing.pasts:
             key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
-        attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=gqa)
+        try:
+            attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=gqa)
+        except RuntimeError as error:
+            where, dtype = query_MHD.device.type, query_MHD.dtype
+            if where == "cuda" and dtype in (torch.bfloat16, torch.float16):
+                raise
+            what = (
+                f"attn_implementation varlen needs CUDA and bf16 or fp16, not {where} and {str(dtype)[6:]}: take sdpa"
+            )
+            raise IlladaError(what) from error
         return cast(Tensor, attended)  # a pair only when asked for
     outputs = []
     queries = query_MHD.split([run.segments * run.queries for run in runs])

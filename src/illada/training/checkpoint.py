@@ -1,108 +1,253 @@
-"""Checkpoints: a model folder that transformers loads, or an adapter folder that PEFT loads, plus the optimiser and the
-state of the run; no pickle.
+"""Checkpoints: what is trained and the optimiser's moments in shards, written by all processes while the training goes
+on (torch.distributed.checkpoint), and the state of the run; safetensors and JSON, no pickle.
 
-A checkpoint is written under a temporary name and renamed when complete, so one that can be seen can be trusted.
+    checkpoints/step-00000100/
+      shard-*.safetensors   one of each process; another number of processes reads them as well
+      about/                configuration and tokenizer
+      state.json            written last
+      model/ or adapter/    made when somebody asks for it (`export`)
+
+The folder is filled under a temporary name and renamed when every process has written: one that can be seen is whole.
 """
 
-import json
+import os
 import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from illada.adapters import WEIGHTS, adapter_tensors, is_adapted, save_adapter
-from illada.errors import IlladaError
-from illada.model import IlladaForMaskedLM
+from illada import adapters
+from illada.data.shards import write_json
+from illada.errors import IlladaError, first_line
+from illada.loading import read_json
+from illada.training.parallel import Processes
+from illada.training.recipe import TrainingRecipe
+
+STATE, ABOUT = "state.json", "about"
+
+# A run of one process is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass
 class RunState:
-    """What a run is besides weights and optimiser; order, noise and learning rate follow from it and the recipe."""
+    """What a run is besides weights and moments; order, noise and learning rate follow from it and the recipe."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Steps done."""
+    updates: int = 0
+    """Of these, the ones that changed the weights."""
     tokens: int = 0
     """Tokens trained on."""
     decay_start: int | None = None
     """Step at which the decay was begun ahead of time."""
     validation_losses: list[float] = field(default_factory=list)
     """Every validation so far, nats per token."""
+    loss_mean: float = 0.0
+    """Running mean of the loss, nats per token (see `spikes`)."""
+    loss_variance: float = 0.0
+    """Its running variance."""
+    skipped: int = 0
+    """Steps left out since the last update."""
+    returns: list[int] = field(default_factory=list)
+    """Steps to which the run went back after a spike, in the order in which it did."""
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run folder, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file())
 
 
-def save_checkpoint(
-    run: Path, model: IlladaForMaskedLM, optimizer: torch.optim.Optimizer, state: RunState, tokenizer: Any, keep: int
-) -> Path:
-    """Write checkpoints/step-NNNNNNNN, then delete all but the `keep` newest; returns its path."""
-    target = run / "checkpoints" / f"step-{state.step:08d}"
-    partial = target.with_name(f".{target.name}.partial")
+class Checkpoints:
+    """The checkpoints of a run, seen from one of its processes; use as a context manager.
+
+    Args:
+        run: its folder.
+        processes: all of which make the same calls.
+        tensors: what is kept, by name: weights, and moments as "weight/moment". Only its values may change.
+        describe: makes a folder of configuration and tokenizer.
+        settings: keep_checkpoints and keep_every say what is kept.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        processes: Processes,
+        tensors: Mapping[str, Tensor],
+        describe: Callable[[Path], None],
+        settings: TrainingRecipe,
+    ):
+        self.run, self.processes, self.describe = run, processes, describe
+        self.tensors = dict(tensors)
+        self.keep, self.keep_every = settings.keep_checkpoints, settings.keep_every
+        gpu = processes.device.type == "cuda"
+        # Copies are made by a thread, which the training waits for only before it changes the weights (`settle`).
+        self._stager = DefaultStager(StagingOptions(gpu, False, True, gpu))
+        self._copied: Any = None
+        self._written: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def __enter__(self) -> "Checkpoints":
+        """Delete what a killed run left half-written."""
+        if self.processes.first:
+            for path in (self.run / "checkpoints").glob(".*.partial"):
+                shutil.rmtree(path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the threads; what is being written is finished, what is wrong with it stays unsaid."""
+        self._thread.shutdown()
+        self._stager.close()
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint, on all processes the one that the first sees."""
+        return self.processes.told(lambda: (checkpoints(self.run) or [None])[-1])  # type: ignore[list-item]
+
+    def save(self, state: RunState) -> Path:
+        """Begin to write checkpoints/step-NNNNNNNN and return its path; the one before is finished first.
+
+        Raises:
+            IlladaError: when the one before could not be written.
+        """
+        self.wait()
+        target = self.run / "checkpoints" / f"step-{state.step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()  # the copy is made in another stream than the last update
+        response = async_save(
+            self.tensors,
+            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+            process_group=self.processes.files,
+            async_stager=self._stager,
+            no_dist=self.processes.count == 1,
+        )
+        assert isinstance(response, AsyncSaveResponse)  # as the stager works beside the training
+        self._copied = response.staging_completion
+        self._written = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
+        return target
+
+    def settle(self) -> None:
+        """Return when the weights may change: the checkpoint being written has its copy of them."""
+        if self._copied is not None:
+            self._copied.result()
+            self._copied = None
+
+    def wait(self) -> None:
+        """Return when the checkpoint being written is complete.
+
+        Raises:
+            IlladaError: when it could not be written.
+        """
+        written, self._written, self._copied = self._written, None, None
+        if written is None:
+            return
+        with self.processes.agreed():
+            try:
+                written.result()
+            except (Exception, CheckpointException) as error:
+                raise IlladaError(f"no checkpoint could be written in {self.run}: {_cause(error)}") from error
+
+    def load(self, path: Path) -> RunState:
+        """Load weights and moments in place, bit for bit, and return the state; written by any number of processes.
+
+        Raises:
+            IlladaError: when the checkpoint does not fit the model or is damaged.
+        """
+        hint = "delete it to continue from the one before"
+        with self.processes.agreed():
+            try:
+                state = RunState(**read_json(path / STATE))
+                found = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+            except Exception as error:
+                raise IlladaError(f"checkpoint {path} cannot be read ({first_line(error)}): {hint}") from error
+            if odd := sorted(found ^ set(self.tensors)):
+                raise IlladaError(
+                    f"checkpoint {path} has another shape than the recipe: {', '.join(odd[:5])} do not match"
+                )
+        with self.processes.agreed():
+            try:
+                load(
+                    self.tensors,
+                    storage_reader=HuggingFaceStorageReader(str(path)),
+                    process_group=self.processes.files,
+                    no_dist=self.processes.count == 1,
+                )
+            except (Exception, CheckpointException) as error:
+                raise IlladaError(f"checkpoint {path} cannot be read ({_cause(error)}): {hint}") from error
+        return state
+
+    def _publish(self, uploaded: Any, partial: Path, target: Path, state: dict[str, Any]) -> None:
+        """Give a checkpoint its name once all processes have written, then delete those not to be kept."""
+        uploaded.result()
+        if not self.processes.first:
+            return
+        self.describe(partial / ABOUT)
+        write_json(partial / STATE, state)
+        for path in (*(partial / ABOUT).iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync(target.parent)
+        for old in checkpoints(self.run)[: -self.keep]:
+            if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
+                shutil.rmtree(old)
+
+
+def export(checkpoint: Path, parent: Path) -> Path:
+    """Put the shards together to a folder that transformers or PEFT loads: parent/model or parent/adapter.
+
+    Complete or not at all; the weights pass through memory once.
+    """
+    about = checkpoint / ABOUT
+    adapter = (about / adapters.CONFIG).is_file()
+    target = parent / ("adapter" if adapter else "model")
+    partial = parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    if is_adapted(model):
-        save_adapter(model, partial)
+    shutil.copytree(about, partial)
+    found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    tensors: dict[str, Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in sorted(found.items())
+        if "/" not in name
+    }
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    if adapter:
+        save_file(tensors, partial / adapters.WEIGHTS, metadata={"format": "pt"})
     else:
-        model.save_pretrained(partial, max_shard_size="1TB")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        save_torch_state_dict(tensors, partial, max_shard_size="5GB", metadata={"format": "pt"})
+    for path in partial.glob("*.safetensors"):
+        path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
+    if not target.exists():
+        partial.rename(target)
+        return target
+    for path in partial.iterdir():
+        path.replace(target / path.name)
+    partial.rmdir()
     return target
 
 
-def load_checkpoint(path: Path, model: IlladaForMaskedLM, optimizer: torch.optim.Optimizer) -> RunState:
-    """Load what is trained (the weights, or an adapter), optimiser and state in place, bit for bit.
-
-    Raises:
-        IlladaError: when the checkpoint does not fit the model or is damaged.
-    """
-    adapted = is_adapted(model)
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
     try:
-        weights = load_file(path / (WEIGHTS if adapted else "model.safetensors"))
-        moments = load_file(path / "optimizer.safetensors")
-        state = RunState(**json.loads((path / "state.json").read_text()))
-    except Exception as error:
-        raise IlladaError(
-            f"checkpoint {path} cannot be read ({error}): delete it to continue from the one before"
-        ) from error
-    places = adapter_tensors(model) if adapted else dict(model.named_parameters())
-    trained = _in_order(model, optimizer)
-    _require_same(path, set(places), set(weights))
-    slots = ("step", "exp_avg", "exp_avg_sq") if state.step else ()
-    _require_same(path, {f"{name}/{slot}" for name, _ in trained for slot in slots}, set(moments))
-    for name, place in places.items():
-        place.data.copy_(weights[name])
-    optimizer_state = {
-        number: {slot: moments[f"{name}/{slot}"] for slot in slots} for number, (name, _) in enumerate(trained) if slots
-    }
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
-def _require_same(path: Path, wanted: set[str], found: set[str]) -> None:
-    if wanted != found:
-        odd = sorted(wanted ^ found)
-        raise IlladaError(f"checkpoint {path} has another shape than the recipe: {', '.join(odd[:5])} do not match")
-
-
-def _in_order(model: IlladaForMaskedLM, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _optimizer_tensors(model: IlladaForMaskedLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{slot}": value.contiguous()
-        for name, parameter in _in_order(model, optimizer)
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
+def _cause(error: Exception | CheckpointException) -> str:
+    """Return the first line of what went wrong, out of torch's list of what went wrong where (no `Exception`)."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return first_line(cause)

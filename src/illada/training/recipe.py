@@ -22,7 +22,6 @@ class ModelRecipe:
         num_attention_heads: query heads, instead of the preset's.
         num_key_value_heads: key/value heads, instead of the preset's.
         max_position_embeddings: context length, instead of the preset's.
-        gradient_checkpointing: recompute each block in the backward pass: less memory, about a third more time.
     """
 
     preset: str | None = None
@@ -33,7 +32,6 @@ class ModelRecipe:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     max_position_embeddings: int | None = None
-    gradient_checkpointing: bool = False
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes that were given."""
@@ -97,11 +95,30 @@ class LoraRecipe:
 
 
 @dataclass
+class ParallelRecipe:
+    """How processes, memory and compiler are used. It changes only the order of floating-point sums, so a run may be
+    continued with other values, as on another number of processes.
+
+    Args:
+        replicate: copies of the weights, each in shards over an equal part of the processes (HSDP); best one copy per
+            node where nodes are connected more slowly than the GPUs inside them.
+        recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
+            "selective": all but matrix products and attention.
+        compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
+    """
+
+    replicate: int = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+
+
+@dataclass
 class DataRecipe:
     """The prepared tokens to train on.
 
     Args:
-        train: folder written by `illada prepare`.
+        train: folder written by `illada prepare`, or its URL (s3://, gs://, hf://, ...); several are mixed if given as
+            {folder: weight}, where the weights are their shares of the windows in any unit.
         validation: folder of held-out tokens, prepared with the same tokenizer; none for no validation.
         window: tokens of one training window (paper: 8192).
         split_probability: chance that a window is split into two segments without attention between them (paper: 0.3).
@@ -109,7 +126,7 @@ class DataRecipe:
             keep "window": a segment that ends with its answer gives the answer's length away.
     """
 
-    train: str = ""
+    train: str | dict[str, float] = ""
     validation: str | None = None
     window: int = 8192
     split_probability: float = 0.3
@@ -124,8 +141,8 @@ class TrainingRecipe:
         steps: optimiser steps; none to use epochs.
         epochs: passes over the data, when steps is none (paper, SFT: 12).
         samples_per_step: windows in a global batch (LLaDA: 1280).
-        samples_per_batch: windows in one forward pass; the rest of the batch is accumulated. It changes only the order
-            of floating-point sums, so a run keeps it.
+        samples_per_batch: windows in one forward pass of a process; the rest of its share of the step follows, the
+            gradients adding up. It changes only the order of floating-point sums.
         learning_rate: peak (paper: 2e-4 pre-training, 5e-6 SFT).
         final_learning_rate: after the decay (paper: 5e-6 pre-training, 5e-7 SFT).
         warmup_steps: linear warm-up (LLaDA: 2000).
@@ -136,18 +153,24 @@ class TrainingRecipe:
             when the decay does.
         plateau_patience: validations without improvement that count as a plateau.
         plateau_delta: relative fall of the validation loss that counts as an improvement.
-        weight_decay: of AdamW, on matrices (paper: 0.1).
+        optimizer: adamw (paper), or muon for the matrices of the blocks with adamw for the rest (ours).
+        weight_decay: on matrices (paper: 0.1).
         beta1: of AdamW (ours).
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
+        on_spike: what to do with a step whose loss or gradient is not finite, or whose loss lies far above the mean:
+            "none": end the run when it is not finite; "skip": leave the step out; "rollback": go back to the newest
+            checkpoint and take the following data in another order (all ours).
+        spike_deviations: how many standard deviations above the mean of the last hundred steps are a spike (ours).
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
         dtype: of the computation; the weights that are trained and the optimiser stay fp32.
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
         validation_samples: windows of validation data to use, spread evenly; none for all.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints, which are written while the training goes on.
         keep_checkpoints: newest checkpoints to keep.
+        keep_every: keep those of every so many steps as well; none for no others.
     """
 
     steps: int | None = None
@@ -162,10 +185,13 @@ class TrainingRecipe:
     decay_when: Literal["end", "plateau"] = "end"
     plateau_patience: int = 5
     plateau_delta: float = 0.002
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     gradient_clip: float = 1.0
+    on_spike: Literal["none", "skip", "rollback"] = "none"
+    spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
@@ -174,6 +200,7 @@ class TrainingRecipe:
     validation_samples: int | None = 256
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int | None = None
 
 
 SFT_DEFAULTS: dict[str, Any] = {
@@ -188,6 +215,19 @@ SFT_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
+class LogRecipe:
+    """Where the numbers of a run go besides the terminal and metrics.jsonl; needs `pip install 'illada[track]'`.
+
+    Args:
+        tensorboard: write them into the folder tensorboard of the run.
+        wandb: send them to this project of Weights & Biases, over the network.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass
 class Recipe:
     """One training run.
 
@@ -197,6 +237,8 @@ class Recipe:
         lora: adapters instead of new weights.
         data: the tokens.
         training: how to train.
+        parallel: processes, memory, compiler.
+        log: TensorBoard and Weights & Biases.
     """
 
     output: str = ""
@@ -204,6 +246,8 @@ class Recipe:
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
 
     def check(self) -> None:
         """Check what can be checked without opening anything.
@@ -235,11 +279,13 @@ class Recipe:
             ("training.beta1", training.beta1, 0, 0.99999),
             ("training.beta2", training.beta2, 0, 0.99999),
             ("training.gradient_clip", training.gradient_clip, 0, float("inf")),
+            ("training.spike_deviations", training.spike_deviations, 1, float("inf")),
             ("training.validate_every", training.validate_every, 1, float("inf")),
             ("training.checkpoint_every", training.checkpoint_every, 1, float("inf")),
             ("training.keep_checkpoints", training.keep_checkpoints, 1, float("inf")),
             ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
             ("training.plateau_delta", training.plateau_delta, 0, 1),
+            ("parallel.replicate", self.parallel.replicate, 1, float("inf")),
             ("training.seed", training.seed, 0, 2**63 - 1),
         ]
         if training.steps is not None:
@@ -248,11 +294,15 @@ class Recipe:
             raise IlladaError(f"training.epochs is {training.epochs:g}: it must be above 0")
         if training.decay_steps is not None:
             bounds.append(("training.decay_steps", training.decay_steps, 0, float("inf")))
+        if training.keep_every is not None:
+            bounds.append(("training.keep_every", training.keep_every, 1, float("inf")))
         if training.validation_samples is not None:
             bounds.append(("training.validation_samples", training.validation_samples, 1, float("inf")))
         for name, value, low, high in bounds:
             if not low <= value <= high:
                 limit = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
                 raise IlladaError(f"{name} is {value:g}: it must be {limit}")
+        if training.optimizer == "muon" and self.lora.rank:
+            raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")

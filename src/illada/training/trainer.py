@@ -1,52 +1,46 @@
 """One loop for pre-training and SFT (paper §2.2–2.3): the recipe says what differs.
 
-A run is a pure function of its recipe: killed at any moment and started again, it ends in the same weights, bit for
-bit.
+A run is a pure function of its recipe: killed at any moment and started again, it ends in the same weights, bit for bit
+on as many processes, to rounding on others.
 """
 
-import json
-import math
-import os
-import shutil
+import copy
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 
-from illada.adapters import CONFIG, add_adapter, base_fingerprint, is_adapted, save_adapter
-from illada.data.batches import Batches
+from illada.adapters import adapter_tensors, base_fingerprint, is_adapted, save_adapter_config
+from illada.data.ahead import Ahead
 from illada.data.shards import Shards
-from illada.data.tokenizer import load_tokenizer, tokenizer_sha256
-from illada.diffusion.bound import bits_per_byte, validation_bound
-from illada.diffusion.loss import masked_loss
-from illada.diffusion.noisy import noisy_batches
-from illada.errors import IlladaError
+from illada.data.tokenizer import load_tokenizer
+from illada.diffusion.bound import bits_per_byte, validation_batches
+from illada.diffusion.noisy import Batch, noisy_batches
 from illada.keyed import DROPOUT, bits
-from illada.loading import choose_device, load_config, load_model, model_folder
-from illada.model import IlladaConfig, IlladaForMaskedLM
-from illada.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
-from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
+from illada.loading import model_folder
+from illada.model import IlladaForMaskedLM
+from illada.training.build import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
+from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
+from illada.training.folder import DECAY, claimed, decay_asked, write_whole
+from illada.training.optimizers import make_optimizers, moments, set_updates, update
+from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
+from illada.training.recipe import Recipe
 from illada.training.report import Report
-from illada.training.schedule import Schedule, on_plateau
+from illada.training.schedule import on_plateau
+from illada.training.speed import flops_per_token, peak_flops, peak_memory
+from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
+from illada.training.trackers import make_trackers
 
-DECAY_FILE = "DECAY"
-FREE_TO_CHANGE = (
-    "training.validate_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.device",
-)
-"""Recipe keys that may differ when a run is continued: they do not change the weights it ends in."""
-
-DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "embedding_dropout")
-"""What iLLaDA's and LLaDA's config.json call their dropouts."""
+BUCKETS = 5
+"""Parts of the mask ratio by which the loss is reported."""
 
 
 class DivergedError(RuntimeError):
@@ -64,314 +58,257 @@ class Result:
 
 
 def train(recipe: Recipe, title: str = "train") -> Result:
-    """Carry out a recipe, from its newest checkpoint if there is one.
+    """Carry out a recipe, from its newest checkpoint if there is one; in each of the processes that torchrun started.
 
     Raises:
-        IlladaError: bad recipe, missing or unfitting data, or a run folder that belongs to another recipe.
+        IlladaError: bad recipe, missing or unfitting data, or a run folder that belongs to another recipe or trainer.
         DivergedError: the loss is not finite.
     """
     recipe.check()
-    settings = recipe.training
-    shards = Shards.open(recipe.data.train)
-    validation = None if recipe.data.validation is None else _validation(recipe.data.validation, shards)
-    tokenizer = load_tokenizer(shards.path / "tokenizer")
+    with join(recipe.training.device) as processes:
+        try:
+            return _train(recipe, title, processes)
+        except DivergedError:
+            if processes.first:
+                raise
+            sys.exit(1)  # the first has said it
+
+
+def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
+    settings, run = recipe.training, Path(recipe.output)
+    with processes.agreed():
+        shards = Shards.open(recipe.data.train)
+        held_out = None if recipe.data.validation is None else open_validation(recipe.data.validation, shards)
+        tokenizer = load_tokenizer(shards.path / "tokenizer")
     # Once: it may be a hub name, or a run whose newest checkpoint changes.
-    start = None if recipe.model.start is None else model_folder(recipe.model.start)
-    config = _config(recipe.model, start, shards, tokenizer)
-    if recipe.data.window > config.max_position_embeddings:
-        raise IlladaError(
-            f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}: "
-            "lower it or raise model.max_position_embeddings"
-        )
-    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id
-    batches = Batches(
-        shards,
-        window=recipe.data.window,
-        samples_per_step=settings.samples_per_step,
-        seed=settings.seed,
-        split_probability=recipe.data.split_probability,
-        boundaries=recipe.data.boundaries,
-        rule=settings.rule,
-        eos_token_id=eos,
-    )
-    run = Path(recipe.output)
-    device = choose_device(settings.device)
-    model = _model(recipe, start, config).to(device)
-    # Last, so that a recipe that cannot work leaves nothing behind.
-    _claim(run, recipe, shards, base_fingerprint(model) if is_adapted(model) else None)
-    optimizer = _optimizer(model, recipe)
+    given = recipe.model.start
+    start = None if given is None else processes.told(lambda: model_folder(given))
+    with processes.agreed():
+        config = shape_of(recipe.model, start, shards, tokenizer)
+        eos = config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id
+        batches = make_batches(recipe, shards, config, eos)
+        model = build_model(recipe, start, config)
+        base = base_fingerprint(model) if is_adapted(model) else None
+        notes = remarks(recipe, start, model)
+        objective = distribute(model, recipe, processes)
+    optimizers = make_optimizers(model, settings)
+    # Now, while the weights are in their shards: later they may just be gathered.
+    named = dict(model.named_parameters())
+    trained = [parameter for parameter in named.values() if parameter.requires_grad]
+    adapter = sum(p.numel() for p in trained) if is_adapted(model) else 0
+    kept = adapter_tensors(model) if is_adapted(model) else {name: p.detach() for name, p in named.items()}
+    kept |= moments(optimizers, {parameter: name for name, parameter in named.items()})
+
     state = RunState()
-    saved = checkpoints(run)
-    if saved:
-        state = load_checkpoint(saved[-1], model, optimizer)
-    schedule = _schedule(recipe, batches, state)
 
-    def save() -> Path:
-        return save_checkpoint(run, model, optimizer, state, tokenizer, settings.keep_checkpoints)
+    def make(step: int) -> Iterable[Batch]:
+        """Return this process's share of a step."""
+        plan = batches.plan(data_step(step, settings.seed, state.returns))
+        sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
+        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count)
 
-    def precision() -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if settings.dtype == "bf16" else nullcontext()
+    def go_back() -> RunState | None:
+        """Load the newest checkpoint, if there is one."""
+        saved.wait()
+        if (path := saved.newest()) is None:
+            return None
+        loaded = saved.load(path)
+        set_updates(optimizers, loaded.updates)
+        return loaded
 
-    def dropout(step: int, part: int) -> Any:
-        return _seeded(device, settings.seed, DROPOUT, step, part) if recipe.lora.dropout else nullcontext()
-
-    with _signals() as caught, Report(run, title, schedule.steps, state.step) as report:
-        for line in _remarks(recipe, start, model):
-            report.say(f"{title}: {line}")
-        if state.step:
-            report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
-        model.train()
-        started, started_tokens = time.monotonic(), state.tokens
-        while state.step < schedule.steps and not caught:
-            if (decay := _decay_asked(run, state, schedule)) is not None:
-                state.decay_start = decay
-                schedule = _schedule(recipe, batches, state)
-                report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
-            rate = schedule.learning_rate(state.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            plan = batches.plan(state.step)
-            loss = torch.zeros((), device=device)
-            noisy = noisy_batches(
-                plan, settings.samples_per_batch, shards, settings.seed, state.step, settings.rule, eos
-            )
-            for number, batch in enumerate(noisy):
-                with precision(), dropout(state.step, number):
-                    part = masked_loss(model, *batch.on(device), batch.packing)
-                part.backward()
-                loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip or math.inf)
-            if not math.isfinite(value := float(loss)) or not math.isfinite(float(norm)):
-                last = checkpoints(run)
-                raise DivergedError(
-                    f"loss {value} and gradient norm {float(norm)} at step {state.step}: nothing was saved since "
-                    + (f"the last good checkpoint {last[-1]}" if last else "the start, there is no good checkpoint")
-                    + "; begin again with a lower training.learning_rate and another --output"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.tokens += sum(segment.size for sample in plan for segment in sample)
-            speed = (state.tokens - started_tokens) / (time.monotonic() - started)
-            record: dict[str, Any] = {
-                "tokens": state.tokens,
-                "loss": value,
-                "learning_rate": rate,
-                "gradient_norm": float(norm),
-                "tokens_per_second": round(speed),
-            }
-            last_step = state.step == schedule.steps
-            if validation is not None and (state.step % settings.validate_every == 0 or last_step):
-                model.eval()
-                with precision():
-                    bound = validation_bound(
-                        model,
-                        validation,
-                        recipe.data.window,
-                        settings.validation_samples,
-                        settings.samples_per_batch,
+    with (
+        # Last, so that a recipe that cannot work leaves nothing behind.
+        _claimed(run, recipe, shards, base, processes),
+        Checkpoints(run, processes, kept, partial(_describe, model, tokenizer), settings) as saved,
+        _signals() as caught,
+        Ahead(make) as ahead,
+    ):
+        state = go_back() or state
+        schedule = schedule_of(recipe, batches, state)
+        with processes.agreed():
+            trackers = make_trackers(run, recipe.log, state.step + 1, asdict(recipe)) if processes.first else []
+        with Report(run, title, schedule.steps, state.step, quiet=not processes.first, trackers=trackers) as report:
+            for line in notes:
+                report.say(f"{title}: {line}")
+            if state.step:
+                report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
+            model.train()
+            peak = peak_flops(processes.device)
+            started, started_tokens = time.monotonic(), state.tokens
+            while state.step < schedule.steps:
+                asked = decay_asked(run, state, schedule) if processes.first else None
+                stop, decay = processes.highest(max(caught, default=0), -1 if asked is None else asked)
+                if stop:
+                    path = saved.save(state)
+                    saved.wait()
+                    name = signal.Signals(stop).name
+                    report.say(f"{title}: stopped by {name}; the same command continues from {path}")
+                    return Result(path, stop)
+                if decay >= 0:
+                    state.decay_start = decay
+                    schedule = schedule_of(recipe, batches, state)
+                    report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
+                plan = batches.plan(data_step(state.step, settings.seed, state.returns))
+                loss, by_ratio = _gradients(objective, ahead(state.step), len(plan), state.step, recipe, processes)
+                norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+                rate = schedule.learning_rate(state.step)
+                record: dict[str, Any] = {
+                    "loss": loss,
+                    "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
+                    "loss_by_mask_ratio": by_ratio,
+                    "learning_rate": rate,
+                    "gradient_norm": float(norm),
+                }
+                deviations = None if settings.on_spike == "none" else settings.spike_deviations
+                if (wrong := trouble(state, loss, float(norm), deviations)) is not None:
+                    record["trouble"] = wrong
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    here, state = state.step, _leave_out(saved, state, settings.on_spike, wrong, go_back)
+                    if settings.on_spike == "rollback":
+                        report.say(
+                            f"{title}: {wrong} at step {here}: back to step {state.step} and other data than before"
+                        )
+                        report.rewind(state.step)
+                        schedule = schedule_of(recipe, batches, state)
+                        started, started_tokens = time.monotonic(), state.tokens
+                        continue
+                    report.say(f"{title}: {wrong} at step {here}: left out")
+                else:
+                    if settings.gradient_clip:
+                        torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
+                    saved.settle()
+                    update(optimizers, rate)
+                    remember(state, loss)
+                    state.tokens += sum(segment.size for sample in plan for segment in sample)
+                state.step += 1
+                speed = (state.tokens - started_tokens) / (time.monotonic() - started)
+                record |= {"tokens": state.tokens, "tokens_per_second": round(speed)}
+                record |= {"memory_gb": round(peak_memory(processes.device) / 1e9, 3)}
+                if peak is not None:
+                    lengths = [segment.size for sample in plan for segment in sample]
+                    seen = sum(length**2 for length in lengths) / sum(lengths)
+                    record["mfu"] = round(flops_per_token(config, seen, adapter) * speed / (peak * processes.count), 4)
+                last = state.step == schedule.steps
+                if held_out is not None and (state.step % settings.validate_every == 0 or last):
+                    bound = _validate(objective, held_out, recipe, processes)
+                    bits_each = bits_per_byte(bound, held_out.tokens, held_out.bytes)
+                    record |= {"validation_loss": bound, "validation_bits_per_byte": bits_each}
+                    report.say(
+                        f"{title}: step {state.step}  validation {bound:.4f} nats/token  {bits_each:.4f} bits/byte"
                     )
-                model.train()
-                state.validation_losses.append(bound)
-                record["validation_loss"] = bound
-                record["validation_bits_per_byte"] = bits_per_byte(bound, validation.tokens, validation.bytes)
-                report.say(
-                    f"{title}: step {state.step}  validation {bound:.4f} nats/token  "
-                    f"{record['validation_bits_per_byte']:.4f} bits/byte"
+                    state.validation_losses.append(bound)
+                    waiting = settings.decay_when == "plateau" and state.step < schedule.decay_start
+                    flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
+                    if waiting and flat and processes.first:
+                        write_whole(run / DECAY, f"{state.step}\n")
+                report.log(state.step, **record)
+                report.progress(
+                    state.step, schedule.steps, f"loss {loss:.3f}  lr {rate:.1e}  {speed / 1000:.1f}k tokens/s"
                 )
-                waiting = settings.decay_when == "plateau" and state.step < schedule.decay_start
-                if waiting and on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta):
-                    _write(run / DECAY_FILE, f"{state.step}\n")
-            report.log(state.step, **record)
-            report.progress(
-                state.step, schedule.steps, f"loss {value:.3f}  lr {rate:.1e}  {speed / 1000:.1f}k tokens/s"
-            )
-            if state.step % settings.checkpoint_every == 0 or last_step:
-                save()
-        if caught:
-            path = save()
-            report.say(f"{title}: stopped by {signal.Signals(caught[0]).name}; the same command continues from {path}")
-            return Result(path, caught[0])
-    return Result(_finish(run, model, tokenizer), None)
+                if state.step % settings.checkpoint_every == 0 or last:
+                    saved.save(state)
+            saved.wait()
+        return Result(processes.told(lambda: export(checkpoints(run)[-1], run)), None)
 
 
-def _validation(path: str, train_shards: Shards) -> Shards:
-    shards = Shards.open(path)
-    if not shards.tokens:
-        raise IlladaError(f"{path} holds no tokens: prepare some text to validate on")
-    if shards.tokenizer_sha256 != train_shards.tokenizer_sha256:
-        raise IlladaError(
-            f"{path} was prepared with another tokenizer than {train_shards.path}: prepare both with the same one"
-        )
-    return shards
+def _gradients(
+    objective: Objective,
+    noisy: Iterable[Batch],
+    samples: int,
+    step: int,
+    recipe: Recipe,
+    processes: Processes,
+) -> tuple[float, list[float | None]]:
+    """Add up the gradients of this process's share, `noisy`, of a step of so many samples.
 
-
-def _config(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer: Any) -> IlladaConfig:
-    """Return the network's shape: the checkpoint's, or the preset's with the tokenizer's vocabulary and ids."""
-    if start is not None:
-        if (start / CONFIG).is_file():
-            raise IlladaError(
-                f"{recipe.start} is an adapter: merge it with `illada export --model {recipe.start} --output FOLDER` "
-                "and start from that folder"
-            )
-        config = load_config(start)
-        theirs = load_tokenizer(start)
-        if tokenizer_sha256(theirs) != shards.tokenizer_sha256:
-            raise IlladaError(
-                f"{shards.path} was prepared with another tokenizer than that of {recipe.start}: "
-                f"prepare it again with --tokenizer {recipe.start}"
-            )
-        return config
-    assert recipe.preset is not None
-    if tokenizer.mask_token_id is None:
-        raise IlladaError(f"the tokenizer of {shards.path} has no mask token: add one and prepare the data again")
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
-    return IlladaConfig.preset(recipe.preset, **{**recipe.sizes(), "vocab_size": shards.vocab_size, **ids})
-
-
-def _model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:
-    """Build the network with keyed initial weights, or load the one to start from, in fp32.
-
-    Weights that stay frozen under an adapter keep their own type, unless the computation is to be in fp32.
+    Returns:
+        the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
+        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens).
     """
-    lora = recipe.lora
-    if start is not None:
-        own = bool(lora.rank) and recipe.training.dtype == "bf16"
-        model, _ = load_model(str(start), "auto" if own else "fp32", "cpu")
-    else:
-        # fork_rng: the seed must not leak into the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.training.seed)
-            model = IlladaForMaskedLM(config)
-    if lora.rank:
-        given = recipe.model.start
-        assert given is not None
-        base = os.path.abspath(start) if start is not None and Path(given).exists() else given
-        alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
-        targets = lora.targets or LORA_TARGETS
-        add_adapter(model, lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
-    if recipe.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model
+    settings = recipe.training
+    share = -(-samples // processes.count)
+    passes = -(-share // settings.samples_per_batch)
+    # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
+    sums = torch.zeros(1 + 2 * BUCKETS, device=processes.device)
+    for number, batch in enumerate(noisy):
+        before_pass(objective, last=number == passes - 1)
+        key = (settings.seed, DROPOUT, step, processes.rank * passes + number)
+        each_T = sums.new_zeros(batch.packing.tokens)
+        clean_T, masked_T, weight_T = batch.on(processes.device)
+        with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
+            loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
+        loss.backward()
+        sums[0] += loss.detach()
+        counted_T = masked_T & (weight_T > 0)
+        bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
+        sums.index_add_(0, bucket_T, each_T * counted_T)
+        sums.index_add_(0, bucket_T + BUCKETS, counted_T.to(sums.dtype))
+    total = processes.total(*sums.tolist())
+    pairs = zip(total[1 : 1 + BUCKETS], total[1 + BUCKETS :], strict=True)
+    return total[0], [entropy / count if count else None for entropy, count in pairs]
 
 
-def _optimizer(model: IlladaForMaskedLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on norm gains."""
-    training = recipe.training
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    gains = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(training.beta1, training.beta2), fused=True)
+@torch.no_grad()
+def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes: Processes) -> float:
+    """Return the bound on held-out text in nats per token, each process computing its share."""
+    settings = recipe.training
+    objective.eval()
+    noisy = validation_batches(
+        held_out,
+        recipe.data.window,
+        settings.validation_samples,
+        settings.samples_per_batch,
+        processes.rank,
+        processes.count,
+    )
+    bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
+    release(objective)
+    objective.train()
+    return processes.total(bound)[0]
 
 
-def _schedule(recipe: Recipe, batches: Batches, state: RunState) -> Schedule:
-    training = recipe.training
-    steps = training.steps
-    if steps is None:
-        assert training.epochs is not None
-        steps = max(1, round(training.epochs * batches.samples / training.samples_per_step))
-    decay_steps = steps // 10 if training.decay_steps is None else min(training.decay_steps, steps)
-    start = steps - decay_steps if state.decay_start is None else min(state.decay_start, steps - decay_steps)
-    rates = (training.learning_rate, training.final_learning_rate)
-    return Schedule(*rates, training.warmup_steps, training.decay, decay_steps, start)
+def _leave_out(
+    saved: Checkpoints, state: RunState, policy: str, wrong: str, go_back: Callable[[], RunState | None]
+) -> RunState:
+    """Return the state in which a run goes on after a step with trouble.
 
-
-def _decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
-    """Return the step at which to begin the decay now, if the run folder asks for it.
-
-    The step is written into the file, so that a run killed after the switch switches at the same step again.
+    Raises:
+        DivergedError: when it should not, or has done so too often.
     """
-    path = run / DECAY_FILE
-    if state.decay_start is not None or state.step >= schedule.decay_start or not path.exists():
-        return None
-    text = path.read_text().strip()
-    if not text.isdecimal():  # whatever a person put there, mostly nothing
-        _write(path, f"{state.step}\n")
-        return state.step
-    return int(text) if int(text) <= state.step else None
+    if policy == "skip" and state.skipped < SKIPS_IN_A_ROW:
+        state.skipped += 1
+        return state
+    if policy == "rollback" and (back := go_back()) and state.returns.count(back.step) < RETURNS_TO_ONE_STEP:
+        back.returns = [*state.returns, back.step]
+        return back
+    saved.wait()
+    last = saved.newest()
+    raise DivergedError(
+        f"{wrong} at step {state.step}: nothing was saved since "
+        + (f"the last good checkpoint {last}" if last else "the start, there is no good checkpoint")
+        + "; begin again with a lower training.learning_rate and another --output"
+    )
 
 
-def _claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> None:
-    """Write the recipe into a new run folder, or check that the folder is a run of this recipe.
-
-    `base` is the fingerprint of the frozen weights, which no checkpoint holds; None when all weights are trained.
-    """
-    sources = shards.index["provenance"].get("source_fingerprint")
-    data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
-    written = {**asdict(recipe), "data_fingerprint": data}
-    del written["output"]
-    if base is None:
-        del written["lora"]
-    else:
-        written["base_fingerprint"] = base
-    path = run / "recipe.yaml"
-    if path.exists():
-        before = yaml.safe_load(path.read_text())
-        free = set(FREE_TO_CHANGE)
-        if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
-            free.discard("training.validate_every")
-        changed = [k for k in _differences(before, written) if k not in free]
-        if changed:
-            raise IlladaError(
-                f"{run} holds a run with another recipe ({', '.join(changed[:4])} differ): "
-                "choose another --output or restore the recipe"
-            )
-        return
-    if run.exists() and (not run.is_dir() or any(p.suffix != ".partial" for p in run.iterdir())):
-        raise IlladaError(f"{run} is not empty and holds no run: choose another --output")
-    run.mkdir(parents=True, exist_ok=True)
-    _write(path, yaml.safe_dump(written, sort_keys=False))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent, whatever happens meanwhile."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = list(dict.fromkeys([*a, *b]))
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else str(k))]
-    return [] if a == b else [prefix]
-
-
-def _finish(run: Path, model: IlladaForMaskedLM, tokenizer: Any) -> Path:
-    """Write the finished model or adapter next to the checkpoints, complete or not at all; returns its folder."""
-    target = run / ("adapter" if is_adapted(model) else "model")
-    partial = run / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+def _describe(model: IlladaForMaskedLM, tokenizer: Any, folder: Path) -> None:
+    """Write what a model folder holds besides weights."""
+    folder.mkdir()
     if is_adapted(model):
-        save_adapter(model, partial)
+        save_adapter_config(model, folder)
     else:
-        model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if not target.exists():
-        partial.rename(target)
-        return target
-    for path in partial.iterdir():
-        path.replace(target / path.name)
-    partial.rmdir()
-    return target
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = ["IlladaForMaskedLM"], torch.float32
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def _remarks(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> list[str]:
-    """Return what a user should know before the run begins."""
-    lines = []
-    if start is not None:
-        written = json.loads((start / "config.json").read_text())
-        unused = [f"{name} {written[name]}" for name in DROPOUTS if written.get(name)]
-        if unused:
-            lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
-    if is_adapted(model):
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in model.parameters())
-        lines.append(f"an adapter of {trained:,} parameters beside {everything - trained:,} frozen ones")
-        if (rate := recipe.training.learning_rate) <= 2e-5:  # ours: between what is usual for weights and for adapters
-            lines.append(f"training.learning_rate {rate:g} suits all weights: adapters want ten times as much or more")
-    return lines
+@contextmanager
+def _claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None, processes: Processes) -> Iterator[None]:
+    """Let the first process hold the run folder for all."""
+    with ExitStack() as held:
+        processes.told(lambda: held.enter_context(claimed(run, recipe, shards, base)))
+        yield
 
 
 @contextmanager

@@ -1,0 +1,139 @@
+"""What does a training step cost beside the common practice: one document a row, padded, logits of every position?
+
+    OMP_NUM_THREADS=1 python bench/trainer.py [--preset 15m] [--vocab_size 32000] [--dtype bf16] [--steps 4]
+
+Documents of mixed length (log-normal, median 150, at most 512 tokens). Both ways see the same documents and train the
+same network by the same loss (Eq. 1) with AdamW. Ours: documents one after another in windows of 512, the head on
+masked tokens only, in chunks. Common: rows padded to the longest of their batch, an attention mask, all logits at once.
+Tokens are those of documents, not of padding. Every way runs in processes of its own, in turns; peaks are of resident
+memory above the start.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+LONGEST, ROWS = 512, 16
+
+
+def step_of(way, preset, vocab_size, dtype):
+    """Return a function that makes one optimiser step over given documents, and the peak of memory before it."""
+    import torch
+    import torch.nn.functional as F
+
+    from illada.diffusion.loss import masked_loss
+    from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+    from illada.training.speed import peak_memory
+
+    model = IlladaForMaskedLM(IlladaConfig.preset(preset, vocab_size=vocab_size)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    before = peak_memory(torch.device("cpu"))
+    mask_id = model.config.mask_token_id
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+    def noise(shape, p):
+        return torch.rand(shape) < p
+
+    def packed(documents):
+        total = sum(map(len, documents))
+        windows = torch.cat(documents).split(LONGEST)
+        passes = [windows[i : i + ROWS] for i in range(0, len(windows), ROWS)]
+        for group in passes:
+            lengths = sorted(map(len, group), reverse=True)
+            clean_T = torch.cat(group)
+            p_T = torch.cat([torch.full((n,), float(torch.rand(()) * 0.999 + 0.001)) for n in lengths])
+            with autocast():
+                loss = masked_loss(model, clean_T, noise(p_T.shape, p_T), 1 / p_T / total, Packing(tuple(lengths)))
+            loss.backward()
+
+    def padded(documents):
+        total = sum(map(len, documents))
+        for i in range(0, len(documents), ROWS):
+            rows = documents[i : i + ROWS]
+            clean_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+            kept_BL = torch.arange(clean_BL.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+            p_B1 = torch.rand(len(rows), 1) * 0.999 + 0.001
+            masked_BL = noise(clean_BL.shape, p_B1) & kept_BL
+            with autocast():
+                logits_BLV = attend_padded(clean_BL.masked_fill(masked_BL, mask_id), kept_BL)
+                each_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), clean_BL, reduction="none")
+                loss = (each_BL * masked_BL / p_B1).sum() / total
+            loss.backward()
+
+    def attend_padded(ids_BL, kept_BL):
+        # The same network with padding computed and masked in attention, as models written for padded batches do.
+        from illada.model.transformer import rotary_angles, rotate
+
+        trunk, config = model.model, model.config
+        hidden = trunk.embed_tokens(ids_BL)
+        rotary = rotary_angles(torch.arange(ids_BL.shape[1]), config.head_dim, config.rope_theta)
+        for block in trunk.layers:
+            attention = block.self_attn
+            normal = block.input_layernorm(hidden)
+            q, k, v = (
+                getattr(attention, f"{name}_proj")(normal).unflatten(-1, (-1, config.head_dim)) for name in "qkv"
+            )
+            q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rotary), rotate(k, *rotary), v))
+            mask = kept_BL[:, None, None]
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+            hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
+            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        return model.lm_head(trunk.norm(hidden))
+
+    def step(documents):
+        {"ours": packed, "common": padded}[way](documents)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, before
+
+
+def run(way, preset, vocab_size, dtype, steps):
+    import torch
+
+    from illada.training.speed import peak_memory
+
+    torch.manual_seed(0)
+    step, before = step_of(way, preset, vocab_size, dtype)
+    lengths = (torch.randn(steps + 1, 2 * ROWS) * 0.8).exp().mul(150).long().clamp(8, LONGEST)
+    documents = [[torch.randint(10, vocab_size, (int(n),)) for n in row] for row in lengths]
+    step(documents[0])
+    started = time.perf_counter()
+    for one in documents[1:]:
+        step(one)
+    seconds = time.perf_counter() - started
+    peak = peak_memory(torch.device("cpu")) - before
+    print(json.dumps({"tokens": int(lengths[1:].sum()), "seconds": seconds, "peak": peak}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="15m")
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--way", choices=["ours", "common"], help="run only this, in this process")
+    given = parser.parse_args()
+    if given.way:
+        run(given.way, given.preset, given.vocab_size, given.dtype, given.steps)
+        sys.exit()
+    found = {"ours": [], "common": []}
+    for _ in range(given.repeats):
+        for way, results in found.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    print("| way | tokens/s | peak above start (MB) |\n|---|---:|---:|")
+    for way, results in found.items():
+        speed = statistics.median(one["tokens"] / one["seconds"] for one in results)
+        print(f"| {way} | {speed:,.0f} | {statistics.median(one['peak'] for one in results) / 1e6:,.0f} |")
+    pairs = list(zip(found["ours"], found["common"], strict=True))
+    faster = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
+    smaller = statistics.median(b["peak"] / a["peak"] for a, b in pairs)
+    print(f"\nours: {faster:.2f} times as fast, {1 / smaller:.2f} of the memory; {found['ours'][0]['tokens']} tokens")

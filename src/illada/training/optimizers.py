@@ -1,0 +1,66 @@
+"""AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from illada.model import IlladaForMaskedLM
+from illada.training.recipe import TrainingRecipe
+
+
+def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of a recipe, their moments at zero; learning rates are set at every step.
+
+    Weight decay is on matrices, not on norm gains. Muon (Jordan et al. 2024) takes steps of AdamW's size
+    (arXiv 2502.16982), so one learning rate serves both.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    by_muon = [p for name, p in trained.items() if training.optimizer == "muon" and ".layers." in name and p.ndim == 2]
+    known = set(by_muon)
+    matrices = [p for p in trained.values() if p.ndim >= 2 and p not in known]
+    gains = [p for p in trained.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=(training.beta1, training.beta2), fused=True
+    )
+    for parameter in (*matrices, *gains):
+        adamw.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    if not by_muon:
+        return [adamw]
+    muon = torch.optim.Muon(by_muon, lr=0.0, weight_decay=training.weight_decay, adjust_lr_fn="match_rms_adamw")
+    for parameter in by_muon:
+        muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return [adamw, muon]
+
+
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Change the weights by their gradients at a learning rate, and let go of the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def moments(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the optimisers' tensors as "weight/moment", without the count of updates; they share their memory."""
+    return {
+        f"{names[parameter]}/{slot}": value.detach()
+        for optimizer in optimizers
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+        if slot != "step"
+    }
+
+
+def set_updates(optimizers: list[torch.optim.Optimizer], updates: int) -> None:
+    """Set how many updates there were."""
+    for optimizer in optimizers:
+        for slots in optimizer.state.values():
+            if "step" in slots:
+                slots["step"].fill_(updates)

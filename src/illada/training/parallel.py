@@ -1,0 +1,233 @@
+"""Many processes as one run: who computes what, weights in shards, and agreement. The model knows nothing of it.
+
+Every process takes its share of each step's windows (`noisy_batches`), whose noise does not depend on the division; the
+sum of all gradients is the gradient of the step. Weights, gradients and optimiser lie in shards (FSDP2; Zhao et al.,
+arXiv 2304.11277), gathered a block at a time. A process started without torchrun is alone and needs no group.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from illada.diffusion.loss import masked_loss
+from illada.errors import IlladaError
+from illada.loading import choose_device
+from illada.model import IlladaForMaskedLM, Packing
+from illada.training.recipe import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    count: int
+    device: torch.device
+    """Where this process computes."""
+    files: Any = None
+    """A group of their own for checkpoints, which are written by a thread beside the training; None when alone."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and speaks for all."""
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """Return the sum of each value over all processes; every one gets the same bits."""
+        if self.count == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found)
+        return found.tolist()
+
+    def highest(self, *numbers: int) -> list[int]:
+        """Return the largest of each number over all processes."""
+        if self.count == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def told(self, action: Callable[[], T]) -> T:
+        """Let the first process act; all return its result or fail with its error (see `agreed`)."""
+        box: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                box[0] = action()
+        if self.count > 1:
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """When the block is bad input to any process, end it on all: the first says so, the others end in silence.
+
+        Raises:
+            IlladaError: the message of the lowest process that has one.
+            SystemExit: instead, with code 2, on all processes but the first.
+        """
+        said: IlladaError | None = None
+        try:
+            yield
+        except IlladaError as error:
+            if self.count == 1:
+                raise
+            said = error
+        if self.count == 1:
+            return
+        lines: list[str | None] = [None] * self.count
+        dist.all_gather_object(lines, None if said is None else str(said))
+        wrong = [line for line in lines if line is not None]
+        if wrong and self.first:
+            raise IlladaError(wrong[0]) from said
+        if wrong:
+            sys.exit(2)
+
+
+@contextmanager
+def join(device: str) -> Iterator[Processes]:
+    """Join the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs, or stand alone.
+
+    Raises:
+        IlladaError: when there is no such device, or fewer of them than processes on this machine, or what torchrun
+            says is not there.
+    """
+    place = choose_device(device)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(0, 1, place)
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise IlladaError(f"WORLD_SIZE is {count} but {missing[0]} is not set: start several processes with torchrun")
+    backend = "gloo"
+    if place.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise IlladaError(
+                f"this machine has {torch.cuda.device_count()} GPUs, fewer than processes: start one process per GPU"
+            )
+        place, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(place)
+    elif place.type != "cpu":
+        raise IlladaError(f"several processes need device cpu or cuda, not {place.type}: set training.device")
+    dist.init_process_group(backend)
+    try:
+        yield Processes(dist.get_rank(), count, place, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+class Objective(nn.Module):
+    """The masked loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
+
+    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str):
+        super().__init__()
+        self.model = model
+        self.device, self.dtype = device, dtype
+
+    def forward(
+        self,
+        clean_T: Tensor,
+        masked_T: Tensor,
+        weight_T: Tensor,
+        packing: Packing,
+        each_T: Tensor | None = None,
+    ) -> Tensor:
+        """Return the masked loss of a batch in nats (see `masked_loss`), computed in the recipe's dtype."""
+        half = self.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T)
+
+
+def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -> Objective:
+    """Move the model to its device, in shards when there are several processes; returns its loss.
+
+    Each block is gathered when it is needed and let go after; embedding, head and last norm are gathered once a pass.
+    Masters and sums of gradients are fp32. Under bf16 the blocks travel and compute in it, the residual stream and what
+    is not in a block stay fp32, as under autocast in one process (only the gains of the norms are rounded besides).
+
+    Raises:
+        IlladaError: when the processes do not divide into parallel.replicate copies.
+    """
+    settings, dtype = recipe.parallel, recipe.training.dtype
+    if processes.count % settings.replicate:
+        raise IlladaError(
+            f"parallel.replicate is {settings.replicate}: it must divide the number of processes, {processes.count}"
+        )
+    recompute(model, settings.recompute)
+    if settings.compile:
+        model.model.compile_blocks()
+    objective = Objective(model.to(processes.device), processes.device, dtype)
+    if processes.count == 1:
+        return objective
+    if settings.replicate > 1:
+        shape = (settings.replicate, processes.count // settings.replicate)
+        mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(processes.device.type, (processes.count,))
+    half = torch.bfloat16 if dtype == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for module in _sharded(objective):
+        # Each share of the loss is divided by the tokens of the whole step already, so gradients are summed.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return objective
+
+
+def recompute(model: IlladaForMaskedLM, kind: Literal["none", "selective", "full"]) -> None:
+    """Let the backward pass compute activations again: of whole blocks, or all but products and attention."""
+    if kind == "none":
+        model.activation_checkpointing_disable()
+    else:
+        context = {"context_fn": _keep_products} if kind == "selective" else {}
+        model.activation_checkpointing_enable({"use_reentrant": False, **context})
+
+
+def before_pass(objective: Objective, last: bool) -> None:
+    """Prepare a pass; gradients of copies (parallel.replicate) are added up in the last pass of a step only."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_all_reduce(last)
+        objective.set_is_last_backward(last)
+
+
+def release(objective: Objective) -> None:
+    """Let go of weights that stayed gathered after a pass without a backward one."""
+    for module in _sharded(objective):
+        module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor that may lie in shards in one piece; all processes must ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _sharded(objective: Objective) -> list[FSDPModule]:
+    return [module for module in objective.modules() if isinstance(module, FSDPModule)]
+
+
+def _keep_products() -> Any:
+    """Keep what matrix products and attention computed; norms, rotations and the SwiGLU product are computed again."""
+    aten = torch.ops.aten
+    attention = [
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    return create_selective_checkpoint_contexts([aten.mm.default, *attention])

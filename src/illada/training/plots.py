@@ -1,0 +1,58 @@
+"""`illada report`: the curves of a run as one picture."""
+
+from pathlib import Path
+from typing import Any
+
+from illada.errors import IlladaError
+from illada.training.report import read_metrics
+
+
+def draw_run(run: str, output: str | None = None) -> Path:
+    """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; returns the picture's path.
+
+    Raises:
+        IlladaError: when the folder holds no metrics, or matplotlib is not installed.
+    """
+    folder = Path(run)
+    records = read_metrics(folder / "metrics.jsonl")
+    if not records:
+        raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise IlladaError("pictures need matplotlib: pip install 'illada[report]'") from error
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    ((loss, ratio), (norm, speed)) = figure.subplots(2, 2)
+
+    def curve(axes: Any, values: list[Any], label: str, **style: Any) -> None:
+        points = [(r["step"], value) for r, value in zip(records, values, strict=True) if value is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    def column(name: str) -> list[Any]:
+        return [record.get(name) for record in records]
+
+    curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
+    curve(loss, column("validation_bits_per_byte"), "held out", marker=".", color="black")
+    loss.set_title("bits per byte (upper bound)")
+    buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
+    parts = max(map(len, buckets))
+    for part in range(parts):
+        label = f"{100 * part // parts} to {100 * (part + 1) // parts} % masked"
+        curve(ratio, [bucket[part] if bucket else None for bucket in buckets], label, linewidth=0.6)
+    ratio.set_title("cross-entropy of masked tokens, nats")
+    curve(norm, column("gradient_norm"), "gradient norm", linewidth=0.6)
+    norm.set_yscale("log")
+    norm.set_title("gradient norm (left), learning rate (right)")
+    curve(norm.twinx(), column("learning_rate"), "learning rate", color="tab:orange")
+    curve(speed, column("tokens_per_second"), "mean since the start", linewidth=0.8)
+    speed.set_ylim(bottom=0)
+    speed.set_title("tokens a second")
+    for axes in (loss, ratio, norm, speed):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    target = folder / "report.png" if output is None else Path(output)
+    figure.savefig(target, dpi=120)
+    return target

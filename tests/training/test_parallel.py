@@ -1,0 +1,142 @@
+"""One run on 1, 2 and 4 processes: the same noise, the same losses to rounding, the same files at the end."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from illada.diffusion.noisy import noisy_batches
+from illada.training import train
+from illada.training.report import read_metrics
+
+
+def run_groups(folder, runs):
+    """Train recipes, {name: (processes, recipe)}, each in a folder of its name; returns how they ended."""
+    values = {}
+    for name, (processes, recipe) in runs.items():
+        recipe.output = str(folder / name)
+        values[name] = (processes, dataclasses.asdict(recipe))
+    (folder / "runs.json").write_text(json.dumps(values))
+    words = [sys.executable, Path(__file__).with_name("groups.py"), folder / "runs.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_same_run(folder, ends, name, other, loss=1e-5, weight=2e-5):
+    assert ends[name]["noise"] == ends[other]["noise"], name
+    mine, theirs = (read_metrics(folder / n / "metrics.jsonl") for n in (name, other))
+    assert [r["step"] for r in mine] == [r["step"] for r in theirs]
+    for key in ("loss", "gradient_norm", "validation_loss", "tokens", "learning_rate"):
+        a, b = ([r.get(key, 0.0) for r in records] for records in (mine, theirs))
+        assert a == pytest.approx(b, rel=loss if key != "gradient_norm" else 10 * loss), (name, key)
+    kind = "adapter/adapter_model" if (folder / name / "adapter").exists() else "model/model"
+    a, b = (load_file(folder / n / f"{kind}.safetensors") for n in (name, other))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=weight, msg=f"{name}: {key}")
+
+
+def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
+    def make(**changes):
+        settings = {"steps": 5, "validate_every": 3, "validation_samples": 5, "samples_per_batch": 4}
+        return make_recipe(validation="held_out", **{**settings, "learning_rate": 1e-3, **changes})
+
+    spikes = {"steps": 70, "validate_every": 70, "on_spike": "skip", "spike_deviations": 1.0}
+    copies = make(samples_per_step=8, samples_per_batch=1)
+    copies.parallel.replicate, copies.parallel.recompute = 2, "selective"
+    nowhere, odd_copies = make(), make()
+    nowhere.data.train, odd_copies.parallel.replicate = "nowhere", 3
+    runs = {
+        "1": (1, make()),
+        "1, 4 passes": (1, make(samples_per_batch=1)),
+        "2": (2, make()),
+        "2, 2 passes": (2, make(samples_per_batch=1)),
+        "3": (3, make()),
+        "4": (4, make()),
+        "8 windows on 1": (1, make(samples_per_step=8)),
+        "8 windows on 4, 2 copies, 2 passes": (4, copies),
+        "5 windows on 1": (1, make(samples_per_step=5)),
+        "5 windows on 2, 3 passes": (2, make(samples_per_step=5, samples_per_batch=1)),
+        "5 windows on 4": (4, make(samples_per_step=5)),
+        "muon on 1": (1, make(optimizer="muon")),
+        "muon on 2": (2, make(optimizer="muon")),
+        "bf16 on 1": (1, make(dtype="bf16")),
+        "bf16 on 2": (2, make(dtype="bf16")),
+        "spikes on 1": (1, make(**spikes)),
+        "spikes on 2": (2, make(**spikes)),
+        "nowhere": (2, nowhere),
+        "odd copies": (2, odd_copies),
+    }
+    ends = run_groups(tmp_path, runs)
+    wrong = ("nowhere", "odd copies")
+    for name, end in ends.items():
+        assert end["codes"] == [2 if name in wrong else 0] * runs[name][0], (name, end["said"])
+    for name in ("1, 4 passes", "2", "2, 2 passes", "3", "4"):
+        assert_same_run(tmp_path, ends, name, "1")
+    assert_same_run(tmp_path, ends, "8 windows on 4, 2 copies, 2 passes", "8 windows on 1")
+    for name in ("5 windows on 2, 3 passes", "5 windows on 4"):
+        assert_same_run(tmp_path, ends, name, "5 windows on 1")
+    # bf16 shows another order of sums, and Muon computes in it.
+    for kind in ("muon", "bf16"):
+        assert_same_run(tmp_path, ends, f"{kind} on 2", f"{kind} on 1", 3e-3, 1e-3)
+    assert_same_run(tmp_path, ends, "spikes on 2", "spikes on 1", 1e-4, 2e-4)  # after 70 steps
+    left_out = [
+        ["trouble" in record for record in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("spikes on 1", "spikes on 2")
+    ]
+    assert left_out[0] == left_out[1]
+    assert any(left_out[0])
+    assert len(ends["2"]["noise"]) == 5
+    assert ends["1"]["noise"] != ends["5 windows on 1"]["noise"]
+    # One voice: that of the first process.
+    assert ends["4"]["said"].count("validation") == 2
+    assert ends["nowhere"]["said"] == "error: no prepared data at nowhere: make it with `illada prepare`\n"
+    assert ends["odd copies"]["said"].startswith("error: parallel.replicate is 3: it must divide")
+    assert ends["odd copies"]["said"].count("\n") == 1
+    assert not any((tmp_path / name).exists() for name in wrong)
+    shards = list((tmp_path / "4" / "checkpoints" / "step-00000005").glob("shard-*.safetensors"))
+    assert len(shards) == 4
+
+
+def test_tuning_is_the_same_run_too(make_recipe, tmp_path):
+    base = train(make_recipe("base", steps=2)).model
+    runs = {}
+    for rule in ("illada", "llada"):
+        tune = partial(make_recipe, "", "chat", start=base, steps=4, rule=rule, learning_rate=1e-3)
+        adapters = [tune(), tune()]
+        for recipe in adapters:
+            recipe.lora.rank = 2
+        runs |= {
+            f"{rule} on 1": (1, tune(samples_per_batch=4)),
+            f"{rule} on 2": (2, tune(samples_per_batch=1)),
+            f"{rule} on 4": (4, tune()),
+            f"{rule}, adapter on 1": (1, adapters[0]),
+            f"{rule}, adapter on 2": (2, adapters[1]),
+        }
+    ends = run_groups(tmp_path, runs)
+    assert not any(any(end["codes"]) for end in ends.values()), ends
+    for name in runs:
+        assert_same_run(tmp_path, ends, name, f"{name[:-1]}1")
+
+
+def test_every_process_makes_the_same_number_of_passes(make_recipe, data):
+    from illada.data.batches import Batches
+    from illada.data.shards import Shards
+
+    shards = Shards.open(data / "train")
+    plan = Batches(shards, 32, 5, 0).plan(0)
+    whole = sum(float((b.weight_T * b.masked_T).sum()) for b in noisy_batches(plan, 5, shards, 0, 0))
+    for ranks in (1, 2, 3, 4, 7):
+        parts = [list(noisy_batches(plan, 2, shards, 0, 0, rank=rank, ranks=ranks)) for rank in range(ranks)]
+        assert len({len(part) for part in parts}) == 1
+        found = sum(float((batch.weight_T * batch.masked_T).sum()) for part in parts for batch in part)
+        assert found == pytest.approx(whole, rel=1e-6)

@@ -1,0 +1,109 @@
+"""What a run says of itself: numbers against their definitions, trackers, the picture."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from illada import cli
+from illada.data.batches import Batches
+from illada.data.shards import Shards
+from illada.diffusion.noisy import noisy_batches
+from illada.errors import IlladaError
+from illada.loading import load_model
+from illada.training import train, trainer
+from illada.training.recipe import LogRecipe
+from illada.training.report import read_metrics
+
+
+def test_the_loss_by_mask_ratio_is_the_mean_cross_entropy(make_recipe, data):
+    """The first step of a run against plain logits of the weights it began with."""
+    base = train(make_recipe("base", steps=2)).model
+    recipe = make_recipe(start=base, steps=1, samples_per_step=16, samples_per_batch=5)
+    train(recipe)
+    record = read_metrics(Path(recipe.output) / "metrics.jsonl")[0]
+    shards = Shards.open(data / "train")
+    plan = Batches(shards, 32, 16, 0).plan(0)
+    (batch,) = noisy_batches(plan, 16, shards, 0, 0)
+    model, _ = load_model(str(base))
+    noisy = batch.clean_T.masked_fill(batch.masked_T, model.config.mask_token_id)
+    with torch.no_grad():
+        logits = model.lm_head(model.model.packed(noisy, batch.packing)).double()
+    entropies = torch.nn.functional.cross_entropy(logits, batch.clean_T, reduction="none")
+    assert record["loss"] == pytest.approx(float((entropies * batch.masked_T * batch.weight_T).sum()), rel=1e-5)
+    assert record["bits_per_byte"] == pytest.approx(record["loss"] * shards.tokens / shards.bytes / math.log(2))
+    for part, found in enumerate(record["loss_by_mask_ratio"]):
+        inside = batch.masked_T & (batch.probability_T >= part / 5) & (batch.probability_T < (part + 1) / 5)
+        assert inside.any()
+        assert found == pytest.approx(float(entropies[inside].mean()), rel=1e-5)
+    assert record["memory_gb"] > 0.05
+    assert "mfu" not in record  # the peak of this processor is in no data sheet
+
+
+def test_mfu_is_flops_over_the_peak(make_recipe, monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda _: 1e9)
+    monkeypatch.setattr(trainer, "flops_per_token", lambda config, seen, adapter: 1e6 * (1 <= seen <= 32))
+    recipe = make_recipe(steps=3)
+    train(recipe)
+    for record in read_metrics(Path(recipe.output) / "metrics.jsonl"):
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] / 1e3, abs=2e-3)
+
+
+def test_tensorboard_gets_every_number(make_recipe):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = make_recipe(validation="held_out", steps=4, validate_every=2)
+    recipe.log = LogRecipe(tensorboard=True)
+    train(recipe)
+    events = EventAccumulator(str(Path(recipe.output) / "tensorboard")).Reload()
+    records = read_metrics(Path(recipe.output) / "metrics.jsonl")
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        wanted = {r["step"]: r[name] for r in records if name in r}
+        assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(wanted)
+    assert {f"loss_by_mask_ratio/{part}" for part in range(5)} <= set(events.Tags()["scalars"])
+
+
+def test_weights_and_biases_gets_every_number_and_one_run(make_recipe, monkeypatch):
+    begun, logged = [], []
+    session = SimpleNamespace(log=lambda values, step: logged.append((step, values["loss"])), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **words: begun.append(words) or session)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    recipe = make_recipe(steps=3)
+    recipe.log = LogRecipe(wandb="project")
+    train(recipe)
+    train(recipe)
+    assert logged == [(r["step"], r["loss"]) for r in read_metrics(Path(recipe.output) / "metrics.jsonl")]
+    assert begun[0] == begun[1]
+    assert (begun[0]["project"], begun[0]["resume"]) == ("project", "allow")
+
+
+@pytest.mark.parametrize("log", [{"wandb": "project"}, {"tensorboard": True}])
+def test_a_missing_tracker_is_one_clear_line(make_recipe, monkeypatch, log):
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    recipe = make_recipe(steps=1)
+    recipe.log = LogRecipe(**log)
+    with pytest.raises(IlladaError, match=r"pip install 'illada\[track\]'") as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_report_draws_a_run(make_recipe, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    recipe = make_recipe(validation="held_out", steps=4, validate_every=2)
+    train(recipe)
+    cli.main(["report", recipe.output])
+    picture = Path(recipe.output) / "report.png"
+    assert capsys.readouterr().out == f"written to {picture}\n"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    cli.main(["report", recipe.output, "--output", str(tmp_path / "x.svg")])
+    drawn = (tmp_path / "x.svg").read_text()
+    assert drawn.startswith("<?xml")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", str(tmp_path)])
+    assert end.value.code == 2
+    assert "holds no metrics" in capsys.readouterr().err
