@@ -86,7 +86,7 @@ def evaluate(
     tasks: list[str] | None = None,
     limit: int | None = None,
     decode: Literal["exact", "fast"] = "exact",
-    lengths: Literal["3,4", "4,3"] = "3,4",
+    lengths: Literal["3-4", "4-3"] = "3-4",
     scoring: Literal["confidence", "likelihood"] = "confidence",
     samples: int = 128,
     shots: int | None = None,

@@ -18,7 +18,7 @@ from illada.evaluation import command
 from illada.evaluation.journal import Journal
 
 ARGUMENTS = dict.fromkeys(("run", "paper", "tasks", "limit", "shots", "settings", "ablate", "values", "quantize"))
-ARGUMENTS |= {"decode": "exact", "lengths": "3,4", "scoring": "confidence", "samples": 4, "chat": False, "seed": 0}
+ARGUMENTS |= {"decode": "exact", "lengths": "3-4", "scoring": "confidence", "samples": 4, "chat": False, "seed": 0}
 ARGUMENTS |= {"allow_code": False, "download": False, "max_batch_tokens": 8, "dtype": "fp32", "device": "cpu"}
 
 

@@ -237,7 +237,7 @@ def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_mo
     lm = run.IlladaLM(str(tmp_path / "model"), dtype="fp32", device="cpu")
     manager = task_manager(None)
     evaluation = Evaluation(manager, tmp_path, limit=1)
-    for row in [*paper_rows("base", "exact", "3,4"), *paper_rows("instruct", "exact", "3,4")]:
+    for row in [*paper_rows("base", "exact", "3-4"), *paper_rows("instruct", "exact", "3-4")]:
         small = {"max_gen_toks": 2, "block_length": 2, "think_boost": 0.0} if row.generation else {}
         result = evaluation.add(lm, row, Variant(generation=small))
         if result.status == "ok":
@@ -266,7 +266,7 @@ def test_a_question_is_not_among_its_own_shots(model_folder, tmp_path, in_tasks)
 
 @pytest.mark.parametrize("table", ["base", "instruct"])
 def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
-    rows = [row for row in paper_rows(table, "exact", "3,4") if row.task.startswith("illada_")]
+    rows = [row for row in paper_rows(table, "exact", "3-4") if row.task.startswith("illada_")]
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
     manager = task_manager(str(run.HERE / "tasks"))
     evaluation = Evaluation(manager, tmp_path, allow_code=True)
@@ -293,11 +293,11 @@ def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
 
 
 def test_rows_of_the_paper():
-    base, instruct = paper_rows("base", "exact", "3,4"), paper_rows("instruct", "exact", "4,3")
+    base, instruct = paper_rows("base", "exact", "3-4"), paper_rows("instruct", "exact", "4-3")
     assert sum(row.paper for row in base if row.average) / 8 == pytest.approx(63.95)
     assert sum(row.paper for row in instruct) / 7 == pytest.approx(67.13, abs=0.01)
     assert [row.generation["max_gen_toks"] for row in chosen(instruct, ["mmlu", "mmlu_redux_generative"])] == [4, 3]
-    fast = {row.name: row for row in paper_rows("base", "fast", "3,4")}
+    fast = {row.name: row for row in paper_rows("base", "fast", "3-4")}
     assert fast["GSM8K"].generation["threshold"] == 0.95
     assert not fast["ARC-C"].generation
     with pytest.raises(IlladaError, match="no task GSM9K"):
@@ -305,7 +305,7 @@ def test_rows_of_the_paper():
 
 
 def test_what_cannot_be_reached_gets_no_number(model_folder, tmp_path, capsys):
-    rows = [row for row in paper_rows("base", "exact", "3,4") if row.task.startswith("illada_")]
+    rows = [row for row in paper_rows("base", "exact", "3-4") if row.task.startswith("illada_")]
     evaluation = Evaluation(task_manager(str(run.HERE / "tasks")), tmp_path)
     table = evaluate_models(
         {"": str(model_folder)}, rows, [Variant()], evaluation, {"dtype": "fp32", "device": "cpu"}, {}, "base"

@@ -25,7 +25,7 @@ def evaluate(arguments: dict[str, Any]) -> str:
         raise IlladaError("--paper and --task_files exclude each other: the paper's rows are tasks of their own")
     if paper is None and folder is None and not tasks:
         raise IlladaError("what to evaluate? Give --paper base or instruct, --task_files FOLDER, or --tasks NAME ...")
-    if paper is None and (arguments["decode"] != "exact" or arguments["lengths"] != "3,4"):
+    if paper is None and (arguments["decode"] != "exact" or arguments["lengths"] != "3-4"):
         raise IlladaError("--decode and --lengths are about the paper's rows: give --paper, or --settings for others")
     if paper is not None and (arguments["shots"] is not None or arguments["chat"]):
         raise IlladaError("--shots and --chat are for tasks other than the paper's, whose rows say it themselves")

@@ -52,13 +52,13 @@ def paper_rows(table: str, decode: str, lengths: str) -> list[Row]:
     Args:
         table: which.
         decode: "exact" for the paper's, "fast" for `FAST`.
-        lengths: answer lengths of MMLU and MMLU-Redux in the table of the instruct model, "3,4" or "4,3": the paper and
+        lengths: answer lengths of MMLU and MMLU-Redux in the table of the instruct model, "3-4" or "4-3": the paper and
             the authors' script disagree which has which.
     """
     content = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))[table]
     rows = [Row(name, **{**values, "metrics": tuple(values["metrics"])}) for name, values in content.items()]
     if table == "instruct":
-        of = dict(zip(("MMLU", "MMLU-Redux"), map(int, lengths.split(",")), strict=True))
+        of = dict(zip(("MMLU", "MMLU-Redux"), map(int, lengths.split("-")), strict=True))
         rows = [
             replace(row, generation={"max_gen_toks": of[row.name], "block_length": of[row.name]})
             if row.name in of
