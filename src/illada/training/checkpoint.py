@@ -33,6 +33,7 @@ from illada import adapters
 from illada.data.shards import write_json
 from illada.errors import IlladaError, first_line
 from illada.loading import read_json
+from illada.training.evaluations import Evaluations
 from illada.training.parallel import Processes
 from illada.training.recipe import TrainingRecipe
 
@@ -80,6 +81,7 @@ class Checkpoints:
         tensors: what is kept, by name: weights, and moments as "weight/moment". Only its values may change.
         describe: makes a folder of configuration and tokenizer.
         settings: keep_checkpoints and keep_every say what is kept.
+        evaluations: what looks at each of them; None for nothing.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class Checkpoints:
         tensors: Mapping[str, Tensor],
         describe: Callable[[Path], None],
         settings: TrainingRecipe,
+        evaluations: Evaluations | None = None,
     ):
+        self.evaluations = evaluations
         self.run, self.processes, self.describe = run, processes, describe
         self.tensors = dict(tensors)
         self.keep, self.keep_every = settings.keep_checkpoints, settings.keep_every
@@ -201,7 +205,12 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _sync(target.parent)
+        if self.evaluations is not None:
+            self.evaluations.begin(target)
+        held = None if self.evaluations is None else self.evaluations.held
         for old in checkpoints(self.run)[: -self.keep]:
+            if old == held:
+                continue
             if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
                 shutil.rmtree(old)
 

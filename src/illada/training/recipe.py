@@ -216,15 +216,18 @@ SFT_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class LogRecipe:
-    """Where the numbers of a run go besides the terminal and metrics.jsonl; needs `pip install 'illada[track]'`.
+    """Where the numbers of a run go besides the terminal and metrics.jsonl, and what looks at its checkpoints.
 
     Args:
-        tensorboard: write them into the folder tensorboard of the run.
+        tensorboard: write them into the folder tensorboard of the run; needs `pip install 'illada[track]'`, like wandb.
         wandb: send them to this project of Weights & Biases, over the network.
+        evaluate: a command to run on every checkpoint, in a process of its own that the training never waits for, with
+            {run}, {checkpoint} and {step} filled in; a checkpoint that comes while it still runs is passed over.
     """
 
     tensorboard: bool = False
     wandb: str | None = None
+    evaluate: str | None = None
 
 
 @dataclass
@@ -238,7 +241,7 @@ class Recipe:
         data: the tokens.
         training: how to train.
         parallel: processes, memory, compiler.
-        log: TensorBoard and Weights & Biases.
+        log: TensorBoard, Weights & Biases, evaluation of checkpoints.
     """
 
     output: str = ""

@@ -29,6 +29,7 @@ from illada.loading import model_folder
 from illada.model import IlladaForMaskedLM
 from illada.training.build import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
 from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
+from illada.training.evaluations import Evaluations
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
 from illada.training.optimizers import make_optimizers, moments, set_updates, update
 from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
@@ -80,6 +81,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         shards = Shards.open(recipe.data.train)
         held_out = None if recipe.data.validation is None else open_validation(recipe.data.validation, shards)
         tokenizer = load_tokenizer(shards.path / "tokenizer")
+        evaluations = Evaluations(run, recipe.log.evaluate)
     # Once: it may be a hub name, or a run whose newest checkpoint changes.
     given = recipe.model.start
     start = None if given is None else processes.told(lambda: model_folder(given))
@@ -119,7 +121,8 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
     with (
         # Last, so that a recipe that cannot work leaves nothing behind.
         _claimed(run, recipe, shards, base, processes),
-        Checkpoints(run, processes, kept, partial(_describe, model, tokenizer), settings) as saved,
+        evaluations,
+        Checkpoints(run, processes, kept, partial(_describe, model, tokenizer), settings, evaluations) as saved,
         _signals() as caught,
         Ahead(make) as ahead,
     ):
@@ -203,12 +206,17 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     if waiting and flat and processes.first:
                         write_whole(run / DECAY, f"{state.step}\n")
                 report.log(state.step, **record)
+                for line in evaluations.news():
+                    report.say(f"{title}: {line}")
                 report.progress(
                     state.step, schedule.steps, f"loss {loss:.3f}  lr {rate:.1e}  {speed / 1000:.1f}k tokens/s"
                 )
                 if state.step % settings.checkpoint_every == 0 or last:
                     saved.save(state)
             saved.wait()
+            if processes.first:
+                for line in evaluations.finish(checkpoints(run)[-1]):
+                    report.say(f"{title}: {line}")
         return Result(processes.told(lambda: export(checkpoints(run)[-1], run)), None)
 
 
