@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from illada.errors import IlladaError
@@ -40,6 +41,8 @@ class Evaluations:
         """The checkpoint that is being looked at: not to be deleted."""
         self._process: subprocess.Popen[bytes] | None = None
         self._ended: list[str] = []
+        # Checkpoints are announced by the thread that writes them, news are asked for by the training.
+        self._lock = Lock()
         if command is not None:
             words = words_of(command, run, Path("step-0"))
             if not words or shutil.which(words[0]) is None:
@@ -48,22 +51,26 @@ class Evaluations:
     def begin(self, checkpoint: Path) -> None:
         """Look at a checkpoint, unless another one still is."""
         self._collect()
-        if self.command is None or self._process is not None:
+        if self.command is None:
             return
         folder = self.run / "evaluations"
         folder.mkdir(exist_ok=True)
         outside = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
         words = words_of(self.command, self.run, checkpoint)
-        self.held = checkpoint
-        with (folder / f"{checkpoint.name}.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=outside
-            )
+        with self._lock:
+            if self._process is not None:
+                return
+            with (folder / f"{checkpoint.name}.log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=outside
+                )
+            self.held = checkpoint
 
     def news(self) -> list[str]:
         """Return a line about each evaluation that has ended since this was last asked."""
         self._collect()
-        said, self._ended = self._ended, []
+        with self._lock:
+            said, self._ended = self._ended, []
         return said
 
     def finish(self, last: Path) -> list[str]:
@@ -77,12 +84,13 @@ class Evaluations:
         return self.news()
 
     def _collect(self) -> None:
-        if self._process is None or self._process.poll() is None or self.held is None:
-            return
-        code, name = self._process.returncode, self.held.name
-        self._process, self.held = None, None
-        how = "done" if code == 0 else f"failed with code {code}"
-        self._ended.append(f"evaluation of {name} {how}: {self.run / 'evaluations' / name}.log")
+        with self._lock:
+            if self._process is None or self._process.poll() is None or self.held is None:
+                return
+            code, name = self._process.returncode, self.held.name
+            self._process, self.held = None, None
+            how = "done" if code == 0 else f"failed with code {code}"
+            self._ended.append(f"evaluation of {name} {how}: {self.run / 'evaluations' / name}.log")
 
     def __enter__(self) -> "Evaluations":
         return self
