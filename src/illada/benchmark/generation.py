@@ -103,7 +103,7 @@ def bench_generate(
         steps[threshold] = steps_of_rule(network, prompts, replace(exact, threshold=threshold))
     results = {
         "arguments": arguments,
-        "environment": _environment(network),
+        "environment": environment_of(network),
         "problems": len(problems),
         "rows": _rows(measurements, problems, tokenizer, steps),
         "refused": refused,
@@ -212,7 +212,8 @@ def _rows(
     return rows
 
 
-def _environment(network: IlladaForMaskedLM) -> dict[str, Any]:
+def environment_of(network: IlladaForMaskedLM) -> dict[str, Any]:
+    """Return what a number depends on besides settings: versions, commit, device and type of the weights."""
     device = network.device
     return {
         "versions": {

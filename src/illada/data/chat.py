@@ -106,7 +106,7 @@ def _render(
     if not tokenizer.chat_template:
         raise IlladaError("the tokenizer has no chat template: use one made by `illada tokenizer` or of a chat model")
     refused: Exception | None = None
-    merged = _without_system(messages)
+    merged = without_system(messages)
     for attempt in (messages,) if merged is messages else (messages, merged):
         try:
             ids: list[int] = tokenizer.apply_chat_template(
@@ -138,7 +138,7 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerFast, _: str) -> list[int]:
     return behind[end + 1 :]
 
 
-def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Move a system message to the beginning of the first user turn, for templates that reject that role (ours)."""
     if messages[0]["role"] != "system" or len(messages) < 2:
         return messages

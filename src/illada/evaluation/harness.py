@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from torch import distributed
 
 from illada.commands.generate import encode_plain, settings_for
-from illada.data.chat import _without_system
+from illada.data.chat import without_system
 from illada.errors import IlladaError, first_line
 from illada.evaluation.journal import Found, Journal, fingerprint, request_key
 from illada.generation import Engine, GenerationSettings, generate
@@ -193,7 +193,7 @@ class IlladaLM(LM):
         if not self.tokenizer.chat_template:
             raise IlladaError("the tokenizer has no chat template: leave out --apply_chat_template or use a chat model")
         error: Exception | None = None
-        for messages in (chat_history, _without_system(chat_history)):
+        for messages in (chat_history, without_system(chat_history)):
             try:
                 return str(
                     self.tokenizer.apply_chat_template(

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
-from illada.benchmark.generation import _environment
+from illada.benchmark.generation import environment_of
 from illada.data.shards import write_json
 from illada.errors import IlladaError, first_line
 from illada.evaluation.harness import IlladaLM
@@ -267,7 +267,7 @@ class Evaluation:
 
     def write(self, lm: IlladaLM, arguments: dict[str, Any], table: str) -> None:
         """Write results.json and table.md."""
-        environment = _environment(lm.model)
+        environment = environment_of(lm.model)
         environment["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
         environment["processes"] = lm.world_size
         content = {
