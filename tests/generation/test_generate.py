@@ -929,7 +929,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"top_k": 4}, "do nothing at temperature 0"),
         ({"top_p": 0.9}, "do nothing at temperature 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 1e-06 and 1e+06"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be between 1e-06 and 1e\+06"),
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": ("",)}, "not empty"),
