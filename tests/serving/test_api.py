@@ -342,19 +342,12 @@ def test_keys_bodies_and_origins(serve_model, tmp_path, monkeypatch, caplog):
     )
     with serve_model(settings) as (address, _):
         base = httpx.Client(base_url=address, headers={"host": "b"})
-        for wrong in (
-            {},
-            {"authorization": "Bearer nope"},
-            {"authorization": "Bearer"},
-            {"authorization": "Bearer FIRST"},
-        ):
+        for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": "Bearer"}, {"authorization": "first?"}):
             for path in ("/v1/models", "/metrics"):
-                answer = base.get(path, headers=wrong)
-                expected = 200 if wrong.get("authorization") == "Bearer first " else 401
-                assert answer.status_code == expected, (path, wrong)
+                assert base.get(path, headers=wrong).status_code == 401, (path, wrong)
         assert base.get("/health").status_code == base.get("/").status_code == 200
-        for key in ("first", "sécond".encode()):
-            bearer = b"Bearer " + (key if isinstance(key, bytes) else key.encode())
+        for key in ("first", "sécond"):
+            bearer = f"Bearer {key}".encode()
             assert base.get("/v1/models", headers={"authorization": bearer}).status_code == 200
         key = {"authorization": "Bearer first", "content-type": "application/json"}
         large = json.dumps({"prompt": "x" * 400})
