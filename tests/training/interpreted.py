@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 import triton.language as tl
+from safetensors.torch import load_file
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
@@ -30,13 +31,14 @@ def with_floats(value):
     return convert(value)
 
 
-libdevice.log1p, libdevice.rsqrt = (lambda x: tl.log(1 + x)), (lambda x: tl.rsqrt(x))
+# Not tl.rsqrt itself: the interpreter has its own while a kernel runs.
+libdevice.log1p, libdevice.rsqrt = (lambda x: tl.log(1 + x)), (lambda x: 1 / tl.sqrt(x))
 interpreter._implicit_cvt = with_floats
 
-PACKING = Packing((9, 9, 5))
-IDS = torch.arange(23) % 11 + 8
-MASKED = torch.arange(23) % 3 > 0
-WEIGHT = 1 / torch.linspace(0.001, 1, 23) / 23
+PACKING = Packing((4, 4, 3))
+IDS = torch.arange(11) % 11 + 8
+MASKED = torch.arange(11) % 3 > 0
+WEIGHT = 1 / torch.linspace(0.001, 1, 11) / 11
 
 
 @pytest.fixture
@@ -50,20 +52,21 @@ def cut():
 
 
 def relative(found, wanted):
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def loss_and_gradients(model, autocast, **how):
-    each = torch.zeros(23)
+    each = torch.zeros(11)
     with torch.autocast("cpu", torch.float16, enabled=autocast):
         loss = masked_loss(model, IDS, MASKED, WEIGHT, PACKING, each, **how)
     loss.backward()
     return loss.detach(), each, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("kind", "autocast"), [("none", False), ("selective", False), ("selective", True)])
 def test_liger_is_our_network(build_model, liger, kind, autocast):
+    """With selective recomputation too, which must not see what kernels write in place."""
     ours, theirs = build_model(tie=True, seed=3), build_model(tie=True, seed=3)
     use_liger(theirs)
     assert theirs.state_dict().keys() == ours.state_dict().keys()
@@ -78,13 +81,14 @@ def test_liger_is_our_network(build_model, liger, kind, autocast):
     torch.testing.assert_close(each, wanted_each, rtol=0, atol=3e-3 if autocast else 1e-5)
 
 
-@pytest.mark.parametrize(("hidden_type", "gain_type"), [("float32", "float32"), ("float32", "float16"), ("float16",) * 2])
-def test_ligers_norm_casts_as_ours(liger, hidden_type, gain_type):
+@pytest.mark.parametrize("types", [("float32", "float32"), ("float32", "float16"), ("float16", "float16")])
+def test_ligers_norm_casts_as_ours(liger, types):
     """Under FSDP the residual stream is fp32 and gains are rounded; a model in half precision has both so."""
+    hidden_type, gain_type = (getattr(torch, name) for name in types)
     norm = RMSNorm(48, 1e-5)
-    gain = torch.randn(48).to(getattr(torch, gain_type))
+    gain = torch.randn(48).to(gain_type)
     norm.weight = torch.nn.Parameter(gain)
-    start = (100 * torch.randn(7, 48)).to(getattr(torch, hidden_type))
+    start = (100 * torch.randn(7, 48)).to(hidden_type)
     slope = torch.randn(7, 48).to(start.dtype)
     results = []
     for forward in (norm, lambda x: _norm(liger, norm, x)):
@@ -95,28 +99,25 @@ def test_ligers_norm_casts_as_ours(liger, hidden_type, gain_type):
         results.append((out.detach(), hidden.grad, norm.weight.grad))
     for wanted, found in zip(*results, strict=True):
         assert found.dtype == wanted.dtype
-        assert relative(found, wanted) < (2e-3 if "float16" in (hidden_type, gain_type) else 1e-6)
-    if hidden_type == "float16":
+        assert relative(found, wanted) < (2e-3 if "float16" in types else 1e-6)
+    if hidden_type == torch.float16:
         assert torch.equal(results[0][0], results[1][0])
 
 
 def test_a_run_with_liger_is_the_same_run(make_recipe, liger, capsys):
     runs = {}
     for kernels in ("plain", "liger"):
-        recipe = make_recipe(kernels, steps=3, learning_rate=1e-3)
+        recipe = make_recipe(kernels, steps=2, samples_per_step=2, samples_per_batch=1, window=8, learning_rate=1e-3)
         recipe.parallel.kernels, recipe.parallel.recompute = kernels, "selective"
         model = train(recipe).model
-        from safetensors.torch import load_file
-
         runs[kernels] = load_file(model / "model.safetensors")
-    assert "fused kernels: parallel.kernels liger" in capsys.readouterr().out
+    assert "fused kernels: parallel.kernels liger" in capsys.readouterr().err
     assert runs["plain"].keys() == runs["liger"].keys()
     for name, wanted in runs["plain"].items():
         torch.testing.assert_close(runs["liger"][name], wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary"), [(150, 300), (1, 40), (40, 2000)])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("rows", "vocabulary", "frozen"), [(150, 300, False), (1, 40, False), (9, 300, True)])
 def test_the_cut_loss_is_ours(cut, rows, vocabulary, frozen):
     make = torch.Generator().manual_seed(rows)
     hidden, head = (torch.randn(n, 32, generator=make) * s for n, s in ((rows, 1.0), (vocabulary, 0.3)))
@@ -132,7 +133,10 @@ def test_the_cut_loss_is_ours(cut, rows, vocabulary, frozen):
         assert loss.dtype == torch.float32
         (2 * loss).backward()
         errors = [relative(x.grad / 2, y.grad) for x, y in zip(given, half, strict=True) if x.requires_grad]
-        print(f"{name} {rows} x {vocabulary}: each {(each - exact).abs().max():.1e}, gradients {errors}")
+        print(
+            f"{name}, {rows} x {vocabulary}: each {(each - exact).abs().max():.1e}, gradients",
+            *(f"{e:.1e}" for e in errors),
+        )
         torch.testing.assert_close(each.double(), exact.detach(), rtol=0, atol=3e-3)
         assert relative(loss, (exact * weight).sum()) < 1e-3
         assert max(errors) < 2e-3
