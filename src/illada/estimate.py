@@ -288,7 +288,7 @@ def _rehearse(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
 ) -> tuple[_Size, dict[Checkpointing, Memory]]:
     """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
-    bf16 = recipe.training.dtype == "bf16"
+    bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
     # Not on fake tensors: PEFT moves layers, which those do not allow.
     with torch.device("meta"):
