@@ -19,7 +19,7 @@ def step_of(path, windows, shape, dtype, rows):
 
     Args:
         path: checkout of dllm.
-        windows: cut the documents into windows of so many tokens, as their pre-training does; None for a document a row.
+        windows: cut documents into windows of so many tokens, as their pre-training does; None for a document a row.
         shape: of the network, named as in our configuration.
         dtype: "bf16" or "fp32".
         rows: in one pass.
