@@ -264,7 +264,7 @@ def test_fp8_is_refused_where_it_cannot_be(build_model, make_recipe, monkeypatch
     with pytest.raises(IlladaError, match=r"fp8 needs torchao: pip install 'illada\[fused\]'"):
         use_fp8(build_model(tie=True, seed=3), CUDA)
     recipe.model.start, recipe.model.preset, recipe.lora.rank = "base", None, 4
-    recipe.model.__dict__.update(dict.fromkeys(recipe.model.sizes()))
+    recipe.model.__dict__.update(dict.fromkeys(recipe.model.changes()))
     with pytest.raises(IlladaError, match="fp8 trains whole matrices: take bf16 to train an adapter"):
         recipe.check()
 
