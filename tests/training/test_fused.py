@@ -22,7 +22,7 @@ from illada.training.fused import cut_cross_entropy, fuse, use_fp8
 from illada.training.parallel import Objective, recompute
 from illada.training.report import read_metrics
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PACKING = Packing((20, 20, 13))
 IDS = torch.arange(53) % 11 + 8
 MASKED = torch.arange(53) % 3 > 0
@@ -204,18 +204,21 @@ def test_ours_can_be_asked_for(build_model, make_recipe, here):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("key", "value"), [("attention", "varlen"), ("kernels", "liger"), ("loss", "cut")])
-def test_what_is_asked_for_and_absent_is_one_clear_error(build_model, make_recipe, here, key, value):
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("parallel", "attention", "varlen"), ("parallel", "kernels", "liger"), ("training", "cross_entropy", "cut")],
+)
+def test_what_is_asked_for_and_absent_is_one_clear_error(build_model, make_recipe, here, section, key, value):
     recipe = make_recipe(dtype="bf16")
-    setattr(recipe.parallel, key, value)
+    setattr(getattr(recipe, section), key, value)
     here(f"absent-{value}")
-    with pytest.raises(IlladaError, match=rf"^parallel.{key} {value} is not installed: pip install 'illada\[fused\]'"):
+    with pytest.raises(IlladaError, match=rf"^{section}.{key} {value} is not installed: pip install 'illada\[fused\]'"):
         fuse(build_model(tie=True, seed=3), recipe, CUDA)
     here()
-    with pytest.raises(IlladaError, match=rf"^parallel.{key} {value} does not work on cpu: no driver$"):
+    with pytest.raises(IlladaError, match=rf"^{section}.{key} {value} does not work on cpu: no driver$"):
         fuse(build_model(tie=True, seed=3), recipe, CPU)
     here(value)
-    assert fuse(build_model(tie=True, seed=3), recipe, CPU) == [f"fused kernels: parallel.{key} {value}"]
+    assert fuse(build_model(tie=True, seed=3), recipe, CPU) == [f"fused kernels: {section}.{key} {value}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it works")
@@ -237,7 +240,7 @@ def test_the_loss_is_the_chosen_one(build_model):
     [
         ("parallel", {"kernels": "liger", "compile": True}, "fuse the same operations: choose one"),
         ("parallel", {"attention": "varlen"}, "parallel.attention varlen computes in half precision"),
-        ("parallel", {"loss": "cut"}, "parallel.loss cut computes in half precision"),
+        ("training", {"cross_entropy": "cut"}, "training.cross_entropy cut computes in half precision"),
     ],
 )
 def test_what_excludes_each_other_is_refused(make_recipe, section, values, message):

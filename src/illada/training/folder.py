@@ -28,7 +28,6 @@ FREE_TO_CHANGE = (
     "parallel.compile",
     "parallel.attention",
     "parallel.kernels",
-    "parallel.loss",
 )
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 

@@ -110,6 +110,8 @@ def join(device: str) -> Iterator[Processes]:
     place = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
+        if place.type == "cuda" and place.index:
+            torch.cuda.set_device(place)  # kernels of Triton run on the current device
         yield Processes(0, 1, place)
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -135,11 +137,11 @@ def join(device: str) -> Iterator[Processes]:
 class Objective(nn.Module):
     """The training loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
 
-    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, loss: str = "chunked"):
+    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, cross_entropy: str = "chunked"):
         super().__init__()
         self.model = model
         self.device, self.dtype = device, dtype
-        self.cross_entropy = cut_cross_entropy if loss == "cut" else chunked_cross_entropy
+        self.cross_entropy = cut_cross_entropy if cross_entropy == "cut" else chunked_cross_entropy
 
     def forward(
         self,
@@ -176,7 +178,7 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     recompute(model, settings.recompute)
     if settings.compile:
         model.model.compile_blocks()
-    objective = Objective(model.to(processes.device), processes.device, dtype, settings.loss)
+    objective = Objective(model.to(processes.device), processes.device, dtype, recipe.training.cross_entropy)
     if processes.count == 1:
         return objective
     if settings.replicate > 1:

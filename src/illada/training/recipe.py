@@ -105,8 +105,6 @@ class ParallelRecipe:
             equal segments; "auto": varlen where it works.
         kernels: "liger": norms, rotations and SwiGLU by Liger's kernels, excludes compile, which fuses the same;
             "plain": ours; "auto": liger on CUDA where it is installed. Needs `pip install 'illada[fused]'`.
-        loss: "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), which adds up gradients in bf16;
-            "chunked": ours, which adds them up in fp32. Needs `pip install 'illada[fused]'`.
     """
 
     replicate: int = 1
@@ -114,7 +112,6 @@ class ParallelRecipe:
     compile: bool = False
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     kernels: Literal["auto", "plain", "liger"] = "auto"
-    loss: Literal["chunked", "cut"] = "chunked"
 
 
 @dataclass
@@ -170,6 +167,8 @@ class TrainingRecipe:
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
         dtype: of the computation; the weights that are trained and the optimiser stay fp32. "fp8": bf16 but for the
             products of the blocks' linear layers; wants parallel.compile (ours; needs `pip install 'illada[fused]'`).
+        cross_entropy: "chunked": ours; "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), coarser
+            as it adds up gradients in bf16: see docs/training.md (needs `pip install 'illada[fused]'`).
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
@@ -200,6 +199,7 @@ class TrainingRecipe:
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
     dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
+    cross_entropy: Literal["chunked", "cut"] = "chunked"
     device: str = "auto"
     seed: int = 0
     validate_every: int = 500
@@ -317,8 +317,11 @@ class Recipe:
             raise IlladaError("training.dtype fp8 trains whole matrices: take bf16 to train an adapter")
         if self.parallel.kernels == "liger" and self.parallel.compile:
             raise IlladaError("parallel.kernels liger and parallel.compile fuse the same operations: choose one")
-        for key, fused in (("attention", "varlen"), ("loss", "cut")):
-            if getattr(self.parallel, key) == fused and training.dtype == "fp32":
-                raise IlladaError(f"parallel.{key} {fused} computes in half precision: set training.dtype bf16")
+        halves = {
+            "parallel.attention varlen": self.parallel.attention == "varlen",
+            "training.cross_entropy cut": training.cross_entropy == "cut",
+        }
+        if training.dtype == "fp32" and (wrong := [name for name, chosen in halves.items() if chosen]):
+            raise IlladaError(f"{wrong[0]} computes in half precision: set training.dtype bf16")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")
