@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "training.keep_every",
     "training.device",
     "parallel.replicate",
+    "parallel.tensor",
     "parallel.recompute",
     "parallel.compile",
     "parallel.attention",

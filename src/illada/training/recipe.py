@@ -98,6 +98,8 @@ class ParallelRecipe:
     Args:
         replicate: copies of the weights, each in shards over an equal part of the processes (HSDP); best one copy per
             node where nodes are connected more slowly than the GPUs inside them.
+        tensor: neighbouring processes that share the heads and SwiGLU of every block and compute the same windows; for
+            blocks too wide for one GPU, within one node only.
         recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
             "selective": all but matrix products and attention.
         compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
@@ -108,6 +110,7 @@ class ParallelRecipe:
     """
 
     replicate: int = 1
+    tensor: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
@@ -295,6 +298,7 @@ class Recipe:
             ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
             ("training.plateau_delta", training.plateau_delta, 0, 1),
             ("parallel.replicate", self.parallel.replicate, 1, float("inf")),
+            ("parallel.tensor", self.parallel.tensor, 1, float("inf")),
             ("training.seed", training.seed, 0, 2**63 - 1),
         ]
         if training.steps is not None:
@@ -323,5 +327,13 @@ class Recipe:
         }
         if training.dtype == "fp32" and (wrong := [name for name, chosen in halves.items() if chosen]):
             raise IlladaError(f"{wrong[0]} computes in half precision: set training.dtype bf16")
+        whole = {
+            "training.optimizer muon": training.optimizer == "muon",
+            "training.dtype fp8": training.dtype == "fp8",
+            "lora": bool(self.lora.rank),
+        }
+        for what, wanted in whole.items():
+            if wanted and self.parallel.tensor > 1:
+                raise IlladaError(f"{what} wants whole matrices: take parallel.tensor 1")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")
