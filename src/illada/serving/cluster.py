@@ -6,11 +6,10 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,50 +19,14 @@ from illada.generation import GenerationSettings
 from illada.hub import ban_network
 from illada.loading import Dtype, check_shards, load_model, model_folder
 from illada.quantize import Quantization
-from illada.serving.settings import ServerSettings
+from illada.serving.server import model_name, open_socket
+from illada.serving.settings import Copies, ServerSettings
 
 APPLICATION = "illada"
 BUSY = 16
 """Answers under way in each replica above which another is started (ours: about what one pass still takes along)."""
 HEALTH_SECONDS = 5.0
 """Between two looks at each replica, when its figures are passed on too."""
-
-
-@dataclass(frozen=True)
-class Copies:
-    """How many replicas, and where (all ours).
-
-    Args:
-        replicas: copies of the model, each in a process and, where there are GPUs, on a GPU of its own.
-        max_replicas: most copies when many answers are under way; null for always `replicas`.
-        cluster: address of a Ray cluster ("auto" for one that runs on this machine); null starts one that only this
-            machine reaches.
-        metrics_port: where this machine's Ray shows Prometheus the figures of every replica; null for a free one.
-
-    Raises:
-        IlladaError: when a number is out of range.
-    """
-
-    replicas: int = 1
-    max_replicas: int | None = None
-    cluster: str | None = None
-    metrics_port: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if self.replicas < 1:
-            raise IlladaError(f"replicas is {self.replicas}: it must be at least 1")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise IlladaError(f"max_replicas is {self.max_replicas}: it must be at least replicas, {self.replicas}")
-        if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
-            raise IlladaError(f"metrics_port is {self.metrics_port}: it must be between 1 and 65535")
-        if self.metrics_port is not None and self.cluster is not None:
-            raise IlladaError("metrics_port is for a cluster of our own: a running one was started with its own port")
-
-    @property
-    def most(self) -> int:
-        """Most replicas there can be."""
-        return self.max_replicas or self.replicas
 
 
 class Replica:
@@ -118,7 +81,6 @@ class Replica:
 def serve(
     copies: Copies,
     model: str,
-    name: str,
     server: ServerSettings,
     defaults: GenerationSettings,
     dtype: Dtype = "auto",
@@ -129,8 +91,7 @@ def serve(
 
     Args:
         copies: how many replicas, and where.
-        model: model folder, the same on each machine, or hub name.
-        name: of the model in the API.
+        model: model or run folder, the same on each machine, or a hub name.
         server: settings of each replica; host and port are those of the proxy before them.
         defaults: of generation.
         dtype: of the weights.
@@ -138,18 +99,23 @@ def serve(
         quantize: weights in 8 or 4 bits.
 
     Raises:
-        IlladaError: when Ray is not installed or not reached, the model or the port cannot be used, there are too few
-            GPUs, or no replica comes up.
+        IlladaError: when Ray is not installed or not reached, the model, the keys or the address cannot be used, there
+            are too few GPUs, or no replica comes up.
     """
-    if copies.cluster is None:
+    name = server.name or model_name(model)
+    if server.api_key_file is not None:
+        server = replace(server, api_key_file=str(Path(server.api_key_file).resolve()))
+    if copies.cluster is None:  # what can be known without Ray is said before it starts
+        with open_socket(server.host, server.port) as listening:
+            server = replace(server, port=listening.getsockname()[1])
         folder = model_folder(model)
         if (folder / "config.json").is_file():
             check_shards(folder)
         model = str(folder.resolve())
-        server = replace(server, port=_free_port(server.host, server.port))
-    if server.api_key_file is not None:
-        server = replace(server, api_key_file=str(Path(server.api_key_file).resolve()))
     ray = _ray(copies)
+    from illada.serving.guard import read_keys
+
+    read_keys(server)
     resources = _start_ray(ray, copies, device)
     served = ray.serve.deployment(
         ray.serve.ingress()(Replica),
@@ -171,7 +137,8 @@ def serve(
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        print(f"{name} at http://{server.host}:{server.port}, {copies.replicas} replicas", flush=True)
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        print(f"ready: http://{host}:{server.port}, replicas: {copies.replicas} (Ctrl-C ends)", flush=True)
         stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):  # asked a second time, end at once
             signal.signal(number, signal.SIG_DFL)
@@ -217,7 +184,9 @@ def _start_ray(ray: ModuleType, copies: Copies, device: str) -> dict[str, float]
                 _metrics_export_port=copies.metrics_port,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise IlladaError(f"Ray cannot be used at {copies.cluster or 'this machine'}: {_last_line(str(error))}") from error
+        raise IlladaError(
+            f"Ray cannot be used at {copies.cluster or 'this machine'}: {_last_line(str(error))}"
+        ) from error
     gpus = ray.cluster_resources().get("GPU", 0)
     if device == "cpu" or not gpus:
         return {"num_cpus": 1 if copies.cluster else max(1, cores // copies.most)}
@@ -262,14 +231,3 @@ def _drain(ray_serve: Any, seconds: float) -> None:
 def _last_line(text: str) -> str:
     """Return what a traceback ends with, without the error's name."""
     return (text.strip().splitlines() or ["unknown"])[-1].strip().removeprefix("illada.errors.IlladaError: ")
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0, if one can listen there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise IlladaError(f"cannot listen at {host}:{port} ({error.strerror}): choose another --port") from error
-        return int(probe.getsockname()[1])
