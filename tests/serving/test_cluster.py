@@ -144,7 +144,7 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
     keys.write_text(KEY)
     words = ["--model", long_winded, "--port", 0, "--replicas", 2, "--api_key_file", keys, "--block_length", 8]
     with (
-        started(*words, "--max_new_tokens", 32, "--drain_timeout", 20, seconds=150) as (address, process, log),
+        started(*words, "--max_new_tokens", 32, "--drain_timeout", 20, seconds=400) as (address, process, log),
         httpx.Client(base_url=address, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client,
         ThreadPoolExecutor(STREAMS) as threads,
     ):
