@@ -31,6 +31,7 @@ from illada.training.build import build_model, make_batches, open_validation, re
 from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
 from illada.training.evaluations import Evaluations
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
+from illada.training.fused import fuse
 from illada.training.optimizers import make_optimizers, moments, set_updates, update
 from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
 from illada.training.recipe import Recipe
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         batches = make_batches(recipe, shards, config, eos)
         model = build_model(recipe, start, config)
         base = base_fingerprint(model) if is_adapted(model) else None
-        notes = remarks(recipe, start, model)
+        notes = remarks(recipe, start, model) + fuse(model, recipe, processes.device)
         objective = distribute(model, recipe, processes)
     optimizers = make_optimizers(model, settings)
     # Now, while the weights are in their shards: later they may just be gathered.
@@ -107,7 +108,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         """Return this process's share of a step."""
         plan = batches.plan(data_step(step, settings.seed, state.returns))
         sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
-        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count)
+        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count, causal=config.causal)
 
     def go_back() -> RunState | None:
         """Load the newest checkpoint, if there is one."""
@@ -158,7 +159,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                 record: dict[str, Any] = {
                     "loss": loss,
                     "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
-                    "loss_by_mask_ratio": by_ratio,
+                    **({} if config.causal else {"loss_by_mask_ratio": by_ratio}),
                     "learning_rate": rate,
                     "gradient_norm": float(norm),
                 }
@@ -232,7 +233,7 @@ def _gradients(
 
     Returns:
         the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
-        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens).
+        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
     """
     settings = recipe.training
     share = -(-samples // processes.count)
@@ -248,6 +249,8 @@ def _gradients(
             loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
         loss.backward()
         sums[0] += loss.detach()
+        if batch.probability_T is None:
+            continue
         counted_T = masked_T & (weight_T > 0)
         bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
         sums.index_add_(0, bucket_T, each_T * counted_T)
@@ -259,7 +262,7 @@ def _gradients(
 
 @torch.no_grad()
 def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes: Processes) -> float:
-    """Return the bound on held-out text in nats per token, each process computing its share."""
+    """Return the loss of held-out text (see `validation_batches`) in nats per token; each process has its share."""
     settings = recipe.training
     objective.eval()
     noisy = validation_batches(
@@ -269,6 +272,7 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
         settings.samples_per_batch,
         processes.rank,
         processes.count,
+        objective.model.config.causal,
     )
     bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
     release(objective)
