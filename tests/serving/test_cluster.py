@@ -22,8 +22,8 @@ from illada.serving.server import open_socket
 from illada.serving.settings import Copies, ServerSettings
 
 KEY = "a-key-for-tests"
-STREAMS = 8
-LONG = {"prompt": "one two three", "max_tokens": 1200, "stream": True}
+STREAMS = 4
+LONG = {"prompt": "one two three", "max_tokens": 1900, "stream": True}
 SHORT = {"prompt": "four five", "max_tokens": 16, "seed": 5, "temperature": 1.0}
 
 
@@ -142,7 +142,19 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
     pytest.importorskip("ray.serve", reason="replicas need the extra: pip install 'illada[cluster]'")
     keys = tmp_path / "keys"
     keys.write_text(KEY)
-    words = ["--model", long_winded, "--port", 0, "--replicas", 2, "--api_key_file", keys, "--block_length", 8]
+    words = [
+        "--model",
+        long_winded,
+        "--port",
+        0,
+        "--replicas",
+        2,
+        "--api_key_file",
+        keys,
+        "--block_length",
+        8,
+        "--log_prompts",
+    ]
     with (
         started(*words, "--max_new_tokens", 32, "--drain_timeout", 20, seconds=400) as (address, process, log),
         httpx.Client(base_url=address, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client,
@@ -182,8 +194,9 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
         seen = set()
 
         def shares():
-            seen.add(int(metric(metrics(), "illada_running ")))
-            return next(({a, b} for a in seen for b in seen if a and b and a + b == STREAMS), None)
+            text = metrics()
+            seen.add(int(metric(text, "illada_running ") + metric(text, "illada_waiting ")))
+            return next(({a, b} for a in seen for b in seen if a + b == STREAMS), None)
 
         counts = until(shares, 1000)
         before = replicas_of(process)
@@ -211,3 +224,4 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
         assert last.result() == whole
         assert process.wait(60) == 0
         assert KEY not in "".join(log)
+        assert any(SHORT["prompt"] in line for line in log)

@@ -19,7 +19,7 @@ from illada.generation import GenerationSettings
 from illada.hub import ban_network
 from illada.loading import Dtype, check_shards, load_model, model_folder
 from illada.quantize import Quantization
-from illada.serving.server import model_name, open_socket
+from illada.serving.server import model_name, open_socket, show_log
 from illada.serving.settings import Copies, ServerSettings
 
 APPLICATION = "illada"
@@ -44,6 +44,7 @@ class Replica:
     ) -> None:
         from transformers.utils import logging as transformers_logging
 
+        show_log()
         ban_network()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -152,6 +153,7 @@ def serve(
 def _ray(copies: Copies) -> ModuleType:
     """Import Ray, with its surroundings set before: it reads them then."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else lines like others are left out of the log
     if copies.cluster is None:
         # The loopback address for all that can be bound to it. Ray's replicas listen for each other on every address
         # even so: a key made here, known to no file, keeps others out.
