@@ -22,7 +22,7 @@ from illada.quantize import Quantization
 from illada.serving.server import model_name, open_socket, show_log
 from illada.serving.settings import Copies, ServerSettings
 
-APPLICATION = "illada"
+APPLICATION, DEPLOYMENT = "illada", "model"
 BUSY = 16
 """Answers under way in each replica above which another is started (ours: about what one pass still takes along)."""
 HEALTH_SECONDS = 5.0
@@ -120,14 +120,14 @@ def serve(
     resources = _start_ray(ray, copies, device)
     served = ray.serve.deployment(
         ray.serve.ingress()(Replica),
-        name="model",
+        name=DEPLOYMENT,
         ray_actor_options=resources,
         # The replica itself refuses, with 429 and a time to come back, what is more than max_requests; Ray must leave
         # room for that and for /health.
         max_ongoing_requests=2 * server.max_requests,
         max_queued_requests=server.max_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        max_constructor_retry_count=1,
+        max_constructor_retry_count=1,  # until one has come up; from then on Ray never gives up
         health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=server.drain_timeout,
@@ -145,7 +145,7 @@ def serve(
             signal.signal(number, signal.SIG_DFL)
         _drain(ray.serve, server.drain_timeout)
     finally:
-        if copies.cluster is not None:
+        if copies.cluster is not None:  # ours ends with Ray
             ray.serve.shutdown()
         ray.shutdown()
 
@@ -173,27 +173,27 @@ def _ray(copies: Copies) -> ModuleType:
 
 def _start_ray(ray: ModuleType, copies: Copies, device: str) -> dict[str, float]:
     """Start or join a Ray cluster; return what each replica gets of it."""
-    cores = os.cpu_count() or 1
+    own: dict[str, Any] = {
+        "object_store_memory": 100 << 20,  # requests are small and do not lie there
+        "include_dashboard": False,
+        "_metrics_export_port": copies.metrics_port,
+    }
     try:
-        if copies.cluster is not None:
-            ray.init(copies.cluster, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                num_cpus=max(cores, copies.most),
-                object_store_memory=100 << 20,  # requests are small and do not lie there
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                _metrics_export_port=copies.metrics_port,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise IlladaError(
-            f"Ray cannot be used at {copies.cluster or 'this machine'}: {_last_line(str(error))}"
-        ) from error
-    gpus = ray.cluster_resources().get("GPU", 0)
+        # "local" never joins a cluster that happens to run here.
+        ray.init(copies.cluster or "local", logging_level=logging.WARNING, **({} if copies.cluster else own))
+    except Exception as error:  # its own errors have no base class
+        where = copies.cluster or "on this machine"
+        raise IlladaError(f"Ray cannot be used {where}: {_last_line(str(error))}") from error
+    if there := ", ".join(ray.serve.status().applications):
+        raise IlladaError(f"Ray Serve already runs {there} at {copies.cluster}: end it, or use a cluster of its own")
+    ray.serve.shutdown()  # one that runs nothing may listen elsewhere
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device == "cpu" or not gpus:
-        return {"num_cpus": 1 if copies.cluster else max(1, cores // copies.most)}
+        # Ray lets torch take as many threads. How a cluster's cores lie on machines is not known.
+        return {"num_cpus": 1 if copies.cluster else cores // copies.most or cores / copies.most}
     if gpus < copies.most:
-        raise IlladaError(f"{copies.most} replicas need {copies.most} GPUs and there are {gpus:g}: start fewer")
+        raise IlladaError(f"{copies.most} replicas need {copies.most} GPUs and there are {gpus}: start fewer")
     return {"num_cpus": 1, "num_gpus": 1}
 
 
@@ -212,13 +212,11 @@ def _run(ray_serve: Any, application: Any, server: ServerSettings) -> None:
     logs = {"log_level": "WARNING", "enable_access_log": False}
     try:
         ray_serve.start(http_options={"host": server.host, "port": server.port}, logging_config=logs)
-        if others := sorted({*ray_serve.status().applications} - {APPLICATION}):
-            raise IlladaError(f"Ray Serve runs {', '.join(others)} there: give this model a cluster of its own")
         ray_serve.run(application, name=APPLICATION, logging_config=logs)
     except RuntimeError as error:
-        application = ray_serve.status().applications.get(APPLICATION)
-        replicas = application and application.deployments.get("model")
-        raise IlladaError(f"no replica came up: {_last_line(replicas.message if replicas else str(error))}") from error
+        found = ray_serve.status().applications.get(APPLICATION)
+        why = found.deployments[DEPLOYMENT].message if found and DEPLOYMENT in found.deployments else str(error)
+        raise IlladaError(f"no replica came up: {_last_line(why)}") from error
 
 
 def _drain(ray_serve: Any, seconds: float) -> None:
