@@ -310,12 +310,14 @@ def _chat(arguments: Namespace) -> None:
 
 def _serve(arguments: Namespace) -> None:
     """Serve a model: an OpenAI-compatible API and a page."""
+    from illada.serving import cluster
     from illada.serving.server import serve
-    from illada.serving.settings import ServerSettings
+    from illada.serving.settings import Copies, ServerSettings
 
-    names = [f.name for f in dataclasses.fields(ServerSettings)]
-    server = ServerSettings(**{name: arguments[name] for name in names})
-    serve(arguments.model, server, _settings(arguments), arguments.dtype, arguments.device, arguments.quantize)
+    server = ServerSettings(**{f.name: arguments[f.name] for f in dataclasses.fields(ServerSettings)})
+    copies = Copies(**{f.name: arguments[f.name] for f in dataclasses.fields(Copies)})
+    run = serve if copies == Copies() else partial(cluster.serve, copies)
+    run(arguments.model, server, _settings(arguments), arguments.dtype, arguments.device, arguments.quantize)
 
 
 def _report(arguments: Namespace) -> None:
@@ -413,7 +415,7 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
     from illada.data.prepare import prepare
     from illada.estimate import estimate
     from illada.generation import GenerationSettings
-    from illada.serving.settings import ServerSettings
+    from illada.serving.settings import Copies, ServerSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
     parser = _Parser(
@@ -501,6 +503,7 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
     command = add("serve", _serve, "Serve a model: an OpenAI-compatible API, and a page to watch answers form.")
     _add_model_arguments(command)
     command.add_class_arguments(ServerSettings)
+    command.add_class_arguments(Copies)
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     add_function(score, {"--candidates": "texts to compare"})
     text = " ".join((evaluate.__doc__ or "").split("\n\n")[0].split())

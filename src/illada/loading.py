@@ -1,6 +1,7 @@
 """Find and load a model: a local folder, a training run, or a name on the Hugging Face hub."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +161,8 @@ def check_shards(folder: Path) -> list[Path]:
         found = f" (there is {', '.join(others[:3])}; only safetensors are read)" if others and len(names) == 1 else ""
         raise IlladaError(f"{folder} lacks {', '.join(missing)}{found}: fetch the missing files")
     for name in names:
+        if not os.access(folder / name, os.R_OK):  # safetensors would say that there is no such file
+            raise IlladaError(f"{folder / name} may not be read by this user: chmod it, or run as its owner")
         try:
             with safe_open(folder / name, framework="pt"):
                 pass

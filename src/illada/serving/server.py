@@ -1,5 +1,6 @@
 """`illada serve`: one process, one model, one address."""
 
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -39,6 +40,15 @@ def open_socket(host: str, port: int) -> socket.socket:
     return found
 
 
+def show_log() -> None:
+    """Write this package's log to stderr, from what is only for information on; uvicorn does so for its own."""
+    log = logging.getLogger("illada")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s:     %(message)s"))
+    log.addHandler(handler)
+
+
 def serve(
     model: str,
     server: ServerSettings,
@@ -69,6 +79,7 @@ def serve(
         raise IlladaError("serving needs more packages: pip install 'illada[serve]'") from missing
 
     read_keys(server)  # before the model is loaded, which takes longer
+    show_log()
     listening = open_socket(server.host, server.port)
     network, tokenizer = load_model(model, dtype, device, quantize)
     app = create_app(network, tokenizer, server.name or model_name(model), server, defaults)

@@ -60,3 +60,40 @@ class ServerSettings:
                 raise IlladaError(f"{name} is {getattr(self, name):g}: it must be a number of seconds above 0")
         if self.max_choices > self.max_requests:
             raise IlladaError("max_choices is larger than max_requests: raise max_requests")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many replicas, and where (all ours).
+
+    Args:
+        replicas: copies of the model, each in a process and, where there are GPUs, on a GPU of its own.
+        max_replicas: most copies when many answers are under way; null for always `replicas`.
+        cluster: address of a Ray cluster ("auto" for one that runs on this machine); null starts one that only this
+            machine reaches.
+        metrics_port: where this machine's Ray shows Prometheus the figures of every replica; null for a free one.
+
+    Raises:
+        IlladaError: when a number is out of range.
+    """
+
+    replicas: int = 1
+    max_replicas: int | None = None
+    cluster: str | None = None
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.replicas < 1:
+            raise IlladaError(f"replicas is {self.replicas}: it must be at least 1")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise IlladaError(f"max_replicas is {self.max_replicas}: it must be at least replicas, {self.replicas}")
+        if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
+            raise IlladaError(f"metrics_port is {self.metrics_port}: it must be between 1 and 65535")
+        if self.metrics_port is not None and self.cluster is not None:
+            raise IlladaError("metrics_port is for a cluster of our own: a running one was started with its own port")
+
+    @property
+    def most(self) -> int:
+        """Most replicas there can be."""
+        return self.max_replicas or self.replicas

@@ -113,6 +113,11 @@ class Worker:
             max_past_tokens=server.max_past_tokens,
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread is running."""
+        return self._thread.is_alive()
+
     def _waiting(self) -> int:
         return max(0, len(self._open) - len(self.engine.running))
 
