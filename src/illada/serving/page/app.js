@@ -26,7 +26,7 @@ const valueOf = (field) => (field.type === "checkbox" ? field.checked : field.ty
 const defaultOf = (field) => (field.type === "checkbox" ? Boolean(field.dataset.default) : field.type === "number" ? Number(field.dataset.default) : field.dataset.default);
 const named = () => [...fields].filter((field) => field.name);
 const setting = (name) => (fields[name].validity.badInput || (fields[name].type === "number" && !fields[name].value) ? defaultOf : valueOf)(fields[name]);
-const changed = (...names) => Object.fromEntries(names.filter((name) => !fields[name].disabled && setting(name) !== defaultOf(fields[name])).map((name) => [name, setting(name)]));
+const changed = (...names) => Object.fromEntries(names.filter((name) => setting(name) !== defaultOf(fields[name])).map((name) => [name, setting(name)]));
 
 function fillSettings(values) {
   for (const field of named()) {
@@ -45,6 +45,10 @@ function applySettings() {
   fields.top_p.disabled = !setting("temperature");
   document.body.classList.toggle("marks", setting("marks"));
   document.body.classList.toggle("mono", setting("mono"));
+}
+
+function keepSettings() {
+  applySettings();
   localStorage.setItem("illada.settings", JSON.stringify(changed(...named().map((field) => field.name))));
 }
 
@@ -59,11 +63,12 @@ function remembered() {
 function decoding() {
   const rule = setting("rule");
   const block = changed("block_length");
+  const speculate = setting("speculate");
   if (rule === "server") return block;
   if (rule === "fast") return "fast";
-  const speculate = changed("speculate");
-  if (rule === "exact") return Object.keys({ ...block, ...speculate }).length ? { ...block, ...speculate } : "exact";
-  return { ...block, [rule]: setting(rule), cache: setting("cache"), ...speculate };
+  // As many passes as the block has tokens: one token a pass.
+  if (rule === "exact") return { ...block, steps_per_block: setting("block_length"), cache: "none", speculate };
+  return { ...block, [rule]: setting(rule), cache: setting("cache"), speculate };
 }
 
 // --- the server
@@ -95,7 +100,7 @@ function request(exchange) {
     stream: true,
     stream_options: { include_usage: true },
     diffusion: true,
-    ...changed("max_tokens", "temperature", "top_p", "seed"),
+    ...changed("max_tokens", "temperature", "seed", ...(setting("temperature") ? ["top_p"] : [])),
     ...(Object.keys(wanted).length ? { decoding: wanted } : {}),
   };
   if (exchange.fill) {
@@ -137,7 +142,7 @@ function say(text) {
   part(exchange, ".copy").onclick = (event) => copy(exchange, event.target);
   part(exchange, ".tokens").onpointerover = ({ target }) => (target.title = exchange.tokens.describe(target));
   replayed(exchange);
-  main.scrollTo(0, main.scrollHeight);
+  following = true;
   return answer(exchange);
 }
 
@@ -154,6 +159,7 @@ async function answer(exchange) {
   }
   const { path, body, first } = request(exchange);
   line.replaceChildren();
+  line.style.minHeight = "";
   const tokens = (exchange.tokens = new Tokens(line, first));
   const controller = (running = new AbortController());
   const { signal } = controller;
@@ -192,6 +198,8 @@ async function answer(exchange) {
   if (!complete) tokens.show(tokens.last);
   tokens.finish(complete);
   item.classList.toggle("stopped", !complete);
+  item.classList.toggle("failed", !tokens.last);
+  if (!tokens.last) line.replaceChildren();
   exchange.answer = exchange.fill ? tokens.text : text;
   count();
   if (complete) $("spoken").textContent = `Answer: ${exchange.answer}`;
@@ -285,6 +293,9 @@ function replayed(exchange) {
   canvas.setAttribute("aria-label", "All steps from left to right, all tokens from top to bottom, coloured by how sure they were");
   const go = (step) => {
     exchange.end();
+    const line = part(exchange, ".tokens");
+    // Earlier steps may be shorter; what one holds in one's hand stays where it is.
+    if (exchange.tokens.shown === exchange.tokens.last) line.style.minHeight = `${line.offsetHeight}px`;
     exchange.playing = false;
     exchange.tokens.show(Math.max(0, Math.min(exchange.tokens.last, step)));
     mark(exchange);
@@ -370,9 +381,12 @@ $("new").onclick = renew;
 $("tune").onclick = () => tune(!$("settings").open);
 $("close").onclick = () => tune(false);
 $("settings").onclose = () => $("tune").setAttribute("aria-expanded", false);
-$("fields").oninput = applySettings;
+$("fields").oninput = fields.slot_tokens.oninput = keepSettings;
 $("fields").onsubmit = (event) => event.preventDefault();
-$("reset").onclick = () => fillSettings({});
+$("reset").onclick = () => {
+  fillSettings({});
+  keepSettings();
+};
 $("change-key").onclick = () => askKey("The key is sent with every request from this tab.", begin);
 $("key-later").onclick = () => $("ask-key").close();
 $("key-form").onsubmit = (event) => {
@@ -390,7 +404,11 @@ $("theme").onclick = () => {
 
 // The end of the conversation stays in view, unless one has scrolled up.
 let following = true;
-main.onscroll = () => (following = main.scrollHeight - main.scrollTop - main.clientHeight < 80);
+let top = 0;
+main.onscroll = () => {
+  following = main.scrollHeight - main.scrollTop - main.clientHeight < 80 || (following && main.scrollTop >= top);
+  top = main.scrollTop;
+};
 new ResizeObserver(() => following && main.scrollTo(0, main.scrollHeight)).observe(talk);
 
 for (const [label, text] of EXAMPLES) {

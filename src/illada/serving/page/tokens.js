@@ -71,21 +71,23 @@ export class Tokens {
     return () => cancelAnimationFrame(frame);
   }
 
-  // Tokens decided after the last step that came.
-  get committed() {
-    let count = 0;
-    for (const end of this.ends.values()) if (end) count += this.frames[end].states.split("c").length - 1;
-    return count;
+  // Every token after the last step that came, as [text, state].
+  #final() {
+    const tokens = [];
+    for (const end of this.ends.values()) {
+      const { start, texts, states } = this.frames[end];
+      texts.forEach((text, i) => (tokens[start + i] = [text, states[i]]));
+    }
+    return tokens;
   }
 
-  // The text after the last step that came, the undecided left out.
+  get committed() {
+    return this.#final().filter(([, state]) => state === "c").length;
+  }
+
+  // The text as far as it is decided.
   get text() {
-    const texts = [];
-    for (const end of this.ends.values()) {
-      const { start, texts: some, states } = this.frames[end];
-      some.forEach((text, i) => (texts[start + i] = "mpx".includes(states[i]) ? "" : text));
-    }
-    return texts.join("");
+    return this.#final().map(([text, state]) => ("cf".includes(state) ? text : "")).join("");
   }
 
   #put({ start, texts, states, confidences }) {
@@ -117,19 +119,23 @@ export class Tokens {
     return cell.state === "c" ? `kept at ${chance}` : `proposed at ${chance}`;
   }
 
-  // Draw all steps: time to the right, tokens downwards, the undecided as faint as they are unsure.
+  // Draw all steps: time to the right, generated tokens downwards, the undecided as faint as they are unsure.
   draw(canvas) {
-    const height = Math.max(...this.frames.map(({ start, texts }) => start + texts.length));
-    const width = this.frames.length;
+    const slots = this.#final().flatMap(([, state], at) => (state === "f" ? [] : [at]));
+    const [width, height] = [Math.min(this.frames.length, 800), Math.min(slots.length, 400)];
     Object.assign(canvas, { width, height });
     const context = canvas.getContext("2d");
     const image = context.createImageData(width, height);
-    const column = Array(height).fill(null);
-    this.frames.forEach(({ start, texts, states, confidences }, x) => {
-      texts.forEach((_, i) => (column[start + i] = [states[i], confidences[i] ?? 0]));
-      column.forEach((cell, y) => {
-        if (cell) image.data.set(shade(...cell), 4 * (y * width + x));
-      });
+    const cells = [];
+    let x = 0;
+    this.frames.forEach(({ start, texts, states, confidences }, number) => {
+      texts.forEach((_, i) => (cells[start + i] = [states[i], confidences[i] ?? 0]));
+      for (; x < width && Math.floor((x * this.frames.length) / width) <= number; x++) {
+        for (let y = 0; y < height; y++) {
+          const cell = cells[slots[Math.floor((y * slots.length) / height)]];
+          if (cell) image.data.set(shade(...cell), 4 * (y * width + x));
+        }
+      }
     });
     context.putImageData(image, 0, 0);
   }
@@ -137,7 +143,7 @@ export class Tokens {
 
 // Colours that stand out on light and dark alike.
 function shade(state, confidence) {
-  if (state === "x" || state === "f") return [128, 128, 128, state === "f" ? 40 : 0];
+  if (state === "x") return [0, 0, 0, 0];
   if (state === "m") return [128, 128, 128, 30 + 90 * Math.random()];
   const [red, green, blue] = [[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)];
   return state === "c" ? [red, green, blue, 255] : [128, 128, 128, 40 + 110 * (1 - confidence) * Math.random() + 40 * confidence];
