@@ -155,7 +155,7 @@ def say(page, text):
 
 
 def answered(exchange, steps=TOKENS):
-    expect(exchange.locator(".replay output")).to_have_text(f"step {steps} of {steps}")
+    expect(exchange.locator(".step")).to_have_text(f"step {steps} of {steps}")
 
 
 def whole_answer(site, messages):

@@ -280,9 +280,11 @@ async function copy(exchange, button) {
 function mark(exchange) {
   const { tokens } = exchange;
   const playing = tokens.shown < tokens.last && exchange.playing;
-  part(exchange, ".track input").value = tokens.shown;
+  const [track, step] = [part(exchange, ".track input"), `step ${tokens.shown} of ${tokens.last}`];
+  track.value = tokens.shown;
+  track.setAttribute("aria-valuetext", step);
   part(exchange, "canvas").style.setProperty("--at", (tokens.shown + 1) / (tokens.last + 1));
-  part(exchange, ".replay output").textContent = `step ${tokens.shown} of ${tokens.last}`;
+  part(exchange, ".step").textContent = step;
   const play = part(exchange, ".play");
   play.textContent = playing ? "❚❚" : "▶";
   play.setAttribute("aria-label", playing ? "Pause" : "Play the steps");
@@ -309,7 +311,7 @@ function replayed(exchange) {
     go(playing ? tokens.shown : tokens.shown === tokens.last ? 0 : tokens.shown);
     if (playing) return;
     exchange.playing = true;
-    exchange.end = tokens.play(Math.max(60, Number(setting("pace"))), () => mark(exchange));
+    exchange.end = tokens.play(Number(setting("pace")) || 100, () => mark(exchange));
     mark(exchange);
   };
 }
