@@ -23,7 +23,9 @@ TOKENS = 16
 LONG = {"max_tokens": 3900}
 
 CONTRASTS = """
-() => {
+async () => {
+  const ending = document.getAnimations().filter((one) => one.effect.getTiming().iterations === 1);
+  await Promise.all(ending.map((one) => one.finished));
   const parse = (text) => {
     const numbers = text.match(/[\\d.]+(e-\\d+)?/g).map(Number);
     const [r, g, b, a = 1] = text.startsWith("color(") ? numbers.map((x, i) => i < 3 ? 255 * x : x) : numbers;
@@ -183,7 +185,7 @@ def test_a_conversation_and_its_replay(site, visit, size, theme):
     answered(first)
     assert asked["messages"] == [{"role": "user", "content": "one <b>two</b>"}]
     expect(first.locator(".said p")).to_have_text("one <b>two</b>")  # text, not markup
-    expect(first.locator(".counts")).to_contain_text(f"{TOKENS} tokens · {TOKENS} forwards · 1.00 tokens a forward")
+    expect(first.locator(".counts")).to_contain_text(f"{TOKENS} tokens · {TOKENS} forwards · 1.00 tokens per forward")
 
     answer = whole_answer(site, asked["messages"])
     assert page.locator("#spoken").text_content() == f"Answer: {answer}"
@@ -337,17 +339,18 @@ def test_settings_are_sent_and_remembered(site, visit):
     expect(page.get_by_label("Top p")).to_be_disabled()
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Top p").fill("0.9")
+    page.get_by_label("Seed").fill("7")
     for _ in range(2):
         exchange, asked = say(page, "one")
         answered(exchange, 2)
         assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
         assert asked["decoding"] == {"steps_per_block": 2, "cache": "none", "speculate": 0}
-        assert (asked["max_tokens"], asked["temperature"], asked["top_p"]) == (8, 0.5, 0.9)
+        assert [asked[name] for name in ("max_tokens", "temperature", "top_p", "seed")] == [8, 0.5, 0.9, 7]
         page.reload()
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Back to the server's settings").click()
     _, asked = say(page, "one")
-    assert not {"decoding", "max_tokens", "temperature", "top_p"} & asked.keys()
+    assert not {"decoding", "max_tokens", "temperature", "top_p", "seed"} & asked.keys()
     page.get_by_label("Most tokens").fill("0")
     box(page).fill("two")
     box(page).press("Enter")

@@ -2,6 +2,7 @@
 // All text goes into the page as text, never as markup. Addresses are relative, so the page may live under any path.
 
 import { ask, events } from "./stream.js";
+import { adopt, fields, fill, remember, remembered, setting, wanted } from "./settings.js";
 import { grain, noise, Tokens } from "./tokens.js";
 
 const SLOT = "___";
@@ -14,62 +15,10 @@ const EXAMPLES = [
 ];
 
 const $ = (id) => document.getElementById(id);
-const fields = $("fields").elements;
 const [main, talk, message] = [document.querySelector("main"), $("talk"), $("message")];
-const exchanges = []; // { user, answer, item, tokens, fill, ... }: the conversation on show
+const exchanges = []; // { user, answer, item, tokens, gaps, ... }: the conversation on show
 let model = null; // what /v1/models says of it
 let running = null; // the AbortController of the answer under way
-
-// --- settings: what differs from the server's is remembered, and sent
-
-const valueOf = (field) => (field.type === "checkbox" ? field.checked : field.type === "number" ? field.valueAsNumber : field.value);
-const defaultOf = (field) => (field.type === "checkbox" ? Boolean(field.dataset.default) : field.type === "number" ? Number(field.dataset.default) : field.dataset.default);
-const named = () => [...fields].filter((field) => field.name);
-const setting = (name) => (fields[name].validity.badInput || (fields[name].type === "number" && !fields[name].value) ? defaultOf : valueOf)(fields[name]);
-const changed = (...names) => Object.fromEntries(names.filter((name) => setting(name) !== defaultOf(fields[name])).map((name) => [name, setting(name)]));
-
-function fillSettings(values) {
-  for (const field of named()) {
-    const value = values[field.name] ?? defaultOf(field);
-    if (field.type === "checkbox") field.checked = value;
-    else field.value = value;
-  }
-  applySettings();
-}
-
-function applySettings() {
-  const rule = setting("rule");
-  for (const label of document.querySelectorAll(".rule")) {
-    label.hidden = label.control.disabled = !label.classList.contains(rule);
-  }
-  fields.top_p.disabled = !setting("temperature");
-  document.body.classList.toggle("marks", setting("marks"));
-  document.body.classList.toggle("mono", setting("mono"));
-}
-
-function keepSettings() {
-  applySettings();
-  localStorage.setItem("illada.settings", JSON.stringify(changed(...named().map((field) => field.name))));
-}
-
-function remembered() {
-  try {
-    return JSON.parse(localStorage.getItem("illada.settings")) ?? {};
-  } catch {
-    return {};
-  }
-}
-
-function decoding() {
-  const rule = setting("rule");
-  const block = changed("block_length");
-  const speculate = setting("speculate");
-  if (rule === "server") return block;
-  if (rule === "fast") return "fast";
-  // As many passes as the block has tokens: one token a pass.
-  if (rule === "exact") return { ...block, steps_per_block: setting("block_length"), cache: "none", speculate };
-  return { ...block, [rule]: setting(rule), cache: setting("cache"), speculate };
-}
 
 // --- the server
 
@@ -77,12 +26,8 @@ async function meet() {
   const response = await ask("v1/models", { key: sessionStorage.getItem("illada.key") });
   model = (await response.json()).data[0];
   $("model").textContent = model.id;
-  for (const field of named()) {
-    const value = model.defaults[field.dataset.from ?? field.name];
-    if (value != null && field.name !== "system") field.dataset.default = value;
-  }
-  for (const part of document.querySelectorAll(".chat")) part.hidden = !model.chat;
-  fillSettings(remembered());
+  for (const chat of document.querySelectorAll(".chat")) chat.hidden = !model.chat;
+  adopt(model.defaults);
 }
 
 function begin() {
@@ -94,16 +39,8 @@ function begin() {
 
 // What to send for a message: path, body, and what to show before the first step.
 function request(exchange) {
-  const wanted = decoding();
-  const body = {
-    model: model.id,
-    stream: true,
-    stream_options: { include_usage: true },
-    diffusion: true,
-    ...changed("max_tokens", "temperature", "seed", ...(setting("temperature") ? ["top_p"] : [])),
-    ...(Object.keys(wanted).length ? { decoding: wanted } : {}),
-  };
-  if (exchange.fill) {
+  const body = { model: model.id, stream: true, stream_options: { include_usage: true }, diffusion: true, ...wanted() };
+  if (exchange.gaps) {
     const length = setting("slot_tokens");
     const first = { start: 0, texts: [], states: "", confidences: [] };
     exchange.user.split(SLOT).forEach((text, i) => {
@@ -116,11 +53,12 @@ function request(exchange) {
   const first = noise(Math.min(setting("block_length"), setting("max_tokens")));
   if (!model.chat) return { path: "v1/completions", body: { ...body, prompt: exchange.user }, first };
   const messages = setting("system") ? [{ role: "system", content: setting("system") }] : [];
-  for (const { user, answer, fill } of exchanges.slice(0, exchanges.indexOf(exchange))) {
-    if (fill || !answer) continue;
+  for (const { user, answer, gaps } of exchanges.slice(0, exchanges.indexOf(exchange))) {
+    if (gaps || !answer) continue;
     messages.push({ role: "user", content: user }, { role: "assistant", content: answer });
   }
-  return { path: "v1/chat/completions", body: { ...body, messages: [...messages, { role: "user", content: exchange.user }] }, first };
+  messages.push({ role: "user", content: exchange.user });
+  return { path: "v1/chat/completions", body: { ...body, messages }, first };
 }
 
 // --- an exchange: a message and its answer
@@ -132,7 +70,7 @@ function part(exchange, selector) {
 function say(text) {
   $("welcome").hidden = true;
   const item = $("exchange").content.cloneNode(true).firstElementChild;
-  const exchange = { user: text, answer: "", item, fill: text.includes(SLOT) };
+  const exchange = { user: text, answer: "", item, gaps: text.includes(SLOT) };
   exchanges.push(exchange);
   talk.append(item);
   part(exchange, ".said p").textContent = text;
@@ -140,7 +78,7 @@ function say(text) {
   part(exchange, ".again").onclick = part(exchange, ".retry").onclick = () => answer(exchange);
   part(exchange, ".afresh").onclick = renew;
   part(exchange, ".copy").onclick = (event) => copy(exchange, event.target);
-  part(exchange, ".tokens").onpointerover = ({ target }) => (target.title = exchange.tokens.describe(target));
+  part(exchange, ".tokens").onpointerover = ({ target }) => (target.title = exchange.tokens?.describe(target) ?? "");
   replayed(exchange);
   following = true;
   return answer(exchange);
@@ -167,8 +105,9 @@ async function answer(exchange) {
   const began = performance.now();
   const count = () => {
     const seconds = (performance.now() - began) / 1000;
-    const why = exchange.fill && reason === "length" ? "stop" : reason;
-    counts.textContent = counted(usage?.completion_tokens ?? tokens.committed, usage?.forwards ?? forwards, seconds, why);
+    const why = exchange.gaps && reason === "length" ? "stop" : reason;
+    const done = usage ?? { completion_tokens: tokens.committed, forwards };
+    counts.textContent = counted(done.completion_tokens, done.forwards, seconds, why);
   };
   busy(exchange, true);
   counts.textContent = "waiting for the first step …";
@@ -200,7 +139,7 @@ async function answer(exchange) {
   item.classList.toggle("stopped", !complete);
   item.classList.toggle("failed", !tokens.last);
   if (!tokens.last) line.replaceChildren();
-  exchange.answer = exchange.fill ? tokens.text : text;
+  exchange.answer = exchange.gaps ? tokens.text : text;
   count();
   if (complete) $("spoken").textContent = `Answer: ${exchange.answer}`;
   running = null;
@@ -220,7 +159,7 @@ function counted(tokens, forwards, seconds, reason) {
   return [
     `${tokens} tokens`,
     `${forwards} forwards`,
-    `${(tokens / forwards).toFixed(2)} tokens a forward`,
+    `${(tokens / forwards).toFixed(2)} tokens per forward`,
     `${seconds.toFixed(1)} s`,
     `${Math.round(tokens / seconds)} tokens/s`,
     ...(ended ? [ended] : []),
@@ -292,7 +231,6 @@ function mark(exchange) {
 
 function replayed(exchange) {
   const [track, canvas] = [part(exchange, ".track input"), part(exchange, "canvas")];
-  canvas.setAttribute("aria-label", "All steps from left to right, all tokens from top to bottom, coloured by how sure they were");
   const go = (step) => {
     exchange.end();
     const line = part(exchange, ".tokens");
@@ -322,6 +260,7 @@ function typed() {
   const count = message.value.split(SLOT).length - 1;
   $("slots").hidden = fields.slot_tokens.disabled = !count;
   $("keys").hidden = Boolean(count);
+  message.rows = Math.min(8, message.value.split("\n").length);
   $("slot-count").textContent = count === 1 ? "1 gap" : `${count} gaps`;
 }
 
@@ -335,7 +274,9 @@ function submit() {
   }
   message.value = "";
   typed();
-  message.focus();
+  // A phone's keyboard would hide what one wants to watch.
+  if (matchMedia("(hover: hover)").matches) message.focus();
+  else message.blur();
   say(text);
 }
 
@@ -383,11 +324,11 @@ $("new").onclick = renew;
 $("tune").onclick = () => tune(!$("settings").open);
 $("close").onclick = () => tune(false);
 $("settings").onclose = () => $("tune").setAttribute("aria-expanded", false);
-$("fields").oninput = fields.slot_tokens.oninput = keepSettings;
+$("fields").oninput = fields.slot_tokens.oninput = remember;
 $("fields").onsubmit = (event) => event.preventDefault();
 $("reset").onclick = () => {
-  fillSettings({});
-  keepSettings();
+  fill({});
+  remember();
 };
 $("change-key").onclick = () => askKey("The key is sent with every request from this tab.", begin);
 $("key-later").onclick = () => $("ask-key").close();
@@ -432,7 +373,7 @@ function title() {
   for (let step = 1; step <= 3 * words.length; step++) {
     const kept = order.slice(0, Math.floor(step / 3));
     const states = words.map((_, i) => (kept.includes(i) ? "c" : step + i > 6 ? "p" : "m")).join("");
-    const texts = words.map((word, i) => (states[i] === "c" ? word : states[i] === "p" ? words[(i + step) % words.length] : ""));
+    const texts = words.map((word, i) => ({ c: word, p: words[(i + step) % words.length], m: "" })[states[i]]);
     view.add({ start: 0, texts, states, confidences: words.map((_, i) => (states[i] === "c" ? 1 : step / 20)) });
   }
   view.finish(true);
@@ -442,7 +383,7 @@ function title() {
 
 grain();
 paint(localStorage.getItem("illada.theme"));
-fillSettings(remembered());
+fill(remembered());
 typed();
 title();
 begin();

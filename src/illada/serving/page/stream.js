@@ -31,13 +31,8 @@ export async function* events(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    let piece;
-    try {
-      piece = await reader.read();
-    } catch (error) {
-      if (signal.aborted) throw error;
-      piece = { done: true };
-    }
+    const piece = await reader.read().catch(() => ({ done: true }));
+    signal.throwIfAborted();
     if (piece.done) throw new Refusal("The connection was lost before the answer was finished.", 0);
     const parts = (rest + piece.value.replaceAll("\r", "")).split("\n\n");
     rest = parts.pop();

@@ -141,12 +141,11 @@ export class Tokens {
   }
 }
 
-// Colours that stand out on light and dark alike.
+// Colours that stand out on light and dark alike; what is not decided is grain, the calmer the surer.
 function shade(state, confidence) {
   if (state === "x") return [0, 0, 0, 0];
-  if (state === "m") return [128, 128, 128, 30 + 90 * Math.random()];
-  const [red, green, blue] = [[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)];
-  return state === "c" ? [red, green, blue, 255] : [128, 128, 128, 40 + 110 * (1 - confidence) * Math.random() + 40 * confidence];
+  if (state !== "c") return [128, 128, 128, 80 - 40 * confidence + 70 * (1 - confidence) * Math.random()];
+  return [...[[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)], 255];
 }
 
 // Grain for what is masked, as a picture that style sheets can name.
