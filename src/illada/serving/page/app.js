@@ -111,6 +111,7 @@ async function answer(exchange) {
   };
   busy(exchange, true);
   counts.textContent = "waiting for the first step …";
+  exchange.playing = true;
   exchange.end = tokens.play(Number(setting("pace")), () => (reason ? mark(exchange) : count()));
   try {
     const response = await ask(path, { key: sessionStorage.getItem("illada.key"), body, signal });
