@@ -87,7 +87,7 @@ def evaluate(
     limit: int | None = None,
     decode: Literal["exact", "fast"] = "exact",
     lengths: Literal["3-4", "4-3"] = "3-4",
-    scoring: Literal["confidence", "likelihood"] = "confidence",
+    scoring: Literal["confidence", "likelihood"] | None = None,
     samples: int = 128,
     shots: int | None = None,
     chat: bool = False,
@@ -114,7 +114,8 @@ def evaluate(
         limit: most documents of each task.
         decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache: not the paper's.
         lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
-        scoring: how choices are scored, where the paper's row does not say.
+        scoring: how choices are scored, where the paper's row does not say: null for confidence, and for the exact
+            likelihood of a causal model.
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null for the task's own number.
         chat: use the chat template, with each example as a turn of its own.
@@ -407,7 +408,8 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+    """Return the parser and what each command does; with `sft`, estimates are of a recipe of that command."""
     from illada.data.prepare import prepare
     from illada.estimate import estimate
     from illada.generation import GenerationSettings
@@ -463,6 +465,7 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         },
         prepare_and_print,
     )
+    of_sft = {f"training.{key}": value for key, value in SFT_DEFAULTS.items()}
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)
         command.add_argument(
@@ -470,12 +473,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         )
         command.add_class_arguments(Recipe)
         if name == "sft":
-            command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+            command.set_defaults(of_sft)
     command = add("estimate", _estimate, "Say what a recipe will need: memory by kind, speed, days and cost.")
     command.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag")
     command.add_function_arguments(estimate, as_positional=False, skip={"recipe"})
     command.add_argument("--json", type=bool, default=False, help="print a JSON object instead")
+    command.add_argument("--sft", action="store_true", help="the recipe is for `illada sft`, whose defaults differ")
     command.add_class_arguments(Recipe)
+    if sft:
+        command.set_defaults(of_sft)
     command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
     _add_model_arguments(command)
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
@@ -567,7 +573,7 @@ def main(words: list[str] | None = None) -> None:
         ban_network()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        parser, actions = _build()
+        parser, actions = _build(sft="--sft" in words)
         arguments = parser.parse_args(_normalise(words or ["--help"], parser))
         try:
             arguments = parser.instantiate(arguments)

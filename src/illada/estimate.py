@@ -2,14 +2,16 @@
 
 Memory is not guessed from a formula: one forward and backward pass of the real network and the real loss is rehearsed
 on fake tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2 in
-training/parallel.py: fp32 shards on every GPU, one block gathered while it computes and one ahead) is arithmetic. Not
-counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is kept free.
+training/parallel.py: fp32 shards on the GPUs of a copy, one block gathered while it computes and one ahead) is
+arithmetic. Not counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is
+kept free.
 
 `bench/estimate.py` compares with the memory of real runs.
 
 Shape letters: T packed tokens · M masked tokens.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -29,7 +31,8 @@ from illada.data.shards import Shards
 from illada.diffusion.loss import chunked_cross_entropy
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
-from illada.training.parallel import recompute
+from illada.training.optimizers import muon_matrices
+from illada.training.parallel import divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.training.speed import GPUS, block_parameters, flops_per_token
 
@@ -41,8 +44,8 @@ KEPT_FREE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
 
 _GB = 1e9
-_ADAMW_BYTES = 8
-"""Two fp32 moments of every trained parameter."""
+_MOMENT_BYTES = 4
+"""A moment is fp32; AdamW has two of each parameter, Muon one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Estimate:
     parameters_trained: int
     vocab_size: int
     gpus: int
+    copies: int
+    """Of the weights, each in shards over gpus / copies (HSDP)."""
     gpu: str
     windows_per_pass: int
     passes_per_step: int
@@ -108,7 +113,8 @@ def estimate(
 
     Args:
         recipe: the run; its data need not exist yet.
-        gpus: processes, one GPU each, weights and optimiser sharded over all of them.
+        gpus: processes, one GPU each; weights and optimiser are sharded over all of them, or over those of one of
+            parallel.replicate copies; parallel.tensor of them compute the same windows.
         gpu: which; "cpu" for one process on this machine, memory only.
         mfu: model FLOPs utilisation: FLOPs the model needs, without recomputation, over the peak (performance of
             others at 8B: 0.33 to 0.4 on H100).
@@ -128,11 +134,17 @@ def estimate(
         raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
     if gpus < 1 or (gpu == "cpu" and gpus > 1):
         raise IlladaError(f"gpus is {gpus}: it must be at least 1, and 1 on a cpu")
+    copies, tensor = recipe.parallel.replicate, recipe.parallel.tensor
+    if gpus % (copies * tensor):
+        raise IlladaError(
+            f"parallel.replicate {copies} times parallel.tensor {tensor} must divide the number of GPUs, {gpus}"
+        )
+    groups = gpus // tensor
     if not 0 < mfu <= 1:
         raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
     if price is not None and price < 0:
         raise IlladaError(f"price is {price:g}: it must be at least 0")
-    if settings.samples_per_step < gpus:
+    if settings.samples_per_step < groups:
         raise IlladaError(
             f"training.samples_per_step {settings.samples_per_step} leaves some of {gpus} GPUs without a window: "
             "raise it or lower gpus"
@@ -143,7 +155,8 @@ def estimate(
         raise IlladaError(
             f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}"
         )
-    share = math.ceil(settings.samples_per_step / gpus)
+    divisible(config, tensor)
+    share = math.ceil(settings.samples_per_step / groups)
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
     size, memory = _rehearse(recipe, config, windows, passes, gpus)
@@ -166,6 +179,7 @@ def estimate(
         parameters_trained=size.trained,
         vocab_size=config.vocab_size,
         gpus=gpus,
+        copies=copies,
         gpu=gpu,
         windows_per_pass=windows,
         passes_per_step=passes,
@@ -187,7 +201,8 @@ def table(found: Estimate) -> str:
     lines = [
         f"{found.parameters:,} parameters, {found.parameters_in_blocks:,} of them in blocks, "
         f"{found.parameters_trained:,} trained; vocabulary {found.vocab_size:,}",
-        f"{found.gpus} x {found.gpu}, {found.memory_available / _GB:.0f} GB each: "
+        f"{found.gpus} x {found.gpu}, {found.memory_available / _GB:.0f} GB each"
+        f"{'' if found.copies == 1 else f', {found.copies} copies of the weights'}: "
         f"{found.windows_per_pass} windows a pass, {found.passes_per_step} passes a step",
         "",
         f"{'GB on each, by activation checkpointing':40}" + "".join(f"{kind:>11}" for kind in CHECKPOINTING),
@@ -229,7 +244,7 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
         return load_config(model_folder(recipe.model.start))
     assert recipe.model.preset is not None
     vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
-    return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.sizes(), **vocabulary})
+    return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.changes(), **vocabulary})
 
 
 def _machine_bytes() -> int:
@@ -288,11 +303,16 @@ def _rehearse(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
 ) -> tuple[_Size, dict[Checkpointing, Memory]]:
     """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
-    bf16 = recipe.training.dtype == "bf16"
+    bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
+    # What one of a group that shares the heads has of the network.
+    tensor, part = recipe.parallel.tensor, copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(part, name, getattr(config, name) // tensor)
+    elsewhere = block_parameters(config) - block_parameters(part)
     # Not on fake tensors: PEFT moves layers, which those do not allow.
     with torch.device("meta"):
-        model = IlladaForMaskedLM._from_config(config, dtype=frozen).train()
+        model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
         if recipe.lora.rank:
             _adapt(model, recipe)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -304,13 +324,15 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        size = _Size(everything, block_parameters(config), count)
+        size = _Size(everything + elsewhere, block_parameters(config), count + elsewhere)
+        optimizer = _MOMENT_BYTES * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
+        shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
         gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
-        fixed = (weights + _ADAMW_BYTES * count) // gpus + gathered
-        gradients = 4 * count // gpus
+        fixed = (weights + optimizer) // shards + gathered
+        gradients = 4 * count // shards
         memory: dict[Checkpointing, Memory] = {}
         for kind in CHECKPOINTING:
             recompute(model, kind)
@@ -318,10 +340,10 @@ def _rehearse(
             during = gradients + meter.peak + reduced if passes > 1 or gpus > 1 else max(gradients, meter.peak_grown)
             after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
-                weights=weights // gpus,
+                weights=weights // shards,
                 gathered=gathered,
                 gradients=gradients,
-                optimizer=_ADAMW_BYTES * count // gpus,
+                optimizer=optimizer // shards,
                 activations=saved,
                 loss=loss,
                 backward=max(0, meter.peak - saved - loss) + reduced,
@@ -333,8 +355,8 @@ def _rehearse(
 def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
     """Return (bytes kept after the trunk, bytes the loss adds at its peak, the meter after the backward pass)."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
-    # The fullest of many micro-batches: p is uniform over the segments.
-    share = min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
+    # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
+    share = 1.0 if model.config.causal else min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
     with _Meter() as meter:
         hooks = []
         for parameter in model.parameters():

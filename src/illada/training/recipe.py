@@ -3,7 +3,7 @@
 Values the paper does not state are marked "ours"; those of LLaDA's report "LLaDA".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from illada.errors import IlladaError
@@ -15,13 +15,15 @@ class ModelRecipe:
 
     Args:
         preset: name of a shape (1m, 5m, 15m, 50m, illada-8b, llada-8b); the vocabulary is the tokenizer's.
-        start: model or run folder whose weights (and shape) to begin with; excludes preset and the sizes below.
+        start: model or run folder whose weights (and shape) to begin with; excludes preset and all below.
         hidden_size: width, instead of the preset's.
         intermediate_size: SwiGLU width, instead of the preset's.
         num_hidden_layers: blocks, instead of the preset's.
         num_attention_heads: query heads, instead of the preset's.
         num_key_value_heads: key/value heads, instead of the preset's.
         max_position_embeddings: context length, instead of the preset's.
+        causal: left to right, each token predicting the next: the autoregressive baseline, on the same data with the
+            same settings (ours). Under training.rule "llada" it learns the answers alone.
     """
 
     preset: str | None = None
@@ -32,18 +34,12 @@ class ModelRecipe:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     max_position_embeddings: int | None = None
+    causal: bool | None = None
 
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes that were given."""
-        names = [
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def changes(self) -> dict[str, int]:
+        """Return what was given instead of the preset's."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in given.items() if name not in ("preset", "start") and value is not None}
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -102,14 +98,23 @@ class ParallelRecipe:
     Args:
         replicate: copies of the weights, each in shards over an equal part of the processes (HSDP); best one copy per
             node where nodes are connected more slowly than the GPUs inside them.
+        tensor: neighbouring processes that share the heads and SwiGLU of every block and compute the same windows; for
+            blocks too wide for one GPU, within one node only.
         recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
             "selective": all but matrix products and attention.
         compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
+        attention: "varlen": torch's flash attention for packed segments (CUDA, bf16); "sdpa": one call for every run of
+            equal segments; "auto": varlen where it works.
+        kernels: "liger": norms, rotations and SwiGLU by Liger's kernels, excludes compile, which fuses the same;
+            "plain": ours; "auto": liger on CUDA where it is installed. Needs `pip install 'illada[fused]'`.
     """
 
     replicate: int = 1
+    tensor: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    kernels: Literal["auto", "plain", "liger"] = "auto"
 
 
 @dataclass
@@ -163,7 +168,10 @@ class TrainingRecipe:
             checkpoint and take the following data in another order (all ours).
         spike_deviations: how many standard deviations above the mean of the last hundred steps are a spike (ours).
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
-        dtype: of the computation; the weights that are trained and the optimiser stay fp32.
+        dtype: of the computation; the weights that are trained and the optimiser stay fp32. "fp8": bf16 but for the
+            products of the blocks' linear layers; wants parallel.compile (ours; needs `pip install 'illada[fused]'`).
+        cross_entropy: "chunked": ours; "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), coarser
+            as it adds up gradients in bf16: see docs/training.md (needs `pip install 'illada[fused]'`).
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
@@ -193,7 +201,8 @@ class TrainingRecipe:
     on_spike: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
+    cross_entropy: Literal["chunked", "cut"] = "chunked"
     device: str = "auto"
     seed: int = 0
     validate_every: int = 500
@@ -265,8 +274,8 @@ class Recipe:
             raise IlladaError("data.train is missing: name a folder written by `illada prepare`")
         if (model.preset is None) == (model.start is None):
             raise IlladaError("give exactly one of model.preset (a new network) and model.start (a checkpoint)")
-        if model.start is not None and model.sizes():
-            raise IlladaError(f"model.{next(iter(model.sizes()))} cannot be changed when model.start is given")
+        if model.start is not None and model.changes():
+            raise IlladaError(f"model.{next(iter(model.changes()))} cannot be changed when model.start is given")
         self.lora.check(model.start)
         if training.steps is None and training.epochs is None:
             raise IlladaError("how long to train is missing: set training.steps or training.epochs")
@@ -289,6 +298,7 @@ class Recipe:
             ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
             ("training.plateau_delta", training.plateau_delta, 0, 1),
             ("parallel.replicate", self.parallel.replicate, 1, float("inf")),
+            ("parallel.tensor", self.parallel.tensor, 1, float("inf")),
             ("training.seed", training.seed, 0, 2**63 - 1),
         ]
         if training.steps is not None:
@@ -307,5 +317,23 @@ class Recipe:
                 raise IlladaError(f"{name} is {value:g}: it must be {limit}")
         if training.optimizer == "muon" and self.lora.rank:
             raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
+        if training.dtype == "fp8" and self.lora.rank:
+            raise IlladaError("training.dtype fp8 trains whole matrices: take bf16 to train an adapter")
+        if self.parallel.kernels == "liger" and self.parallel.compile:
+            raise IlladaError("parallel.kernels liger and parallel.compile fuse the same operations: choose one")
+        halves = {
+            "parallel.attention varlen": self.parallel.attention == "varlen",
+            "training.cross_entropy cut": training.cross_entropy == "cut",
+        }
+        if training.dtype == "fp32" and (wrong := [name for name, chosen in halves.items() if chosen]):
+            raise IlladaError(f"{wrong[0]} computes in half precision: set training.dtype bf16")
+        whole = {
+            "training.optimizer muon": training.optimizer == "muon",
+            "training.dtype fp8": training.dtype == "fp8",
+            "lora": bool(self.lora.rank),
+        }
+        for what, wanted in whole.items():
+            if wanted and self.parallel.tensor > 1:
+                raise IlladaError(f"{what} wants whole matrices: take parallel.tensor 1")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")

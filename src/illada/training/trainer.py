@@ -31,8 +31,9 @@ from illada.training.build import build_model, make_batches, open_validation, re
 from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
 from illada.training.evaluations import Evaluations
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
+from illada.training.fused import fuse
 from illada.training.optimizers import make_optimizers, moments, set_updates, update
-from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
+from illada.training.parallel import Objective, Processes, before_pass, clip, distribute, gradient_norm, join, release
 from illada.training.recipe import Recipe
 from illada.training.report import Report
 from illada.training.schedule import on_plateau
@@ -66,7 +67,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
         DivergedError: the loss is not finite.
     """
     recipe.check()
-    with join(recipe.training.device) as processes:
+    with join(recipe.training.device, recipe.parallel.tensor) as processes:
         try:
             return _train(recipe, title, processes)
         except DivergedError:
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         batches = make_batches(recipe, shards, config, eos)
         model = build_model(recipe, start, config)
         base = base_fingerprint(model) if is_adapted(model) else None
-        notes = remarks(recipe, start, model)
+        notes = remarks(recipe, start, model) + fuse(model, recipe, processes.device)
         objective = distribute(model, recipe, processes)
     optimizers = make_optimizers(model, settings)
     # Now, while the weights are in their shards: later they may just be gathered.
@@ -107,7 +108,8 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         """Return this process's share of a step."""
         plan = batches.plan(data_step(step, settings.seed, state.returns))
         sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
-        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count)
+        rank, ranks = processes.share
+        return noisy_batches(plan, *sizes, rank=rank, ranks=ranks, causal=config.causal)
 
     def go_back() -> RunState | None:
         """Load the newest checkpoint, if there is one."""
@@ -153,12 +155,12 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
                 plan = batches.plan(data_step(state.step, settings.seed, state.returns))
                 loss, by_ratio = _gradients(objective, ahead(state.step), len(plan), state.step, recipe, processes)
-                norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+                norm = gradient_norm(trained)
                 rate = schedule.learning_rate(state.step)
                 record: dict[str, Any] = {
                     "loss": loss,
                     "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
-                    "loss_by_mask_ratio": by_ratio,
+                    **({} if config.causal else {"loss_by_mask_ratio": by_ratio}),
                     "learning_rate": rate,
                     "gradient_norm": float(norm),
                 }
@@ -179,7 +181,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     report.say(f"{title}: {wrong} at step {here}: left out")
                 else:
                     if settings.gradient_clip:
-                        torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
+                        clip(trained, settings.gradient_clip, norm)
                     saved.settle()
                     update(optimizers, rate)
                     remember(state, loss)
@@ -232,22 +234,25 @@ def _gradients(
 
     Returns:
         the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
-        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens).
+        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
     """
     settings = recipe.training
-    share = -(-samples // processes.count)
+    rank, ranks = processes.share
+    share = -(-samples // ranks)
     passes = -(-share // settings.samples_per_batch)
     # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
     sums = torch.zeros(1 + 2 * BUCKETS, device=processes.device)
     for number, batch in enumerate(noisy):
         before_pass(objective, last=number == passes - 1)
-        key = (settings.seed, DROPOUT, step, processes.rank * passes + number)
+        key = (settings.seed, DROPOUT, step, rank * passes + number)
         each_T = sums.new_zeros(batch.packing.tokens)
         clean_T, masked_T, weight_T = batch.on(processes.device)
         with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
             loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
         loss.backward()
         sums[0] += loss.detach()
+        if batch.probability_T is None:
+            continue
         counted_T = masked_T & (weight_T > 0)
         bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
         sums.index_add_(0, bucket_T, each_T * counted_T)
@@ -259,7 +264,7 @@ def _gradients(
 
 @torch.no_grad()
 def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes: Processes) -> float:
-    """Return the bound on held-out text in nats per token, each process computing its share."""
+    """Return the loss of held-out text (see `validation_batches`) in nats per token; each process has its share."""
     settings = recipe.training
     objective.eval()
     noisy = validation_batches(
@@ -267,8 +272,8 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
         recipe.data.window,
         settings.validation_samples,
         settings.samples_per_batch,
-        processes.rank,
-        processes.count,
+        *processes.share,
+        objective.model.config.causal,
     )
     bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
     release(objective)
