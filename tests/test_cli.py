@@ -138,7 +138,7 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
         ("generate --model m --prompt a --stop x", "stop is 'x': it must be a list"),
         ("generate --model m --promt a", "unknown option --promt: did you mean --prompt?"),
         ("generate --model m --prompt a --block_length 0", "block_length must be at least 1"),
-        ("generate --model m --prompt a --temperature -1", "temperature must be finite and at least 0"),
+        ("generate --model m --prompt a --temperature -1", "temperature must be between 0 and 1e+06"),
         ("generate --model m --prompt a --threshold 2", "threshold must be above 0"),
         ("generate --model m --prompt a --steps_per_block 40", "steps_per_block must be between 1 and"),
         ("generate --model m", "give --prompt TEXT"),

@@ -361,6 +361,16 @@ def _chat(arguments: Namespace) -> None:
     chat(model, text_tokenizer, settings, arguments.system)
 
 
+def _serve(arguments: Namespace) -> None:
+    """Serve a model: an OpenAI-compatible API and a page."""
+    from illada.serving.server import serve
+    from illada.serving.settings import ServerSettings
+
+    names = [f.name for f in dataclasses.fields(ServerSettings)]
+    server = ServerSettings(**{name: arguments[name] for name in names})
+    serve(arguments.model, server, _settings(arguments), arguments.dtype, arguments.device, arguments.quantize)
+
+
 def _report(arguments: Namespace) -> None:
     """Draw the curves of a run."""
     from illada.training.plots import draw_run
@@ -455,6 +465,7 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     from illada.data.prepare import prepare
     from illada.estimate import estimate
     from illada.generation import GenerationSettings
+    from illada.serving.settings import ServerSettings
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
     parser = _Parser(
@@ -534,6 +545,10 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     command = add("chat", _chat, "Talk to a tuned model in the terminal and watch each answer form.")
     _add_model_arguments(command)
     command.add_argument("--system", type=str, help="system message")
+    command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
+    command = add("serve", _serve, "Serve a model: an OpenAI-compatible API, and a page to watch answers form.")
+    _add_model_arguments(command)
+    command.add_class_arguments(ServerSettings)
     command.add_class_arguments(GenerationSettings, skip=SETTINGS_FROM_MODEL)
     add_function(score, {"--candidates": "texts to compare"})
     text = " ".join((evaluate.__doc__ or "").split("\n\n")[0].split())

@@ -615,7 +615,7 @@ def test_the_boost_writes_the_end_of_thinking_once(tied, power):
 
 
 def test_the_end_of_thinking_counts_once_it_is_committed():
-    row = Row(0, np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
+    row = Row(np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
     row.ids_G[:] = THINK
     for masked, boost in (
         ([0, 1, 2, 3], (13, 2.0)),
@@ -749,7 +749,7 @@ def proposals(first, scores, ids=(6, 7, 8, 9), probabilities=None):
 
 
 def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
-    row = Row(0, np.array([9]), 8, GenerationSettings(8, 4, **change))
+    row = Row(np.array([9]), 8, GenerationSettings(8, 4, **change))
     row.commit(proposals(0, [0.9, 0.8, 0.7, 0.6], ids, probabilities))
     return row
 
@@ -847,8 +847,8 @@ def test_the_memory_of_caches_is_bounded(tied):
     while engine.busy:
         engine.step()
     assert sorted(engine.pool.free) == list(range(engine.pool.pages))
-    assert Row(0, np.array([9]), 8, settings).kept == 9
-    assert Row(0, np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
+    assert Row(np.array([9]), 8, settings).kept == 9
+    assert Row(np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
 
 
 def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
@@ -929,7 +929,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"top_k": 4}, "do nothing at temperature 0"),
         ({"top_p": 0.9}, "do nothing at temperature 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be between 1e-06 and 1e\+06"),
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": ("",)}, "not empty"),
@@ -970,3 +970,31 @@ def test_settings_are_for_all_or_one_each(tied):
         generate(tied, [[1], [2]], [SMALL])
     with pytest.raises(IlladaError, match="max_batch_tokens"):
         generate(tied, [[1]], SMALL, max_batch_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 1e-300, "top_p": 0.5},
+        {"temperature": 1e6, "top_k": 3},
+        {"guidance_scale": 1e6},
+        {"guidance_scale": 1e6, "temperature": 1e6, "top_p": 0.9},
+        {"repetition_penalty": 1e-6, "guidance_scale": 1e6},
+        {"repetition_penalty": 1e6},
+    ],
+)
+def test_the_largest_settings_keep_confidences_finite(tied, change):
+    settings = GenerationSettings(8, 4, eos_token_id=None, **change)
+    assert np.isfinite(generate(tied, [[9, 8, 7]], settings)[0].log_probs).all()
+
+
+def test_only_watched_requests_tell_their_steps(tied):
+    seen = []
+    engine = Engine(tied, on_step=lambda event: seen.append(event.row))
+    settings = GenerationSettings(4, 4, eos_token_id=None)
+    for watched in (True, False):
+        row = engine.request([9, 8], settings)
+        row.watched = watched
+        engine.enter(row)
+    assert len(engine.run()) == 2
+    assert seen == [0] * 4

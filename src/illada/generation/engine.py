@@ -181,13 +181,23 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], settings: GenerationSettings) -> int:
         """Add a prompt and return its index: 0, 1, 2, ...; errors as in `generate`."""
-        return self._enter(_start(self.model, self.submitted, prompt, settings, self.tokenizer))
+        return self.enter(self.request(prompt, settings, f"prompt {self.submitted}"))
 
     def submit_template(self, template: Sequence[int | None], settings: GenerationSettings) -> int:
         """Add a template and return its index; errors as in `infill`."""
-        return self._enter(_open(self.model, self.submitted, template, settings))
+        return self.enter(self.request_template(template, settings, f"template {self.submitted}"))
 
-    def _enter(self, row: Row) -> int:
+    def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Row:
+        """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
+        return _start(self.model, name, prompt, settings, self.tokenizer)
+
+    def request_template(self, template: Sequence[int | None], settings: GenerationSettings, name: str = "it") -> Row:
+        """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
+        return _open(self.model, name, template, settings)
+
+    def enter(self, row: Row) -> int:
+        """Add a request that was checked before and return its index."""
+        row.index = self.submitted
         self.waiting.append(row)
         self.submitted += 1
         return row.index
@@ -272,7 +282,7 @@ class Engine:
                 generation = _ended(row, self.tokenizer)
                 if generation is None:
                     row.open_next_block()
-            if self.on_step is not None:
+            if self.on_step is not None and row.watched:
                 self.on_step(_event(row, *step, generation is not None))
         return generation
 
@@ -288,34 +298,33 @@ def _settings_each(
 
 def _start(
     model: IlladaForMaskedLM,
-    index: int,
+    name: str,
     prompt: Sequence[int],
     settings: GenerationSettings,
     tokenizer: Tokenizer | None,
 ) -> Row:
     """Check one request and mask its answer."""
-    prompt_P = _checked_ids(model, f"prompt {index}", prompt)
+    prompt_P = _checked_ids(model, name, prompt)
     context = model.config.max_position_embeddings
     block = settings.block_length
     room = min(settings.max_new_tokens, context - len(prompt_P))
     if room < block:
         raise IlladaError(
-            f"prompt {index}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
+            f"{name}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
             f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}: "
             "lower block_length or shorten the prompt"
         )
-    for name in ("stop", "think_boost"):
-        if getattr(settings, name) and tokenizer is None:
-            raise IlladaError(f"{name} needs a tokenizer: give one to generate")
+    for needing in ("stop", "think_boost"):
+        if getattr(settings, needing) and tokenizer is None:
+            raise IlladaError(f"{needing} needs a tokenizer: give one to generate")
     think: tuple[int, ...] = ()
     if settings.think_boost and tokenizer is not None:
         think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
-    return Row(index, prompt_P, room // block * block, settings, think)
+    return Row(prompt_P, room // block * block, settings, think)
 
 
-def _open(model: IlladaForMaskedLM, index: int, template: Sequence[int | None], settings: GenerationSettings) -> Row:
+def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], settings: GenerationSettings) -> Row:
     """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
-    name = f"template {index}"
     if settings.think_boost:
         raise IlladaError("think_boost cannot be used to fill slots: leave it out")
     slot_L = np.array([token is None for token in template], dtype=np.bool_)
@@ -333,7 +342,7 @@ def _open(model: IlladaForMaskedLM, index: int, template: Sequence[int | None], 
         stop=(),
         later_masks=False,
     )
-    row = Row(index, ids_L[:first], budget, whole, template=True)
+    row = Row(ids_L[:first], budget, whole, template=True)
     row.ids_G[:] = ids_L[first:]
     row.masked_G[:] = row.slot_G[:] = slot_L[first:]
     return row

@@ -41,7 +41,6 @@ class Row:
     `log_prob_G` hold the last proposal, not a decision.
     """
 
-    index: int
     prompt_P: NDArray[np.int64]
     budget: int
     settings: GenerationSettings
@@ -49,6 +48,10 @@ class Row:
     """Ids of `</think>` when it is boosted."""
     template: bool = False
     """Whether this is a text with slots: its result is the whole of it."""
+    index: int = -1
+    """Given by the engine when it enters."""
+    watched: bool = True
+    """Whether its steps are to be told."""
     block: int = 0
     """Where in the answer the active block begins."""
     block_step: int = 0

@@ -6,6 +6,9 @@ from typing import Literal
 
 from illada.errors import IlladaError
 
+MOST = 1e6
+"""Largest temperature, guidance, boost and penalty."""
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -89,7 +92,8 @@ class GenerationSettings:
             _require(1 <= self.steps_per_block <= self.block_length, "steps_per_block", self.steps_per_block, wanted)
         for name in ("temperature", "guidance_scale", "think_boost", "think_boost_power"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "finite and at least 0")
+            # The upper bound keeps sums of logits finite in fp32.
+            _require(0 <= value <= MOST, name, value, f"between 0 and {MOST:g}")
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "between 0 and 2^63 - 1")
         _require(all(i >= 0 for i in self.eos_ids), "eos_token_id", self.eos_token_id, "at least 0 (or none)")
         known = self.remasking in ("low_confidence", "margin", "random")
@@ -118,7 +122,7 @@ class GenerationSettings:
 
     def _check_sampling(self) -> None:
         penalty = self.repetition_penalty
-        _require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", penalty, "finite and above 0")
+        _require(1 / MOST <= penalty <= MOST, "repetition_penalty", penalty, f"between {1 / MOST:g} and {MOST:g}")
         if self.top_k is not None:
             _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")

@@ -1,0 +1,137 @@
+"""How answers are written: the fields around them, whole or in pieces, of each kind of request."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from illada.serving.answers import Choice
+from illada.serving.text import Token
+
+Told = Sequence[tuple[str, Token]]
+"""Tokens with the text of each."""
+
+
+def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    """Return what answers took: tokens as OpenAI counts them, and the forward passes that each took part in."""
+    tokens, forwards = sum(choice.text.tokens for choice in choices), sum(choice.forwards for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+        "forwards": forwards,
+        "tokens_per_forward": round(tokens / forwards, 3) if forwards else 0.0,
+    }
+
+
+class Form:
+    """What both kinds share.
+
+    Args:
+        model: its name.
+        log_probs: whether they were asked for.
+    """
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, log_probs: bool):
+        self.log_probs = log_probs
+        self._head = {
+            "id": f"{self.prefix}{uuid.uuid4().hex}",
+            "object": self.whole_object,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"illada-{version('illada')}",
+        }
+
+    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:
+        """Return the fields of an answer, or of a piece of it."""
+        raise NotImplementedError
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        """Return all answers at once."""
+        each = [
+            {
+                "index": choice.index,
+                **self.body(choice, choice.content, choice.tokens, chunk=False),
+                "finish_reason": choice.finish,
+                **({"fills": choice.fills()} if choice.whole else {}),
+            }
+            for choice in choices
+        ]
+        return {**self._head, "choices": each, "usage": used}
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:  # noqa: ARG002
+        """Return the chunk before an answer's text, if there is one."""
+        return None
+
+    def chunk(self, choice: Choice, text: str, tokens: Told) -> dict[str, Any]:
+        """Return a piece of an answer."""
+        return self._chunk(
+            [{"index": choice.index, **self.body(choice, text, tokens, chunk=True), "finish_reason": None}]
+        )
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """Return the chunk behind an answer."""
+        fills = {"fills": choice.fills()} if choice.whole else {}
+        body = self.body(choice, "", [], chunk=True)
+        return self._chunk([{"index": choice.index, **body, "finish_reason": choice.finish, **fills}])
+
+    def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
+        """Return the chunk behind all answers."""
+        return {**self._chunk([]), "usage": used}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+
+class TextForm(Form):
+    """Of `/v1/completions`."""
+
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+        """Return text and log-probabilities."""
+        if not self.log_probs:
+            return {"text": text, "logprobs": None}
+        offset = len(choice.content) - len(text)
+        offsets = []
+        for piece, _ in tokens:
+            offsets.append(offset)
+            offset += len(piece)
+        each = [(piece, token.log_prob) for piece, token in tokens]
+        found = {
+            "tokens": [piece for piece, _ in each],
+            "token_logprobs": [value for _, value in each],
+            "top_logprobs": [None if value is None else {piece: value} for piece, value in each],
+            "text_offset": offsets,
+        }
+        return {"text": text, "logprobs": found}
+
+
+class ChatForm(Form):
+    """Of `/v1/chat/completions`."""
+
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, choice: Choice) -> dict[str, Any]:
+        """Return the chunk that says who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk([{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+        """Return message or delta, and log-probabilities."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if chunk:
+            message = {"content": text} if text else {}
+        found = None
+        if self.log_probs:
+            each = [
+                {"token": piece, "logprob": token.log_prob, "bytes": [*piece.encode()], "top_logprobs": []}
+                for piece, token in tokens
+            ]
+            found = {"content": each, "refusal": None}
+        return {"delta" if chunk else "message": message, "logprobs": found}

@@ -1,0 +1,244 @@
+"""What clients may ask and how errors look: OpenAI's fields and a few of ours; all else is refused by name."""
+
+import json
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from illada.errors import IlladaError
+from illada.generation import GenerationSettings
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""OpenAI's fields that this server cannot serve, and the values, beside null, that ask for nothing."""
+
+REASONS = {
+    "response_format": "use text: no slots of fixed length hold every JSON value, so it cannot be forced soundly",
+    "top_logprobs": "only the chosen token's confidence is known",
+    "echo": "score texts with `illada score` or `illada eval`",
+    "frequency_penalty": "use decoding.repetition_penalty",
+    "presence_penalty": "use decoding.repetition_penalty",
+}
+
+FAST = {"threshold": 0.95, "cache": "adaptive"}
+"""What `decoding: "fast"` means, as in `illada eval`."""
+
+
+class Decoding(BaseModel):
+    """How to decode, where it should differ from the server's way; the names are those of `illada generate`."""
+
+    model_config = STRICT
+    block_length: Annotated[int, Field(ge=1)] | None = None
+    steps_per_block: Annotated[int, Field(ge=1)] | None = None
+    threshold: float | None = None
+    entropy_bound: float | None = None
+    remasking: Literal["low_confidence", "margin", "random"] | None = None
+    repetition_penalty: float | None = None
+    guidance_scale: float | None = None
+    later_masks: bool | None = None
+    think_boost: float | None = None
+    think_boost_power: float | None = None
+    cache: Literal["none", "prefix", "frozen", "adaptive"] | None = None
+    refresh_below: float | None = None
+    speculate: Annotated[int, Field(ge=0, le=16)] | None = None
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's options of a stream."""
+
+    model_config = STRICT
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Asked(BaseModel):
+    """What both kinds of request share."""
+
+    model_config = STRICT
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    decoding: Literal["exact", "fast"] | Decoding | None = None
+    diffusion: bool = False
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no character") from None
+        for name, neutral in NEUTRAL.items():
+            if name in data and data[name] is not None and data[name] not in neutral:
+                raise ValueError(f"{name} is not supported: {REASONS.get(name, 'leave it out')}")
+        return {name: value for name, value in data.items() if name not in NEUTRAL}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Asked":
+        if self.diffusion and not self.stream:
+            raise ValueError("diffusion needs stream: true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.stop is not None and any(not 0 < len(text) <= 256 for text in self.stops() or ()):
+            raise ValueError("stop must hold texts of 1 to 256 characters")
+        return self
+
+    def stops(self) -> tuple[str, ...] | None:
+        """Return the stop strings, if any were given."""
+        return None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def settings(self, defaults: GenerationSettings, eos_ids: tuple[int, ...]) -> GenerationSettings:
+        """Return the defaults with what was asked for; `max_new_tokens` and the seed of each choice come later.
+
+        Raises:
+            IlladaError: when the values contradict each other.
+        """
+        values = {field.name: getattr(defaults, field.name) for field in fields(GenerationSettings)}
+        values["eos_token_id"] = eos_ids
+        if self.decoding is not None:
+            ours = {name: getattr(GenerationSettings, name) for name in Decoding.model_fields}
+            if isinstance(self.decoding, str):
+                asked = FAST if self.decoding == "fast" else {}
+                # How many tokens a block and a step have is the model's habit; the words say how exact to be.
+                kept = {"block_length": defaults.block_length, "repetition_penalty": defaults.repetition_penalty}
+                kept |= {"think_boost": defaults.think_boost, "think_boost_power": defaults.think_boost_power}
+                values |= ours | kept | asked
+            else:
+                asked = self.decoding.model_dump(exclude_none=True)
+                if {"steps_per_block", "threshold", "entropy_bound"} & asked.keys():
+                    values |= {"steps_per_block": None, "threshold": None, "entropy_bound": None}
+                if asked.get("cache", values["cache"]) != "adaptive":
+                    values["refresh_below"] = ours["refresh_below"]
+                values |= asked
+        plain = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": self.stops()}
+        values |= {name: value for name, value in plain.items() if value is not None}
+        if not values["temperature"]:
+            # Clients like to send both; without a draw there is nothing for these to limit.
+            values |= {"top_p": 1.0, "top_k": None}
+        if self.max_tokens is not None:
+            values["max_new_tokens"] = self.max_tokens
+        if values["steps_per_block"] is not None and values["steps_per_block"] > values["block_length"]:
+            raise IlladaError(f"steps_per_block must be at most block_length {values['block_length']}")
+        return GenerationSettings(**values)
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = STRICT
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = STRICT
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    type: Literal["text", "message"] | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return the role and content that chat templates know."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(Asked):
+    """A conversation to go on with."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class CompletionRequest(Asked):
+    """A text to go on with, or one with gaps to fill."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1)] | list[TokenId] | list[list[TokenId]]
+    suffix: str | None = None
+    slot_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_gap(self) -> "CompletionRequest":
+        if self.suffix is not None and self.slot_tokens is not None:
+            raise ValueError(
+                "suffix and slot_tokens exclude each other: write ___ where something is missing, or a suffix"
+            )
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, one or several, in text or ids."""
+        prompt: Any = self.prompt
+        one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        return [prompt] if one else prompt
+
+
+def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the body of an error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what pydantic found wrong as one line: its first finding."""
+    found = errors[0]
+    place = [str(part) for part in found["loc"] if part != "body"]
+    text = str(found["msg"]).removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        text = f"unknown field {place[-1]!r}: leave it out"
+    elif found["type"] == "missing" and place:
+        text = f"{place[-1]} is missing"
+    elif found["type"] == "json_invalid":
+        text, place = f"the body is not JSON: {found.get('ctx', {}).get('error', 'it cannot be read')}", []
+    elif place:
+        text = f"{'.'.join(place)}: {text}"
+    return error(" ".join(text.split())[:400], "invalid_request_error", param=place[0] if place else None)

@@ -1,0 +1,132 @@
+"""From ids to text while an answer forms: what may be sent already, and what each token looks like."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tokenizers.decoders import DecodeStream
+
+
+class Token(NamedTuple):
+    """A token of an answer."""
+
+    id: int
+    log_prob: float | None
+    """None for given text."""
+    end: int
+    """Where in the text, special tokens included, it ends."""
+
+
+class AnswerText:
+    """The text of one answer, of which pieces are given away in order and never taken back.
+
+    Stop strings are looked for in the text with special tokens, as the engine does; what is given away has none.
+
+    Args:
+        tokenizer: one of transformers' fast tokenizers.
+        stop: strings that end the answer, themselves left out.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._raw = ""
+        self._hidden: list[tuple[int, int]] = []
+        self._tokens: list[Token] = []
+        self._sent = self._told = 0
+        self.stopped = False
+        """Whether a stop string was found; later tokens are of no interest then."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were given away."""
+        return self._told
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return str(self._tokenizer.decode([*ids], skip_special_tokens=True))
+
+    def add(
+        self, ids: Sequence[int], log_probs: Sequence[float | None], last: bool = False
+    ) -> tuple[str, list[tuple[str, Token]]]:
+        """Take the next committed tokens; return what can be given away now: text, and tokens with the text of each.
+
+        Args:
+            ids: the next tokens, in order.
+            log_probs: of each.
+            last: whether there will be no more, so that nothing has to be kept back.
+        """
+        if self.stopped:
+            return "", []
+        before = len(self._raw)
+        for token_id, log_prob in zip(ids, log_probs, strict=True):
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
+            if token_id in self._special:
+                self._hidden.append((len(self._raw), len(self._raw) + len(piece)))
+            self._raw += piece
+            self._tokens.append(Token(token_id, log_prob, len(self._raw)))
+        if last:
+            # Bytes of a character that was never completed.
+            whole = self._tokenizer.decode([token.id for token in self._tokens])
+            if len(whole) > len(self._raw) and whole.startswith(self._raw):
+                self._raw = whole
+                self._tokens[-1] = self._tokens[-1]._replace(end=len(whole))
+        reach = max(map(len, self._stop), default=0)
+        cuts = [self._raw.find(stop, max(0, before - reach + 1)) for stop in self._stop]
+        if found := [cut for cut in cuts if cut >= 0]:
+            self.stopped = True
+            return self._give(min(found))
+        return self._give(len(self._raw) if last else len(self._raw) - self._held())
+
+    def _held(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        beginnings = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
+        return max((len(start) for start in beginnings if self._raw.endswith(start)), default=0)
+
+    def _give(self, end: int) -> tuple[str, list[tuple[str, Token]]]:
+        text = self._visible(self._sent, end)
+        self._sent = max(self._sent, end)
+        given = []
+        while self._told < len(self._tokens) and self._tokens[self._told].end <= end:
+            token = self._tokens[self._told]
+            begin = self._tokens[self._told - 1].end if self._told else 0
+            given.append((self._visible(begin, token.end), token))
+            self._told += 1
+        return text, given
+
+    def _visible(self, begin: int, end: int) -> str:
+        """Return the text between two places without special tokens."""
+        pieces = []
+        for start, stop in self._hidden:
+            if begin < stop and start < end:
+                pieces.append(self._raw[begin:start])
+                begin = stop
+        return "".join([*pieces, self._raw[begin:end]])
+
+
+class Pieces:
+    """The text of single tokens, for showing an answer that is not in order yet."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._one = lru_cache(maxsize=65_536)(lambda token_id: self._decode([token_id]))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def __call__(self, ids: Sequence[int | None]) -> list[str]:
+        """Return one text per token, "" for None; that of a character made of several stands at the last of them."""
+        texts = ["" if token_id is None else self._one(token_id) for token_id in ids]
+        broken: list[int] = []
+        for place, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
+            if token_id is None or "\ufffd" not in text:
+                broken = []
+                continue
+            broken.append(token_id)
+            texts[place] = self._decode(broken)
+            if len(broken) > 1:
+                texts[place - 1] = ""
+            if "\ufffd" not in texts[place]:
+                broken = []
+        return texts

@@ -1,0 +1,276 @@
+"""The thread that owns the engine: requests go in from the event loop, news of their answers comes back to it."""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from illada.generation import Engine, Generation, GenerationSettings, StepEvent
+from illada.generation.row import Row
+from illada.model import IlladaForMaskedLM
+from illada.serving.metrics import Metrics
+from illada.serving.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+
+class BusyError(Exception):
+    """Too many requests are under way."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"the server is busy: try again in {retry_after} seconds")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step made of an answer's active block."""
+
+    event: StepEvent
+    forwards: int
+
+
+@dataclass(frozen=True)
+class News:
+    """What has become of an answer since the last news."""
+
+    ids: list[int]
+    """Newly committed tokens in order, none missing before them; without the end-of-sequence token."""
+    log_probs: list[float | None]
+    """Of each, at its commit; None for given text."""
+    forwards: int
+    """Of the answer so far."""
+    steps: list[Step]
+    """Every step since, for answers that are watched."""
+    finish: Literal["stop", "length", "error"] | None = None
+    """Why it ended, in the last news."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One answer on its way to a client.
+
+    Args:
+        row: the request, checked by the engine.
+        tell: called in the event loop with each news.
+        limit: most tokens wanted; the answer may be computed in whole blocks beyond it.
+        stream: whether news are wanted before the end.
+        lead: ids of given text to tell before those of the answer.
+    """
+
+    row: Row
+    tell: Callable[[News], None]
+    limit: int
+    stream: bool
+    lead: Sequence[int] = ()
+    arrived: float = field(default_factory=time.monotonic)
+    begun: bool = False
+    seen: int = 0
+    """Tokens told of."""
+
+
+class Worker:
+    """Answers requests until it is closed; everything but the engine's thread runs in one event loop.
+
+    Args:
+        model: the network.
+        tokenizer: of the model.
+        server: limits.
+    """
+
+    def __init__(self, model: IlladaForMaskedLM, tokenizer: Any, server: ServerSettings):
+        self.server = server
+        self.draining = False
+        self.metrics = Metrics(running=lambda: len(self.engine.running), waiting=self._waiting)
+        self._model, self._tokenizer = model, tokenizer
+        self.engine = self._new_engine()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: dict[int, Ticket] = {}
+        self._steps: dict[int, list[Step]] = defaultdict(list)
+        self._open: set[Ticket] = set()
+        self._ends: deque[float] = deque(maxlen=64)
+        self._changed = threading.Condition()
+        self._orders: list[Callable[[], None]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="illada-engine", daemon=True)
+
+    def _new_engine(self) -> Engine:
+        server = self.server
+        return Engine(
+            self._model,
+            self._tokenizer,
+            self._note,
+            max_batch_tokens=server.max_batch_tokens,
+            max_past_tokens=server.max_past_tokens,
+        )
+
+    def _waiting(self) -> int:
+        return max(0, len(self._open) - len(self.engine.running))
+
+    async def start(self) -> None:
+        """Warm up with one short answer, then take requests."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._warm_up)
+        self._thread.start()
+
+    def _warm_up(self) -> None:
+        length = min(8, self._model.config.max_position_embeddings)
+        engine = Engine(self._model)
+        engine.submit([], GenerationSettings(length, length, steps_per_block=1, eos_token_id=None))
+        engine.run()
+
+    async def close(self) -> None:
+        """End the thread; answers that are still under way fail."""
+        self.draining = True
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def take(self, count: int) -> None:
+        """Make sure that so many more answers may be begun.
+
+        Raises:
+            BusyError: when they may not.
+        """
+        if len(self._open) + count > self.server.max_requests:
+            raise BusyError(self.retry_after())
+
+    def retry_after(self) -> int:
+        """Return the seconds in which an answer's place will probably be free, from how fast others ended."""
+        if len(self._ends) < 2:
+            return 1
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return min(60, max(1, math.ceil(pace)))
+
+    def submit(self, ticket: Ticket) -> None:
+        """Begin an answer as soon as there is room."""
+        self._open.add(ticket)
+        self._order(lambda: self._enter(ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget an answer, if it is under way."""
+        if ticket in self._open:
+            self._open.discard(ticket)
+            self.metrics.ended.labels("cancelled").inc()
+            self._order(lambda: self._forget(ticket))
+
+    def _order(self, action: Callable[[], None]) -> None:
+        with self._changed:
+            self._orders.append(action)
+            self._changed.notify()
+
+    # From here on: the engine's thread.
+
+    def _enter(self, ticket: Ticket) -> None:
+        self._live[self.engine.enter(ticket.row)] = ticket
+
+    def _forget(self, ticket: Ticket) -> None:
+        if self._live.pop(ticket.row.index, None) is not None:
+            self.engine.cancel(ticket.row.index)
+            self._steps.pop(ticket.row.index, None)
+
+    def _note(self, event: StepEvent) -> None:
+        self._steps[event.row].append(Step(event, self._live[event.row].row.forwards))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._orders or self.engine.busy or self._closing):
+                    self._changed.wait()
+                orders, self._orders = self._orders, []
+                closing = self._closing
+            for order in orders:
+                order()
+            if closing:
+                self._fail()
+                return
+            try:
+                self._pass()
+            except Exception:
+                # Whatever went wrong (memory, a kernel), the requests under way are lost and the server goes on.
+                log.exception("a forward pass failed; the answers under way are given up")
+                self._fail()
+                self.engine = self._new_engine()
+
+    def _pass(self) -> None:
+        if not self.engine.busy:
+            return
+        before = {index: (ticket.row.forwards, ticket.row.positions) for index, ticket in self._live.items()}
+        ended = self.engine.step()
+        news: list[tuple[Ticket, News]] = []
+        for index, ticket in list(self._live.items()):
+            row = ticket.row
+            forwards, positions = row.forwards - before[index][0], row.positions - before[index][1]
+            if not forwards:
+                continue
+            self.metrics.rows.inc(forwards)
+            self.metrics.positions.inc(positions)
+            if not ticket.begun:
+                ticket.begun = True
+                self.metrics.first.observe(time.monotonic() - ticket.arrived)
+            if (found := self._look(ticket, ended.get(index))) is None:
+                continue
+            if found.finish is not None:
+                self._forget(ticket)
+            news.append((ticket, found))
+        self.metrics.passes.inc()
+        self._tell(news)
+
+    def _look(self, ticket: Ticket, generation: Generation | None) -> News | None:
+        """Return what is new about an answer after a pass, if its client is to know now."""
+        row = ticket.row
+        steps = self._steps.pop(row.index, []) if row.watched else []
+        masked = row.masked_G[ticket.seen : ticket.limit]
+        count = int(masked.argmax()) if masked.any() else len(masked)
+        known = slice(ticket.seen, ticket.seen + count)
+        ids = row.ids_G[known].tolist()
+        finish: Literal["stop", "length"] | None = None
+        if ends := [place for place, token_id in enumerate(ids) if token_id in row.settings.eos_ids]:
+            ids, finish = ids[: ends[0]], "stop"
+        elif count == len(masked):
+            finish = "length"
+        if generation is not None and finish is None:
+            finish = generation.finish_reason
+        if finish is None and not (ticket.stream and (ids or steps)):
+            return None
+        log_probs = row.log_prob_G[known][: len(ids)].tolist()
+        given = row.slot_G[known][: len(ids)]
+        lead, ticket.lead = [*ticket.lead], ()
+        each: list[float | None] = [None] * len(lead)
+        each += [value if slot else None for value, slot in zip(log_probs, given, strict=True)]
+        ticket.seen += count
+        return News([*lead, *ids], each, row.forwards, steps, finish)
+
+    def _fail(self) -> None:
+        news = [(ticket, News([], [], ticket.row.forwards, [], "error")) for ticket in self._live.values()]
+        for ticket, _ in news:
+            ticket.row.release()
+        self._live.clear()
+        self._steps.clear()
+        self._tell(news)
+
+    def _tell(self, news: list[tuple[Ticket, News]]) -> None:
+        if news:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._hear, news)
+
+    # Back in the event loop.
+
+    def _hear(self, news: list[tuple[Ticket, News]]) -> None:
+        for ticket, found in news:
+            if ticket not in self._open:  # cancelled meanwhile
+                continue
+            if found.finish is not None:
+                self._open.discard(ticket)
+                now = time.monotonic()
+                self._ends.append(now)
+                self.metrics.ended.labels(found.finish).inc()
+                self.metrics.whole.observe(now - ticket.arrived)
+                self.metrics.tokens.inc(ticket.seen)
+            ticket.tell(found)
