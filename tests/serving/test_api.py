@@ -1,7 +1,6 @@
 import json
 
 import httpx
-import pytest
 
 
 def ask(server, path="/v1/chat/completions", **body):

@@ -7,19 +7,16 @@ import contextlib
 import json
 import socket
 import threading
-from dataclasses import replace
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as Received
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from illada import cli
 from illada.benchmark import serving
-from illada.benchmark.load import Request, drive, get_json, mixed_up, percentiles, poisson, queued
-from illada.errors import IlladaError
+from illada.benchmark.load import Request, drive, mixed_up, percentiles, poisson, queued
 
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -54,9 +51,7 @@ class Fake:
         return {"data": [{"id": "fake", "context_length": 400, "chat": True, "defaults": defaults}]}
 
     def metrics(self):
-        gauges = (
-            f"process_resident_memory_bytes 5e6\nillada_requests_waiting {self.waiting}\nillada_requests_waiting_x 9\n"
-        )
+        gauges = f"process_resident_memory_bytes 5e6\nillada_waiting {self.waiting}\nillada_waiting_x 9\n"
         return Response(gauges)
 
     async def chat(self, request: Received, body: dict):

@@ -7,19 +7,16 @@ import asyncio
 import json
 import math
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -33,7 +30,7 @@ PATIENCE = 600.0
 """Seconds after which a client gives up an answer."""
 WATCH_EVERY = 0.5
 """Seconds between two looks at the server's /metrics."""
-GAUGES = {"memory": "process_resident_memory_bytes", "waiting": "illada_requests_waiting"}
+GAUGES = {"memory": "process_resident_memory_bytes", "waiting": "illada_waiting"}
 """What is watched, and its name in /metrics."""
 DONE, DIFFUSION = b"data: [DONE]", b"event: diffusion"
 
@@ -334,24 +331,13 @@ def started_server(model: str, flags: Sequence[str] = (), wait: float = 600.0) -
     Raises:
         IlladaError: when it ends before it is ready, with its last line, or is not ready in `wait` seconds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    words = [sys.executable, "-m", "illada", "serve", "--model", model, "--port", str(port), *flags]
+    words = [sys.executable, "-m", "illada", "serve", "--model", model, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=said, stderr=said)
         try:
-            end = time.monotonic() + wait
-            while not _healthy(url):
-                if process.poll() is not None or time.monotonic() > end:
-                    said.seek(0)
-                    last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
-                    raise IlladaError(f"the server did not start: {last.removeprefix('illada: error: ')}")
-                time.sleep(0.1)
-            yield url
+            yield _ready(process, said, time.monotonic() + wait)
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -359,9 +345,15 @@ def started_server(model: str, flags: Sequence[str] = (), wait: float = 600.0) -
                 process.wait()
 
 
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+def _ready(process: "subprocess.Popen[bytes]", said: TextIO, end: float) -> str:
+    """Return the URL that a starting server says."""
+    while True:
+        ended = process.poll() is not None
+        said.seek(0)
+        lines = said.read().splitlines()
+        if ready := [line.split()[1] for line in lines if line.startswith("ready: ") and "(" in line]:
+            return ready[0]
+        if ended or time.monotonic() > end:
+            last = lines[-1] if lines else "it said nothing"
+            raise IlladaError(f"the server did not start: {last.removeprefix('illada: error: ')}")
+        time.sleep(0.1)

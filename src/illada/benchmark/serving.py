@@ -138,13 +138,13 @@ def bench_serve(
         raise IlladaError("give --model FOLDER to serve and to compare with, or --url of a server alone")
     if output is not None and (Path(output) / "results.json").exists():
         raise IlladaError(f"{output} holds the results of another run: choose another --output")
-    texts = read_prompts(None, file)[:limit] if file else _demo_texts(limit, seed)
 
     network, tokenizer = (None, None) if model is None else load_model(model, dtype, device)
     plan = Plan(list(clients or (1, 8, 32)), list(rates or ()), requests, seconds, seed, on_run)
     flags = ["--block_length", block_length, "--max_new_tokens", max_new_tokens, "--dtype", dtype, "--device", device]
     with nullcontext(url) if url else started_server(str(model), [str(flag) for flag in flags]) as base:
         card, rows = _card(base), []
+        texts = read_prompts(None, file)[:limit] if file else _demo_texts(limit, seed)
         for name in mixes or MIXES:
             problems = _problems(texts, MIXES[name], card, decoding, seed)
             work: Work = []
