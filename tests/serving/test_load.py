@@ -4,9 +4,12 @@ The full forms: `python bench/serve_soak.py` (200 clients, two minutes) and `ill
 """
 
 import contextlib
+import importlib.util
 import json
 import socket
 import threading
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -18,6 +21,7 @@ from illada import cli
 from illada.benchmark import serving
 from illada.benchmark.load import Request, drive, mixed_up, percentiles, poisson, queued
 
+SOAK = Path(__file__).parents[2] / "bench" / "serve_soak.py"
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -235,3 +239,31 @@ def test_bad_input_is_one_line(words, expected, capsys):
     assert stopped.value.code == 2
     assert expected in said
     assert said.count("\n") == 0
+
+
+@pytest.fixture(scope="module")
+def soak():
+    spec = importlib.util.spec_from_file_location("serve_soak", SOAK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TEXTS = ["one two", "two three four", "five six seven one two three", "seven"]
+
+
+def test_every_client_gets_its_own_answer_whoever_leaves(server, soak):
+    pool = soak.problems(TEXTS, get_json(f"{server}/v1/models")["data"][0])
+    alone = drive(server, pool)
+    assert alone.summary()["statuses"] == {"ok": len(pool)}
+    assert len({outcome.answer for outcome in alone.outcomes}) > 0.9 * len(pool)  # so that others' would be seen
+    run = drive(server, islice(soak.asked(pool, 0.5, seed=3), 160), clients=20)
+    found = run.summary()
+    assert found["statuses"].keys() == {"ok", "cancelled"}
+    assert found["statuses"]["ok"] > 120
+    assert mixed_up(run.outcomes, alone.outcomes) == []
+    assert all(outcome.status == "ok" for outcome in run.outcomes if outcome.request.hang_up is None)
+    assert found["first_committed"]["p50"] <= found["latency"]["p99"]
+    assert found["memory"]["last"] > 1e7
+    metrics = requests_under_way(server)
+    assert metrics == {"illada_running": 0, "illada_waiting": 0}

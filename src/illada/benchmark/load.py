@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
@@ -130,7 +130,7 @@ def queued(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
 
 def drive(
     url: str,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     clients: int | None = None,
     arrivals: Sequence[float] | None = None,
@@ -141,7 +141,7 @@ def drive(
 
     Args:
         url: of the server, without the path.
-        requests: in this order, each once.
+        requests: in this order, each once; without end where `seconds` bounds them.
         clients: closed loop: each of so many sends its next request when it has its answer.
         arrivals: open loop: when each is due, in seconds, however the server fares.
         seconds: after so many no request is sent any more.
@@ -169,7 +169,7 @@ def drive(
 async def _drive(
     session: "ClientSession",
     url: str,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     clients: int | None,
     arrivals: Sequence[float] | None,
     seconds: float,
