@@ -1,12 +1,14 @@
 """What does a training step cost beside the common practice: one document a row, padded, logits of every position?
 
     OMP_NUM_THREADS=1 python bench/trainer.py [--preset 15m] [--vocab_size 32000] [--dtype bf16] [--steps 4]
+        [--dllm CHECKOUT [--dllm_python PYTHON]]
 
 Documents of mixed length (log-normal, median 150, at most 512 tokens). Both ways see the same documents and train the
 same network by the same loss (Eq. 1) with AdamW. Ours: documents one after another in windows of 512, the head on
 masked tokens only, in chunks. Common: rows padded to the longest of their batch, an attention mask, all logits at once.
-Tokens are those of documents, not of padding. Every way runs in processes of its own, in turns; peaks are of resident
-memory above the start.
+dllm: its own trainer and network (`dllm_trainer.py`) under a Python that has what it pins, on padded rows as in its
+fine-tuning and on windows as in its pre-training. Tokens are those of documents, not of padding. Every way runs in
+processes of its own, in turns; peaks are of resident memory above what was held before the first step.
 """
 
 import argparse
@@ -16,22 +18,21 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 LONGEST, ROWS = 512, 16
 
 
-def step_of(way, preset, vocab_size, dtype):
-    """Return a function that makes one optimiser step over given documents, and the peak of memory before it."""
+def step_of(way, shape, dtype):
+    """Return a function that makes one optimiser step over given documents, and the parameters of the network."""
     import torch
     import torch.nn.functional as F
 
     from illada.diffusion.loss import masked_loss
     from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
-    from illada.training.speed import peak_memory
 
-    model = IlladaForMaskedLM(IlladaConfig.preset(preset, vocab_size=vocab_size)).train()
+    model = IlladaForMaskedLM(IlladaConfig(**shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    before = peak_memory(torch.device("cpu"))
     mask_id = model.config.mask_token_id
 
     def autocast():
@@ -91,25 +92,46 @@ def step_of(way, preset, vocab_size, dtype):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, before
+    return step, sum(p.numel() for p in model.parameters())
 
 
-def run(way, preset, vocab_size, dtype, steps):
+def run(way, shape, dtype, steps, dllm):
+    """Time one way and print what it took as JSON."""
     import torch
 
-    from illada.training.speed import peak_memory
+    if dllm:
+        import dllm_trainer
 
-    torch.manual_seed(0)
-    step, before = step_of(way, preset, vocab_size, dtype)
-    lengths = (torch.randn(steps + 1, 2 * ROWS) * 0.8).exp().mul(150).long().clamp(8, LONGEST)
-    documents = [[torch.randint(10, vocab_size, (int(n),)) for n in row] for row in lengths]
+        windows = LONGEST if way == "dllm, windows" else None
+        step, parameters = dllm_trainer.step_of(dllm, windows, shape, dtype, ROWS)
+    else:
+        step, parameters = step_of(way, shape, dtype)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(steps + 1, 2 * ROWS, generator=generator) * 0.8).exp().mul(150).long().clamp(8, LONGEST)
+    documents = [[torch.randint(10, shape["vocab_size"], (int(n),)) for n in row] for row in lengths]
+    before = memory("VmRSS")
     step(documents[0])
     started = time.perf_counter()
     for one in documents[1:]:
         step(one)
     seconds = time.perf_counter() - started
-    peak = peak_memory(torch.device("cpu")) - before
-    print(json.dumps({"tokens": int(lengths[1:].sum()), "seconds": seconds, "peak": peak}))
+    found = {"tokens": int(lengths[1:].sum()), "seconds": seconds, "peak": memory("VmHWM") - before}
+    print(json.dumps(found | {"parameters": parameters}))
+
+
+def memory(name):
+    """Return what this process holds (VmRSS) or has ever held (VmHWM), in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def shape_of(preset, vocab_size):
+    """Return the sizes and ids of a preset, which is all that another Python need know of it."""
+    from illada.model import IlladaConfig
+
+    found = IlladaConfig.preset(preset, vocab_size=vocab_size).to_dict()
+    endings = ("_size", "_layers", "_heads", "_embeddings", "_theta", "_token_id")
+    return {key: value for key, value in found.items() if key.endswith(endings)}
 
 
 if __name__ == "__main__":
@@ -119,21 +141,34 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=["ours", "common"], help="run only this, in this process")
+    parser.add_argument("--dllm", default="", help="checkout of dllm")
+    parser.add_argument("--dllm_python", default=sys.executable, help="has transformers 4.57 and torchmetrics")
+    parser.add_argument("--run", help="what one process shall measure, as JSON")
     given = parser.parse_args()
-    if given.way:
-        run(given.way, given.preset, given.vocab_size, given.dtype, given.steps)
+    if given.run:
+        run(**json.loads(given.run))
         sys.exit()
-    found = {"ours": [], "common": []}
+    shape = shape_of(given.preset, given.vocab_size)
+    found = {way: [] for way in ("ours", "common", *(("dllm", "dllm, windows") if given.dllm else ()))}
     for _ in range(given.repeats):
         for way, results in found.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    print("| way | tokens/s | peak above start (MB) |\n|---|---:|---:|")
+            theirs = way.startswith("dllm")
+            job = {"way": way, "shape": shape, "dtype": given.dtype, "steps": given.steps}
+            job |= {"dllm": given.dllm if theirs else ""}
+            command = [given.dllm_python if theirs else sys.executable, __file__, "--run", json.dumps(job)]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results.append(json.loads(said.splitlines()[-1]))
+            print(way, results[-1], file=sys.stderr, flush=True)
+    print("| way | parameters | tokens/s | peak above start (MB) | ours: times as fast | ours: of the memory |")
+    print("|---|---:|---:|---:|---:|---:|")
     for way, results in found.items():
-        speed = statistics.median(one["tokens"] / one["seconds"] for one in results)
-        print(f"| {way} | {speed:,.0f} | {statistics.median(one['peak'] for one in results) / 1e6:,.0f} |")
-    pairs = list(zip(found["ours"], found["common"], strict=True))
-    faster = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
-    smaller = statistics.median(b["peak"] / a["peak"] for a, b in pairs)
-    print(f"\nours: {faster:.2f} times as fast, {1 / smaller:.2f} of the memory; {found['ours'][0]['tokens']} tokens")
+        pairs = list(zip(found["ours"], results, strict=True))
+        cells = [
+            f"{results[0]['parameters']:,}",
+            f"{statistics.median(one['tokens'] / one['seconds'] for one in results):,.0f}",
+            f"{statistics.median(one['peak'] for one in results) / 1e6:,.0f}",
+            f"{statistics.median(b['seconds'] / a['seconds'] for a, b in pairs):.2f}",
+            f"{statistics.median(a['peak'] / b['peak'] for a, b in pairs):.2f}",
+        ]
+        print(f"| {way} | {' | '.join(cells)} |")
+    print(f"\n{found['ours'][0]['tokens']} tokens, {given.repeats} repeats")

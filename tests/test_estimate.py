@@ -9,6 +9,7 @@ from illada.diffusion.loss import masked_loss
 from illada.errors import IlladaError
 from illada.estimate import CHECKPOINTING, _lengths, estimate, table
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.training.optimizers import make_optimizers, moments
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.speed import GPUS, flops_per_token
@@ -95,6 +96,32 @@ def test_parts_and_sharding():
     kept = [one.memory[kind].activations for kind in ("full", "selective", "none")]
     assert kept == sorted(kept)
     assert kept[2] > 2 * kept[0]
+
+
+def test_copies_of_the_weights_leave_fewer_shards():
+    doubled = recipe(batch=2)
+    doubled.parallel.replicate = 2
+    two, four, copies = estimate(recipe(batch=2), 2), estimate(recipe(batch=2), 4), estimate(doubled, 4)
+    for kind in CHECKPOINTING:
+        found = copies.memory[kind]
+        for part in ("weights", "gradients", "optimizer"):
+            assert getattr(found, part) == getattr(two.memory[kind], part) == 2 * getattr(four.memory[kind], part)
+        assert two.memory[kind].peak >= found.peak > four.memory[kind].peak
+    assert copies.tokens_per_second == four.tokens_per_second
+    assert "4 x h100, 80 GB each, 2 copies of the weights: " in table(copies)
+    with pytest.raises(IlladaError, match=r"replicate is 2: it must divide the number of GPUs, 3"):
+        estimate(doubled, 3)
+
+
+def test_muon_keeps_one_moment_of_the_matrices_in_blocks():
+    tuned = recipe(optimizer="muon")
+    model = IlladaForMaskedLM(IlladaConfig.preset("1m", vocab_size=500, **SHAPE))
+    optimizers = make_optimizers(model, tuned.training)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    real = sum(value.nbytes for value in moments(optimizers, names).values())
+    adamw, muon = estimate(recipe(), vocab_size=500), estimate(tuned, vocab_size=500)
+    assert muon.memory["none"].optimizer == real < adamw.memory["none"].optimizer
+    assert adamw.memory["none"].peak - muon.memory["none"].peak == adamw.memory["none"].optimizer - real
 
 
 def test_an_adapter_trains_little_beside_frozen_weights(tied, tmp_path):
@@ -186,6 +213,14 @@ def test_the_command(tmp_path, capsys):
         "cost",
     ):
         assert part in text
+    (tmp_path / "sft.yaml").write_text("model: {preset: 1m, num_hidden_layers: 1}\ndata: {window: 32}\n")
+    main(
+        ["estimate", str(tmp_path / "sft.yaml"), "--sft", "--data_tokens", "81920", "--training.samples_per_batch", "2"]
+    )
+    assert "120 steps, 983,040 tokens" in capsys.readouterr().out  # 12 epochs of 256 windows a step
+    with pytest.raises(SystemExit):
+        main(["estimate", str(tmp_path / "sft.yaml"), "--data_tokens", "81920"])
+    assert "set training.steps or training.epochs" in capsys.readouterr().err
     main(["estimate", str(tmp_path / "r.yaml"), "--gpu", "cpu", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert answer["tokens_per_second"] is None

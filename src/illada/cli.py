@@ -461,7 +461,8 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+    """Return the parser and what each command does; with `sft`, estimates are of a recipe of that command."""
     from illada.data.prepare import prepare
     from illada.estimate import estimate
     from illada.generation import GenerationSettings
@@ -517,6 +518,7 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         },
         prepare_and_print,
     )
+    of_sft = {f"training.{key}": value for key, value in SFT_DEFAULTS.items()}
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)
         command.add_argument(
@@ -524,12 +526,15 @@ def _build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
         )
         command.add_class_arguments(Recipe)
         if name == "sft":
-            command.set_defaults({f"training.{key}": value for key, value in SFT_DEFAULTS.items()})
+            command.set_defaults(of_sft)
     command = add("estimate", _estimate, "Say what a recipe will need: memory by kind, speed, days and cost.")
     command.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may come first, without the flag")
     command.add_function_arguments(estimate, as_positional=False, skip={"recipe"})
     command.add_argument("--json", type=bool, default=False, help="print a JSON object instead")
+    command.add_argument("--sft", action="store_true", help="the recipe is for `illada sft`, whose defaults differ")
     command.add_class_arguments(Recipe)
+    if sft:
+        command.set_defaults(of_sft)
     command = add("generate", _generate, "Complete prompts by block-wise, variable-length diffusion.")
     _add_model_arguments(command)
     command.add_argument("--prompt", type=str, nargs="+", help="texts to complete")
@@ -638,7 +643,7 @@ def main(words: list[str] | None = None) -> None:
         ban_network()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        parser, actions = _build()
+        parser, actions = _build(sft="--sft" in words)
         arguments = parser.parse_args(_normalise(words or ["--help"], parser))
         try:
             arguments = parser.instantiate(arguments)

@@ -2,8 +2,9 @@
 
 Memory is not guessed from a formula: one forward and backward pass of the real network and the real loss is rehearsed
 on fake tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2 in
-training/parallel.py: fp32 shards on every GPU, one block gathered while it computes and one ahead) is arithmetic. Not
-counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is kept free.
+training/parallel.py: fp32 shards on the GPUs of a copy, one block gathered while it computes and one ahead) is
+arithmetic. Not counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is
+kept free.
 
 `bench/estimate.py` compares with the memory of real runs.
 
@@ -29,6 +30,7 @@ from illada.data.shards import Shards
 from illada.diffusion.loss import chunked_cross_entropy
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.training.optimizers import muon_matrices
 from illada.training.parallel import recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.training.speed import GPUS, block_parameters, flops_per_token
@@ -41,8 +43,8 @@ KEPT_FREE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
 
 _GB = 1e9
-_ADAMW_BYTES = 8
-"""Two fp32 moments of every trained parameter."""
+_MOMENT_BYTES = 4
+"""A moment is fp32; AdamW has two of each parameter, Muon one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Estimate:
     parameters_trained: int
     vocab_size: int
     gpus: int
+    copies: int
+    """Of the weights, each in shards over gpus / copies (HSDP)."""
     gpu: str
     windows_per_pass: int
     passes_per_step: int
@@ -108,7 +112,8 @@ def estimate(
 
     Args:
         recipe: the run; its data need not exist yet.
-        gpus: processes, one GPU each, weights and optimiser sharded over all of them.
+        gpus: processes, one GPU each; weights and optimiser are sharded over all of them, or over those of one of
+            parallel.replicate copies.
         gpu: which; "cpu" for one process on this machine, memory only.
         mfu: model FLOPs utilisation: FLOPs the model needs, without recomputation, over the peak (performance of
             others at 8B: 0.33 to 0.4 on H100).
@@ -128,6 +133,9 @@ def estimate(
         raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
     if gpus < 1 or (gpu == "cpu" and gpus > 1):
         raise IlladaError(f"gpus is {gpus}: it must be at least 1, and 1 on a cpu")
+    copies = recipe.parallel.replicate
+    if gpus % copies:
+        raise IlladaError(f"parallel.replicate is {copies}: it must divide the number of GPUs, {gpus}")
     if not 0 < mfu <= 1:
         raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
     if price is not None and price < 0:
@@ -166,6 +174,7 @@ def estimate(
         parameters_trained=size.trained,
         vocab_size=config.vocab_size,
         gpus=gpus,
+        copies=copies,
         gpu=gpu,
         windows_per_pass=windows,
         passes_per_step=passes,
@@ -187,7 +196,8 @@ def table(found: Estimate) -> str:
     lines = [
         f"{found.parameters:,} parameters, {found.parameters_in_blocks:,} of them in blocks, "
         f"{found.parameters_trained:,} trained; vocabulary {found.vocab_size:,}",
-        f"{found.gpus} x {found.gpu}, {found.memory_available / _GB:.0f} GB each: "
+        f"{found.gpus} x {found.gpu}, {found.memory_available / _GB:.0f} GB each"
+        f"{'' if found.copies == 1 else f', {found.copies} copies of the weights'}: "
         f"{found.windows_per_pass} windows a pass, {found.passes_per_step} passes a step",
         "",
         f"{'GB on each, by activation checkpointing':40}" + "".join(f"{kind:>11}" for kind in CHECKPOINTING),
@@ -288,7 +298,7 @@ def _rehearse(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
 ) -> tuple[_Size, dict[Checkpointing, Memory]]:
     """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
-    bf16 = recipe.training.dtype == "bf16"
+    bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
     # Not on fake tensors: PEFT moves layers, which those do not allow.
     with torch.device("meta"):
@@ -305,12 +315,14 @@ def _rehearse(
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
         size = _Size(everything, block_parameters(config), count)
+        optimizer = _MOMENT_BYTES * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
+        shards = gpus // recipe.parallel.replicate
         block, root = blocks // config.num_hidden_layers, everything - blocks
         gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
-        fixed = (weights + _ADAMW_BYTES * count) // gpus + gathered
-        gradients = 4 * count // gpus
+        fixed = (weights + optimizer) // shards + gathered
+        gradients = 4 * count // shards
         memory: dict[Checkpointing, Memory] = {}
         for kind in CHECKPOINTING:
             recompute(model, kind)
@@ -318,10 +330,10 @@ def _rehearse(
             during = gradients + meter.peak + reduced if passes > 1 or gpus > 1 else max(gradients, meter.peak_grown)
             after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
-                weights=weights // gpus,
+                weights=weights // shards,
                 gathered=gathered,
                 gradients=gradients,
-                optimizer=_ADAMW_BYTES * count // gpus,
+                optimizer=optimizer // shards,
                 activations=saved,
                 loss=loss,
                 backward=max(0, meter.peak - saved - loss) + reduced,

@@ -16,15 +16,17 @@ from illada.diffusion.noisy import noisy_batches
 from illada.training import train
 from illada.training.report import read_metrics
 
+GROUPS = (str(Path(__file__).with_name("groups.py")),)
 
-def run_groups(folder, runs):
+
+def run_groups(folder, runs, program=GROUPS):
     """Train recipes, {name: (processes, recipe)}, each in a folder of its name; returns how they ended."""
     values = {}
     for name, (processes, recipe) in runs.items():
         recipe.output = str(folder / name)
         values[name] = (processes, dataclasses.asdict(recipe))
     (folder / "runs.json").write_text(json.dumps(values))
-    words = [sys.executable, Path(__file__).with_name("groups.py"), folder / "runs.json"]
+    words = [sys.executable, *program, folder / "runs.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

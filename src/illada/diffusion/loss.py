@@ -3,7 +3,7 @@
 Shape letters: B rows · L length · T packed tokens · M masked tokens · D width · V vocabulary · C rows of one chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ def masked_loss(
     weight_T: Tensor,
     packing: Packing,
     each_T: Tensor | None = None,
+    cross_entropy: Callable[..., Tensor] = chunked_cross_entropy,
 ) -> Tensor:
     """Return sum over masked tokens of weight * cross-entropy(clean token | noisy segment), in nats.
 
@@ -105,13 +106,14 @@ def masked_loss(
         weight_T: weight of each token's loss, usually 1/(p * tokens of the batch); ignored where not masked.
         packing: how the T tokens divide into segments.
         each_T: gets the cross-entropy of every masked token, fp32 [T]; None when nobody asks.
+        cross_entropy: what computes it from hidden states and head.
     """
     noisy_T = clean_T.masked_fill(masked_T, model.config.mask_token_id)
     hidden_TD = model.model.packed(noisy_T, packing)
     selected_M = masked_T.nonzero()[:, 0]
     head_VD = model.lm_head.weight
     each_M = None if each_T is None else each_T.new_empty(selected_M.numel())
-    loss = chunked_cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M], each_M)
+    loss = cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M], each_M)
     if each_T is not None and each_M is not None:
         each_T[selected_M] = each_M
     return loss

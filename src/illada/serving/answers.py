@@ -114,7 +114,7 @@ class Call:
                     yield choice, news
                     if choice.finish is not None:
                         # A stop string may end the answer before the engine looks for it.
-                        self._worker.cancel(self._tickets[choice.index])
+                        self._worker.cancel(self._tickets[choice.index], "stop")
         finally:
             self.cancel()
 

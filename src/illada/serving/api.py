@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -37,6 +37,16 @@ from illada.serving.text import AnswerText, Pieces
 from illada.serving.worker import Step, Worker
 
 log = logging.getLogger("illada.serving")
+
+
+class Given(NamedTuple):
+    """A prompt in ids, with None for each token that is to be filled in."""
+
+    ids: list[int | None]
+    gap: int = 0
+    """Tokens of the gap before a suffix."""
+    whole: bool = False
+    """Whether the answer is all of a text, its gaps filled."""
 
 
 class Api:
@@ -87,6 +97,7 @@ class Api:
         if asked.model not in (None, self.name):
             text = f"there is no model {asked.model[:80]!r} here: leave it out or write {self.name!r}"
             raise HTTPException(404, text)
+        self.worker.take(1)  # before the work of encoding
         loop = asyncio.get_running_loop()
         choices, prompt_tokens = await loop.run_in_executor(self._thread, self._choices, asked)
         seconds = min(asked.timeout or self._server.request_timeout, self._server.request_timeout)
@@ -122,62 +133,58 @@ class Api:
         choices: list[Choice] = []
         prompt_tokens = 0
         for prompt in prompts:
+            given = self._given(asked, prompt)
             for number in range(count):
                 own = replace(settings, seed=(seed + number) % 2**63)
-                choice = self._choice(asked, prompt, own, len(choices))
-                choice.row.watched = asked.diffusion
-                choices.append(choice)
-            row = choices[-1].row
-            prompt_tokens += len(row.prompt_P) + int((~row.slot_G).sum())
+                choices.append(self._choice(given, own, len(choices)))
+                choices[-1].row.watched = asked.diffusion
+            prompt_tokens += sum(token is not None for token in given.ids)
         return choices, prompt_tokens
 
-    def _choice(self, asked: ChatRequest | CompletionRequest, prompt: Any, own: GenerationSettings, at: int) -> Choice:
-        engine, context = self.worker.engine, self._context
-        if isinstance(asked, CompletionRequest) and (asked.slot_tokens or asked.suffix):
-            template, limit, whole = self._template(asked, prompt)
-            if asked.stop is not None:
-                raise IlladaError("stop does nothing where gaps are filled: leave it out")
-            row = engine.request_template(template, replace(own, think_boost=0.0), "the text with its gaps")
-            lead = row.prompt_P.tolist() if whole else []
-            return Choice(at, row, AnswerText(self._tokenizer), limit or row.budget, lead, whole)
+    def _given(self, asked: ChatRequest | CompletionRequest, prompt: Any) -> Given:
+        """Encode one prompt."""
         if isinstance(asked, ChatRequest):
-            ids = encode_prompt(self._encoding, [message.plain() for message in asked.messages])
-        else:
-            ids = encode_plain(self._encoding, prompt) if isinstance(prompt, str) else prompt
-        room = context - len(ids)
+            return Given([*encode_prompt(self._encoding, [message.plain() for message in asked.messages])])
+        if not (asked.slot_tokens or asked.suffix):
+            return Given([*(encode_plain(self._encoding, prompt) if isinstance(prompt, str) else prompt)])
+        if not isinstance(prompt, str):
+            raise IlladaError("gaps can be filled in text only: give the prompt as text")
+        if asked.stop is not None:
+            raise IlladaError("stop does nothing where gaps are filled: leave it out")
+        if asked.suffix and asked.max_tokens is None:
+            raise IlladaError("suffix needs max_tokens: the number of tokens between the prompt and it")
+        gap = asked.slot_tokens or asked.max_tokens or 0
+        gaps = gap * prompt.count(SLOT_SIGN) if asked.slot_tokens else gap
+        if gaps > self._context:
+            raise IlladaError(f"the gaps have {gaps} tokens but the context is {self._context}: make them shorter")
+        if asked.slot_tokens:
+            return Given(encode_template(self._encoding, prompt, gap), whole=True)
+        assert asked.suffix is not None
+        ids: list[int | None] = [*encode_plain(self._encoding, prompt), *[None] * gap]
+        ids += self._encoding.encode(asked.suffix, add_special_tokens=False)
+        end = self._encoding.eos_token_id
+        return Given(ids if end is None else [*ids, end], gap)
+
+    def _choice(self, given: Given, own: GenerationSettings, at: int) -> Choice:
+        """Check one answer to be with the engine."""
+        engine = self.worker.engine
+        if given.whole or given.gap:
+            row = engine.request_template(given.ids, replace(own, think_boost=0.0), "the text with its gaps")
+            lead = row.prompt_P.tolist() if given.whole else []
+            return Choice(at, row, AnswerText(self._tokenizer), given.gap or row.budget, lead, given.whole)
+        ids = [token for token in given.ids if token is not None]
+        room = self._context - len(ids)
         if room < 1:
-            raise IlladaError(f"the prompt has {len(ids)} tokens but the context is {context}: shorten it")
+            raise IlladaError(f"the prompt has {len(ids)} tokens but the context is {self._context}: shorten it")
         limit = min(own.max_new_tokens, room)
         block = min(own.block_length, limit)
         # Answers are computed in whole blocks and cut.
         budget = -(-limit // block) * block
         if budget > room:
             limit = budget = room // block * block
-        own = replace(
-            own,
-            max_new_tokens=budget,
-            block_length=block,
-            steps_per_block=own.steps_per_block and min(own.steps_per_block, block),
-        )
+        steps = own.steps_per_block and min(own.steps_per_block, block)
+        own = replace(own, max_new_tokens=budget, block_length=block, steps_per_block=steps)
         return Choice(at, engine.request(ids, own), AnswerText(self._tokenizer, own.stop), limit)
-
-    def _template(self, asked: CompletionRequest, prompt: Any) -> tuple[list[int | None], int, bool]:
-        """Return the ids with None for each gap, the tokens of the gap before a suffix, and whether all is answered."""
-        if not isinstance(prompt, str):
-            raise IlladaError("gaps can be filled in text only: give the prompt as text")
-        gaps = prompt.count(SLOT_SIGN) * (asked.slot_tokens or 0) if asked.slot_tokens else asked.max_tokens or 0
-        if gaps > self._context:
-            raise IlladaError(f"the gaps have {gaps} tokens but the context is {self._context}: make them shorter")
-        if asked.slot_tokens:
-            return encode_template(self._encoding, prompt, asked.slot_tokens), 0, True
-        if asked.max_tokens is None:
-            raise IlladaError("suffix needs max_tokens: the number of tokens between the prompt and it")
-        # The one gap has the place of a slot, so that prompt and suffix are encoded as parts of one document.
-        assert asked.suffix is not None
-        ids: list[int | None] = [*encode_plain(self._encoding, prompt), *[None] * asked.max_tokens]
-        ids += self._encoding.encode(asked.suffix, add_special_tokens=False)
-        end = self._encoding.eos_token_id
-        return ids if end is None else [*ids, end], asked.max_tokens, False
 
     async def _events(self, form: Form, asked: Asked, call: Call, prompt_tokens: int) -> AsyncIterator[str]:
         """Yield the stream of a request."""

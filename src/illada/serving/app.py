@@ -22,7 +22,7 @@ from illada.serving.api import Api
 from illada.serving.guard import Guard, read_keys
 from illada.serving.protocol import ChatRequest, CompletionRequest, error, refusal
 from illada.serving.settings import ServerSettings
-from illada.serving.worker import BusyError
+from illada.serving.worker import BusyError, DrainingError
 
 PAGE = Path(__file__).parent / "page"
 
@@ -42,6 +42,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     415: {"model": ErrorBody, "description": "The request is not JSON."},
     429: {"model": ErrorBody, "description": "Too many answers are under way; Retry-After says when to try again."},
     500: {"model": ErrorBody, "description": "The engine failed."},
+    503: {"model": ErrorBody, "description": "The server is about to end."},
     504: {"model": ErrorBody, "description": "The answer was not finished in time."},
 }
 ANSWER: dict[int | str, dict[str, Any]] = {
@@ -124,14 +125,14 @@ def create_app(
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     _add_refusals(app)
-    if server.cors_origins:
+    app.add_middleware(Guard, server=server, keys=keys, metrics=worker.metrics)
+    if server.cors_origins:  # outermost, so that pages can read why they were refused
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[*server.cors_origins],
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.add_middleware(Guard, server=server, keys=keys, metrics=worker.metrics)
     return app
 
 
@@ -155,6 +156,11 @@ def _add_refusals(app: FastAPI) -> None:
     async def busy(_: Request, problem: BusyError) -> Response:
         headers = {"retry-after": str(problem.retry_after)}
         return JSONResponse(error(str(problem), "rate_limit_error", code="busy"), 429, headers)
+
+    @on(DrainingError)
+    async def ending(_: Request, __: DrainingError) -> Response:
+        body = error("the server is about to end: ask another one, or later", "server_error", code="draining")
+        return JSONResponse(body, 503, {"retry-after": "5"})
 
     @on(TimeoutPassedError)
     async def late(_: Request, __: TimeoutPassedError) -> Response:

@@ -15,7 +15,9 @@ Told = Sequence[tuple[str, Token]]
 
 def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
     """Return what answers took: tokens as OpenAI counts them, and the forward passes that each took part in."""
-    tokens, forwards = sum(choice.text.tokens for choice in choices), sum(choice.forwards for choice in choices)
+    # Given text has no log-probability.
+    tokens = sum(token.log_prob is not None for choice in choices for _, token in choice.tokens)
+    forwards = sum(choice.forwards for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,

@@ -117,7 +117,7 @@ class Guard:
         path = scope["path"]
         if self._digests and (path.startswith("/v1/") or path == "/metrics") and scope["method"] != "OPTIONS":
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+            digest = hashlib.sha256(given.encode("latin-1")).digest()
             if not sum(hmac.compare_digest(digest, known) for known in self._digests):  # always looks at all
                 text = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
                 response = _no(401, text, "authentication_error", "invalid_api_key")

@@ -82,7 +82,7 @@ class Asked(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -197,7 +197,7 @@ class ChatRequest(Asked):
         return self
 
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CompletionRequest(Asked):
@@ -229,9 +229,11 @@ def error(message: str, kind: str, param: str | None = None, code: str | None = 
 
 
 def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what pydantic found wrong as one line: its first finding."""
-    found = errors[0]
-    place = [str(part) for part in found["loc"] if part != "body"]
+    """Return what pydantic found wrong as one line: its first finding, the most exact where several forms would do."""
+    found = max(errors, key=lambda one: (one["loc"][:2] == errors[0]["loc"][:2], len(one["loc"])))
+    # The names of those forms say nothing to a client.
+    place = [str(part) for part in found["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
+    place = [part for part in place if part not in ("str", "Decoding")]
     text = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
         text = f"unknown field {place[-1]!r}: leave it out"

@@ -34,14 +34,10 @@ class AnswerText:
         self._raw = ""
         self._hidden: list[tuple[int, int]] = []
         self._tokens: list[Token] = []
+        self._pending: list[tuple[int, float | None]] = []
         self._sent = self._told = 0
         self.stopped = False
         """Whether a stop string was found; later tokens are of no interest then."""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens were given away."""
-        return self._told
 
     def show(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -61,23 +57,29 @@ class AnswerText:
             return "", []
         before = len(self._raw)
         for token_id, log_prob in zip(ids, log_probs, strict=True):
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
-            if token_id in self._special:
-                self._hidden.append((len(self._raw), len(self._raw) + len(piece)))
-            self._raw += piece
-            self._tokens.append(Token(token_id, log_prob, len(self._raw)))
+            self._pending.append((token_id, log_prob))
+            if piece := self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "":
+                if token_id in self._special:
+                    self._hidden.append((len(self._raw), len(self._raw) + len(piece)))
+                self._settle(piece)
         if last:
             # Bytes of a character that was never completed.
-            whole = self._tokenizer.decode([token.id for token in self._tokens])
-            if len(whole) > len(self._raw) and whole.startswith(self._raw):
-                self._raw = whole
-                self._tokens[-1] = self._tokens[-1]._replace(end=len(whole))
+            whole = self._tokenizer.decode([token.id for token in self._tokens] + [i for i, _ in self._pending])
+            self._settle(whole[len(self._raw) :] if whole.startswith(self._raw) else "")
         reach = max(map(len, self._stop), default=0)
         cuts = [self._raw.find(stop, max(0, before - reach + 1)) for stop in self._stop]
         if found := [cut for cut in cuts if cut >= 0]:
             self.stopped = True
             return self._give(min(found))
         return self._give(len(self._raw) if last else len(self._raw) - self._held())
+
+    def _settle(self, piece: str) -> None:
+        """Append the text of the tokens that wait for it; it stands at the last of them."""
+        for token_id, log_prob in self._pending[:-1]:
+            self._tokens.append(Token(token_id, log_prob, len(self._raw)))
+        self._raw += piece
+        self._tokens += [Token(*token, len(self._raw)) for token in self._pending[-1:]]
+        self._pending = []
 
     def _held(self) -> int:
         """Return how many characters at the end may be the beginning of a stop string."""

@@ -19,6 +19,10 @@ from illada.serving.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 
+class DrainingError(Exception):
+    """The server is about to end."""
+
+
 class BusyError(Exception):
     """Too many requests are under way."""
 
@@ -137,7 +141,10 @@ class Worker:
 
         Raises:
             BusyError: when they may not.
+            DrainingError: when the server is about to end.
         """
+        if self.draining:
+            raise DrainingError
         if len(self._open) + count > self.server.max_requests:
             raise BusyError(self.retry_after())
 
@@ -153,11 +160,11 @@ class Worker:
         self._open.add(ticket)
         self._order(lambda: self._enter(ticket))
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket, how: Literal["cancelled", "stop"] = "cancelled") -> None:
         """Forget an answer, if it is under way."""
         if ticket in self._open:
             self._open.discard(ticket)
-            self.metrics.ended.labels("cancelled").inc()
+            self.metrics.ended.labels(how).inc()
             self._order(lambda: self._forget(ticket))
 
     def _order(self, action: Callable[[], None]) -> None:

@@ -26,6 +26,9 @@ FREE_TO_CHANGE = (
     "parallel.replicate",
     "parallel.recompute",
     "parallel.compile",
+    "parallel.attention",
+    "parallel.kernels",
+    "parallel.loss",
 )
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 

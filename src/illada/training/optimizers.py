@@ -15,11 +15,11 @@ def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[
     Weight decay is on matrices, not on norm gains. Muon (Jordan et al. 2024) takes steps of AdamW's size
     (arXiv 2502.16982), so one learning rate serves both.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_muon = [p for name, p in trained.items() if training.optimizer == "muon" and ".layers." in name and p.ndim == 2]
+    by_muon = muon_matrices(model, training)
     known = set(by_muon)
-    matrices = [p for p in trained.values() if p.ndim >= 2 and p not in known]
-    gains = [p for p in trained.values() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad and p not in known]
+    matrices = [p for p in trained if p.ndim >= 2]
+    gains = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=(training.beta1, training.beta2), fused=True
@@ -36,6 +36,11 @@ def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[
     for parameter in by_muon:
         muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
     return [adamw, muon]
+
+
+def muon_matrices(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[Tensor]:
+    """Return what Muon trains, with one moment where AdamW has two: the matrices of the blocks, or nothing."""
+    return [p for p in model.model.layers.parameters() if training.optimizer == "muon" and p.ndim == 2]
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from illada.diffusion.loss import masked_loss
+from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
 from illada.loading import choose_device
 from illada.model import IlladaForMaskedLM, Packing
+from illada.training.fused import cut_cross_entropy
 from illada.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -133,10 +134,11 @@ def join(device: str) -> Iterator[Processes]:
 class Objective(nn.Module):
     """The masked loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
 
-    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str):
+    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, loss: str = "chunked"):
         super().__init__()
         self.model = model
         self.device, self.dtype = device, dtype
+        self.cross_entropy = cut_cross_entropy if loss == "cut" else chunked_cross_entropy
 
     def forward(
         self,
@@ -147,9 +149,9 @@ class Objective(nn.Module):
         each_T: Tensor | None = None,
     ) -> Tensor:
         """Return the masked loss of a batch in nats (see `masked_loss`), computed in the recipe's dtype."""
-        half = self.dtype == "bf16"
+        half = self.dtype != "fp32"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T)
+            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T, self.cross_entropy)
 
 
 def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -> Objective:
@@ -158,6 +160,7 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     Each block is gathered when it is needed and let go after; embedding, head and last norm are gathered once a pass.
     Masters and sums of gradients are fp32. Under bf16 the blocks travel and compute in it, the residual stream and what
     is not in a block stay fp32, as under autocast in one process (only the gains of the norms are rounded besides).
+    Under fp8 they travel in bf16 as well.
 
     Raises:
         IlladaError: when the processes do not divide into parallel.replicate copies.
@@ -170,7 +173,7 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     recompute(model, settings.recompute)
     if settings.compile:
         model.model.compile_blocks()
-    objective = Objective(model.to(processes.device), processes.device, dtype)
+    objective = Objective(model.to(processes.device), processes.device, dtype, settings.loss)
     if processes.count == 1:
         return objective
     if settings.replicate > 1:
@@ -178,7 +181,7 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
         mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(processes.device.type, (processes.count,))
-    half = torch.bfloat16 if dtype == "bf16" else None
+    half = None if dtype == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -229,5 +232,6 @@ def _keep_products() -> Any:
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
     ]
     return create_selective_checkpoint_contexts([aten.mm.default, *attention])

@@ -105,11 +105,20 @@ class ParallelRecipe:
         recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
             "selective": all but matrix products and attention.
         compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
+        attention: "varlen": torch's flash attention for packed segments (CUDA, bf16); "sdpa": one call for every run of
+            equal segments; "auto": varlen where it works.
+        kernels: "liger": norms, rotations and SwiGLU by Liger's kernels, excludes compile, which fuses the same;
+            "plain": ours; "auto": liger on CUDA where it is installed. Needs `pip install 'illada[fused]'`.
+        loss: "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), which adds up gradients in bf16;
+            "chunked": ours, which adds them up in fp32. Needs `pip install 'illada[fused]'`.
     """
 
     replicate: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    kernels: Literal["auto", "plain", "liger"] = "auto"
+    loss: Literal["chunked", "cut"] = "chunked"
 
 
 @dataclass
@@ -163,7 +172,8 @@ class TrainingRecipe:
             checkpoint and take the following data in another order (all ours).
         spike_deviations: how many standard deviations above the mean of the last hundred steps are a spike (ours).
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
-        dtype: of the computation; the weights that are trained and the optimiser stay fp32.
+        dtype: of the computation; the weights that are trained and the optimiser stay fp32. "fp8": bf16 but for the
+            products of the blocks' linear layers; wants parallel.compile (ours; needs `pip install 'illada[fused]'`).
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
@@ -193,7 +203,7 @@ class TrainingRecipe:
     on_spike: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
     device: str = "auto"
     seed: int = 0
     validate_every: int = 500
@@ -307,5 +317,12 @@ class Recipe:
                 raise IlladaError(f"{name} is {value:g}: it must be {limit}")
         if training.optimizer == "muon" and self.lora.rank:
             raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
+        if training.dtype == "fp8" and self.lora.rank:
+            raise IlladaError("training.dtype fp8 trains whole matrices: take bf16 to train an adapter")
+        if self.parallel.kernels == "liger" and self.parallel.compile:
+            raise IlladaError("parallel.kernels liger and parallel.compile fuse the same operations: choose one")
+        for key, fused in (("attention", "varlen"), ("loss", "cut")):
+            if getattr(self.parallel, key) == fused and training.dtype == "fp32":
+                raise IlladaError(f"parallel.{key} {fused} computes in half precision: set training.dtype bf16")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")

@@ -31,6 +31,7 @@ from illada.training.build import build_model, make_batches, open_validation, re
 from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
 from illada.training.evaluations import Evaluations
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
+from illada.training.fused import fuse
 from illada.training.optimizers import make_optimizers, moments, set_updates, update
 from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
 from illada.training.recipe import Recipe
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         batches = make_batches(recipe, shards, config, eos)
         model = build_model(recipe, start, config)
         base = base_fingerprint(model) if is_adapted(model) else None
-        notes = remarks(recipe, start, model)
+        notes = remarks(recipe, start, model) + fuse(model, recipe, processes.device)
         objective = distribute(model, recipe, processes)
     optimizers = make_optimizers(model, settings)
     # Now, while the weights are in their shards: later they may just be gathered.

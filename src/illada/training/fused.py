@@ -1,0 +1,196 @@
+"""Kernels of other libraries in place of our own operations, in a model that knows nothing of them.
+
+| recipe | what it is |
+|---|---|
+| `parallel.attention` varlen | torch's flash attention over packed segments, one call for all of them |
+| `parallel.kernels` liger | norms, rotations and SwiGLU of every block as one kernel each (Liger, arXiv 2410.10989) |
+| `parallel.loss` cut | head and cross-entropy without logits in memory (cut cross-entropy, arXiv 2411.09009) |
+| `training.dtype` fp8 | products of the blocks' linear layers in FP8 with dynamic scales (torchao) |
+
+The first three change no more than the order and the rounding of sums. Methods are replaced on instances: names and
+values of parameters stay as they are, and so do checkpoints. Whether a kernel works is found out by calling it once.
+
+Shape letters: T packed tokens · D width · H query heads · G key/value heads · K head width · M masked tokens ·
+V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illada.errors import IlladaError, first_line
+from illada.model import IlladaForMaskedLM, Packing
+from illada.model.attention import packed_attention
+from illada.model.config import IlladaConfig
+from illada.model.transformer import MLP, Attention, RMSNorm, Rotary
+from illada.training.recipe import Recipe
+
+FP8_CAPABILITY = (8, 9)
+"""The first CUDA compute capability with FP8 products."""
+
+FP8_WIDTHS = 16
+"""What inputs and outputs of an FP8 product are multiples of."""
+
+
+def fuse(model: IlladaForMaskedLM, recipe: Recipe, device: torch.device) -> list[str]:
+    """Give a model the kernels that a recipe asks for, and on auto those that work on `device`, if it is CUDA.
+
+    Before the weights go into shards. Auto never takes what changes more than rounding (FP8), nor the cut loss, which
+    adds up gradients in half precision, nor Liger beside torch.compile, which fuses the same operations.
+
+    Returns:
+        a line that says what is used and why the rest is not; none on a CPU where nothing was asked for.
+
+    Raises:
+        IlladaError: when the recipe names something that is not installed or does not work here.
+    """
+    settings, dtype = recipe.parallel, recipe.training.dtype
+    gpu, used, left_out = device.type == "cuda", [], []
+
+    def take(key: str, value: str, name: str, wanted: bool, attempt: Callable[[], object]) -> bool:
+        """Say whether to use what is called `name`: because the recipe does, or because auto wants it and it works."""
+        if value != name and not (value == "auto" and wanted):
+            return False
+        try:
+            attempt()
+        except Exception as error:
+            wrong = f"does not work on {device.type}: {first_line(error)}"
+            if isinstance(error, ImportError):
+                wrong = f"is not installed: pip install 'illada[fused]' ({first_line(error)})"
+            if value == name:
+                raise IlladaError(f"{key} {name} {wrong}") from error
+            left_out.append(f"{name} {wrong}")
+            return False
+        used.append(f"{key} {name}")
+        return True
+
+    varlen, liger = partial(_try_varlen, model.config, device), partial(_try_liger, device)
+    if take("parallel.attention", settings.attention, "varlen", gpu and dtype != "fp32", varlen):
+        model.set_attn_implementation("varlen")
+    if take("parallel.kernels", settings.kernels, "liger", gpu and not settings.compile, liger):
+        use_liger(model)
+    take("parallel.loss", settings.loss, "cut", False, partial(_try_cut, device))
+    if dtype == "fp8":
+        use_fp8(model, device)
+        used.append("training.dtype fp8")
+    if not used and not left_out:
+        return []
+    return ["; ".join([f"fused kernels: {', '.join(used) or 'none'}", *left_out])]
+
+
+def use_liger(model: IlladaForMaskedLM) -> None:
+    """Let Liger's kernels compute norms, rotations and SwiGLU; in fp32 inside, as ours."""
+    ops = import_module("liger_kernel.ops")
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = partial(_norm, ops, module)  # type: ignore[method-assign]
+        elif isinstance(module, MLP):
+            module.forward = partial(_swiglu, ops, module)  # type: ignore[method-assign]
+        elif isinstance(module, Attention):
+            module.ask = partial(_ask, ops, module, module.ask)  # type: ignore[method-assign]
+
+
+def _norm(ops: Any, norm: RMSNorm, hidden_TD: Tensor) -> Tensor:
+    # "llama": cast back before the gain. In place: nobody else holds the gradient that arrives here.
+    return ops.LigerRMSNormFunction.apply(hidden_TD, norm.weight, norm.eps, 0.0, "llama", True)
+
+
+def _swiglu(ops: Any, mlp: MLP, hidden_TD: Tensor) -> Tensor:
+    return mlp.down_proj(ops.LigerSiLUMulFunction.apply(mlp.gate_proj(hidden_TD), mlp.up_proj(hidden_TD)))
+
+
+def _ask(
+    ops: Any,
+    attention: Attention,
+    ours: Callable[..., Any],
+    hidden_TD: Tensor,
+    rotary: Rotary,
+    asking_M: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do as `Attention.ask`; Liger turns queries and keys together, so where some positions ask, ours does it."""
+    if asking_M is not None:
+        return ours(hidden_TD, rotary, asking_M)
+    heads = (-1, attention.head_dim)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query_THK, key_TGK, value_TGK = (project(hidden_TD).unflatten(-1, heads) for project in projections)
+    # It turns in place; copies, as selective recomputation keeps what the projections gave and would turn it twice.
+    query_1HTK, key_1GTK = (x.clone()[None].transpose(1, 2) for x in (query_THK, key_TGK))
+    half = attention.head_dim // 2
+    cos_TK, sin_TK = rotary[0][:, 0, :half], rotary[1][:, 0, half:]
+    turned = ops.LigerRopeFunction.apply(query_1HTK, key_1GTK, cos_TK, sin_TK, None, 1, attention.head_dim)
+    return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0], value_TGK
+
+
+def cut_cross_entropy(
+    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, each_M: Tensor | None = None
+) -> Tensor:
+    """Do as `chunked_cross_entropy` without ever holding logits; bf16 or fp16, and gradients are added up in it.
+
+    Every gradient is computed: the library by default leaves out blocks of probabilities below 2^-12, which its paper
+    found to cost perplexity in pre-training, as rare tokens then learn nothing.
+    """
+    linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
+    device = hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    with torch.autocast(device, enabled=False):
+        entropy_M = linear_cross_entropy(
+            hidden_MD.to(dtype), head_VD.to(dtype), target_M, reduction="none", filter_eps=None
+        )
+        if each_M is not None:
+            each_M.copy_(entropy_M.detach())
+        return (entropy_M * weight_M.float()).sum()
+
+
+def use_fp8(model: IlladaForMaskedLM, device: torch.device, emulate: bool = False) -> None:
+    """Let the linear layers of the blocks multiply in FP8, forward and backward; head and embedding stay as they are.
+
+    One scale for a tensor, found anew at every product; weights stay what they are, under the same names.
+
+    Args:
+        model: changed in place, before its weights go into shards.
+        device: where it will compute.
+        emulate: round as FP8 does, on any device: for tests.
+
+    Raises:
+        IlladaError: when torchao is missing, or the device or a width does not allow it.
+    """
+    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
+        raise IlladaError(
+            "training.dtype fp8 needs a GPU of compute capability 8.9 or newer (H100, L40S, RTX 4090): take bf16"
+        )
+    try:
+        float8 = import_module("torchao.float8")
+    except ImportError as error:
+        raise IlladaError("training.dtype fp8 needs torchao: pip install 'illada[fused]'") from error
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear) and any(width % FP8_WIDTHS for width in module.weight.shape):
+            raise IlladaError(
+                f"training.dtype fp8 needs widths that are multiples of {FP8_WIDTHS}, but {name} is "
+                f"{module.out_features} x {module.in_features}: take bf16"
+            )
+    # Padding, as the number of tokens is a width too: that of the product which gives the weights' gradient.
+    config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    float8.convert_to_float8_training(model.model.layers, config=config)
+
+
+def _try_varlen(config: IlladaConfig, device: torch.device) -> None:
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    query_THK, key_TGK, value_TGK = (torch.zeros(2, heads, config.head_dim, **half) for heads in sizes)
+    packed_attention(query_THK, key_TGK, value_TGK, Packing((1, 1)), "varlen").sum().backward()
+
+
+def _try_liger(device: torch.device) -> None:
+    ops = import_module("liger_kernel.ops")
+    hidden_TD = torch.ones(1, 16, device=device, requires_grad=True)
+    _norm(ops, RMSNorm(16, 1e-5).to(device), hidden_TD).sum().backward()
+
+
+def _try_cut(device: torch.device) -> None:
+    hidden_MD, head_VD = (torch.ones(1, 16, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    target_M = torch.zeros(1, dtype=torch.int64, device=device)
+    cut_cross_entropy(hidden_MD, head_VD, target_M, torch.ones(1, device=device)).backward()
