@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Lowest accuracy that counts as learned, and how many must be; docs/log.md has the runs this was chosen from.
@@ -19,6 +20,12 @@ def main(run: Path) -> int:
     wrong = missed if len(LEARNED) - len(missed) < ENOUGH else []
     if bits["model"] >= bits["unigram"]:
         wrong.append(f"text {bits['model']} bits per byte, not below the unigram model's {bits['unigram']}")
+    for row in results["harness"] or []:  # the same problems, so the same figures
+        own = accuracy["library, 4 choices" if row["metric"] == "acc" else row["task"]]
+        if abs(row["value"] - own) > 0.021:  # one of fifty, by rounding
+            wrong.append(f"{row['task']}: {row['value']:.0%} in the harness, {own:.0%} without")
+    if results["harness"] is None and find_spec("lm_eval"):
+        wrong.append("the harness was left out")
     for name in ("report.md", "report.html", "model/model.safetensors", "images/denoising.png", "images/frontier.png"):
         if not (run / name).is_file():
             wrong.append(f"{name} is missing")

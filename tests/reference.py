@@ -222,6 +222,40 @@ def reference_infill(model, template, settings):
     return filled, forwards
 
 
+def reference_causal_loss(model, ids, lengths):
+    """Next-token loss in nats per predicted token; every segment on its own."""
+    terms, start = [], 0
+    for length in lengths:
+        segment = ids[start : start + length]
+        start += length
+        log_p = logits_of(model, segment).log_softmax(-1)
+        terms += [-float(log_p[i, segment[i + 1]]) for i in range(length - 1)]
+    return sum(terms) / len(terms)
+
+
+def reference_causal_score(model, context, candidate):
+    """log p(candidate | context), and whether every token of it is the most probable one."""
+    log_p = logits_of(model, [*context, *candidate]).log_softmax(-1)[len(context) - 1 : -1]
+    return sum(float(row[x]) for row, x in zip(log_p, candidate, strict=True)), log_p.argmax(-1).tolist() == candidate
+
+
+def reference_causal_generate(model, prompt, settings):
+    """A token at a time, each from a forward pass over all before it; without EOS. Returns (ids, log-probabilities)."""
+    ids, log_probs = [], []
+    for i in range(settings.max_new_tokens):
+        logits = logits_of(model, [*prompt, *ids])[-1]
+        choice = logits.clone()
+        choice[model.config.mask_token_id] = -math.inf
+        if settings.temperature:
+            kept = reference_kept(choice / settings.temperature, settings.top_k, settings.top_p)
+            for v in range(len(choice)):
+                u = reference_uniform(settings.seed, GUMBEL, i, i, v)
+                choice[v] -= settings.temperature * math.log(-math.log(u)) if v in kept else math.inf
+        ids.append(int(choice.argmax()))
+        log_probs.append(float(logits.log_softmax(-1)[ids[-1]]))
+    return ids, log_probs
+
+
 def contains(answer, sequence):
     return any(answer[i : i + len(sequence)] == list(sequence) for i in range(len(answer) - len(sequence) + 1))
 

@@ -87,7 +87,7 @@ def evaluate(
     limit: int | None = None,
     decode: Literal["exact", "fast"] = "exact",
     lengths: Literal["3-4", "4-3"] = "3-4",
-    scoring: Literal["confidence", "likelihood"] = "confidence",
+    scoring: Literal["confidence", "likelihood"] | None = None,
     samples: int = 128,
     shots: int | None = None,
     chat: bool = False,
@@ -114,7 +114,8 @@ def evaluate(
         limit: most documents of each task.
         decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache: not the paper's.
         lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
-        scoring: how choices are scored, where the paper's row does not say.
+        scoring: how choices are scored, where the paper's row does not say: null for confidence, and for the exact
+            likelihood of a causal model.
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null for the task's own number.
         chat: use the chat template, with each example as a turn of its own.

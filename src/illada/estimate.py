@@ -239,7 +239,7 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
         return load_config(model_folder(recipe.model.start))
     assert recipe.model.preset is not None
     vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
-    return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.sizes(), **vocabulary})
+    return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.changes(), **vocabulary})
 
 
 def _machine_bytes() -> int:
@@ -345,8 +345,8 @@ def _rehearse(
 def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
     """Return (bytes kept after the trunk, bytes the loss adds at its peak, the meter after the backward pass)."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
-    # The fullest of many micro-batches: p is uniform over the segments.
-    share = min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
+    # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
+    share = 1.0 if model.config.causal else min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
     with _Meter() as meter:
         hooks = []
         for parameter in model.parameters():

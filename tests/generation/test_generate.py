@@ -147,8 +147,9 @@ def test_the_compiled_form_is_the_reference(build_model):
     assert 0 < len(graphs) <= 6
 
 
-def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, enable_gqa):
-    """What torch's kernel is documented to do, segment by segment."""
+def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, window_size, enable_gqa):
+    """What torch's kernel is documented to do, segment by segment, where the window is everything."""
+    assert window_size == (-1, -1)
     assert (ends_q.dtype, ends_k.dtype) == (torch.int32, torch.int32)
     lengths = [ends.diff().tolist() for ends in (ends_q, ends_k)]
     assert [max(n) for n in lengths] == [most_q, most_k]

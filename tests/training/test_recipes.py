@@ -38,7 +38,7 @@ def test_a_recipe_is_read_and_makes_sense(read, file):
     recipe: Recipe = read(command, str(file), *words, *start)
     recipe.check()
     if file.stem in SIZES:
-        config = IlladaConfig.preset(recipe.model.preset, **recipe.model.sizes())
+        config = IlladaConfig.preset(recipe.model.preset, **recipe.model.changes())
         heads = config.num_attention_heads + config.num_key_value_heads
         attention = 2 * config.hidden_size * heads * config.head_dim
         layer = attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size

@@ -75,6 +75,7 @@ def bench_generate(
         if vocab_size is not None:
             raise IlladaError("--vocab_size goes with --random: a trained model has its own")
         network, tokenizer = load_model(model, dtype, device)
+        network.config.refuse_causal("bench generate is", "it has one way to generate")
         exact = settings_for(network, exact)
         problems = _read_problems(tokenizer, tasks, limit) if tasks else _demo_problems(tokenizer, model, limit, seed)
     else:

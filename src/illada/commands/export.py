@@ -13,10 +13,15 @@ from illada.adapters import CONFIG, adapter_base
 from illada.commands.folder import Layout, check_output, torch_dtype, write_model
 from illada.hub import is_hub_name
 from illada.loading import DTYPES, Dtype, load_model, model_folder
+from illada.model import IlladaConfig
 
 _RULES = {
     "illada": "every token may be masked, prompt and answer alike (paper Eq. 1)",
     "llada": "the prompt stays visible, answers are padded with EOS, their loss is divided by their length (LLaDA)",
+}
+_CAUSAL_RULES = {
+    "illada": "every token is predicted from those before it",
+    "llada": "answers, padded with EOS, are predicted from what is before them; their loss is divided by their length",
 }
 
 
@@ -48,7 +53,7 @@ def export_model(
     if layout == "illada" and network.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     kind = torch_dtype(dtype, network.dtype)
-    card = _card(model, folder, network.num_parameters(), kind, layout, network.config.mask_token_id)
+    card = _card(model, folder, network.num_parameters(), kind, layout, network.config)
     # Files as they are, where they are: the released ones were written for transformers 4.
     changed = None if (folder / "tokenizer.json").is_file() else tokenizer
     write_model(target, folder, network.config, tensors, kind, card, layout, max_shard_size, changed)
@@ -84,7 +89,7 @@ def card_use() -> list[str]:
     ]
 
 
-def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout: Layout, mask: int) -> str:
+def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout: Layout, config: IlladaConfig) -> str:
     """Return a model card made of what the run folder knows; nothing is invented where it knows nothing."""
     run = _run_of(folder)
     recipe = _recipe(run)
@@ -99,8 +104,13 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     lines = [
         *card_head(base),
         f"An iLLaDA-style model (arXiv 2606.25331) of {parameters:,} parameters in {name}, written by illada "
-        f"{illada.__version__} in the layout {of}. Attention is bidirectional; logits at position i predict token i; "
-        f"the mask is token {mask}.",
+        f"{illada.__version__} in the layout {of}. "
+        + (
+            "It is the autoregressive baseline: attention is causal; logits at position i predict token i + 1."
+            if config.causal
+            else "Attention is bidirectional; logits at position i predict token i; "
+            f"the mask is token {config.mask_token_id}."
+        ),
         "",
     ]
     start = base if base is None or on_hub(base) else f"`{base}`"
@@ -110,7 +120,7 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
         lines += ["## Training", ""]
         if start is not None:
             lines.append(f"- Started from {start}{'; a LoRA adapter was trained and merged in' if adapted else ''}.")
-        lines += _training(run, folder, recipe.get("training", {}).get("rule"))
+        lines += _training(run, folder, recipe.get("training", {}).get("rule"), config.causal)
         lines += ["", "Recipe:", "", "```yaml", (run / "recipe.yaml").read_text().strip(), "```", ""]
     lines += ["## Use", "", *card_use()]
     if layout == "released":
@@ -136,7 +146,7 @@ def _recipe(run: Path | None) -> dict[str, Any]:
     return {key: part for key, part in values.items() if isinstance(part, dict)} if isinstance(values, dict) else {}
 
 
-def _training(run: Path, folder: Path, rule: Any) -> list[str]:
+def _training(run: Path, folder: Path, rule: Any, causal: bool) -> list[str]:
     """Return what the run's records say, up to the step these weights are of."""
     from illada.training.report import read_metrics
 
@@ -145,14 +155,15 @@ def _training(run: Path, folder: Path, rule: Any) -> list[str]:
     if state.is_file():
         step = json.loads(state.read_text())["step"]
         records = [record for record in records if record["step"] <= step]
-    lines = [f"- Rule `{rule}`: {_RULES[rule]}."] if rule in _RULES else []
+    rules = _CAUSAL_RULES if causal else _RULES
+    lines = [f"- Rule `{rule}`: {rules[rule]}."] if rule in rules else []
     if records:
         where = " (a checkpoint of the run)" if state.is_file() else ""
         lines.append(f"- {records[-1]['step']:,} steps on {records[-1]['tokens']:,} tokens{where}.")
     tested = [record for record in records if "validation_bits_per_byte" in record]
     if tested:
         lines.append(
-            f"- Validation at step {tested[-1]['step']:,}: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte "
-            "(an upper bound)."
+            f"- Validation at step {tested[-1]['step']:,}: {tested[-1]['validation_bits_per_byte']:.4f} bits per byte"
+            + ("." if causal else " (an upper bound).")
         )
     return lines

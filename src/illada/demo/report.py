@@ -116,6 +116,8 @@ def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
                 ],
             ],
         ),
+        ("heading", "In lm-evaluation-harness"),
+        *_harness(results["harness"]),
         ("heading", "One answer, denoised step by step"),
         (
             "text",
@@ -130,6 +132,23 @@ def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
         ("code", f"illada chat --model {output / 'model'} --block_length 16 --max_new_tokens 48"),
     ]
     return parts
+
+
+def _harness(found: Sequence[dict[str, Any]] | None) -> list[Part]:
+    """Return what the harness found, or how to have it look."""
+    if found is None:
+        return [("text", "Left out, as it is not installed: pip install 'illada[eval]', then the same command again.")]
+    rows = [["task", "metric", "value", "documents", "forward passes of rows", "seconds"]]
+    for one in found:
+        error = "" if one["standard_error"] is None else f" ± {one['standard_error']:.1%}"
+        work = [f"{one['documents']:,}", f"{one['forwards']:,}", f"{one['seconds']:.1f}"]
+        rows.append([one["task"], one["metric"], f"{one['value']:.1%}{error}", *work])
+    text = (
+        "The same problems as task files of the unmodified harness (folder tasks), as `illada eval --chat` evaluates "
+        "them: answers at one token a pass, choices by confidence, ± one standard error. What was said to each is in "
+        "the folder evaluation."
+    )
+    return [("text", text), ("table", rows)]
 
 
 def _accuracy_table(frontier: Sequence[dict[str, Any]]) -> list[list[str]]:

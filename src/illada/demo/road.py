@@ -19,6 +19,7 @@ from illada.data.chat import encode_prompt
 from illada.data.prepare import prepare
 from illada.data.shards import Shards, write_json
 from illada.data.tokenizer import train_tokenizer
+from illada.demo.harness import evaluate
 from illada.demo.tasks import TASKS, examples, held_out, library_choices, standard_library
 from illada.diffusion.bound import bits_per_byte, ngram_baselines, validation_bound
 from illada.errors import IlladaError
@@ -77,21 +78,29 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
     def stage(title: str) -> None:
         console.rule(f"[bold]{title}", align="left")
 
-    stage("1/6  Tokenizer and token shards from this Python's standard library")
+    stage("1/7  Tokenizer and token shards from this Python's standard library")
     data = _prepare(output, scale, seed)
-    stage("2/6  Pre-training on text")
+    stage("2/7  Pre-training on text")
     _train(_pretrain_recipe(output, data, scale, seed), "pre-training")
-    stage("3/6  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
+    stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
     _train(_warmup_recipe(output, data, scale, seed), "LLaDA's rule")
     _train(_sft_recipe(output, data, scale, seed), "paper's rule")
     if not (output / "model").exists():
         shutil.copytree(output / "sft" / "model", output / "model")
-    stage("4/6  Text: bits per byte on held-out files")
+    stage("4/7  Text: bits per byte on held-out files")
     results: dict[str, Any] = {"settings": {"quick": quick, "seed": seed, **asdict(scale)}}
     results["text"] = _measure_text(output, data, scale)
-    stage("5/6  Answers: accuracy on held-out problems, and how few passes suffice")
+    stage("5/7  Answers: accuracy on held-out problems, and how few passes suffice")
     results.update(_measure_answers(output, scale, seed, console))
-    stage("6/6  Report")
+    stage("6/7  The same problems through lm-evaluation-harness")
+    results["harness"] = evaluate(
+        output,
+        {task: held_out(task, scale.test_problems, seed) for task in scale.tasks},
+        library_choices(scale.test_problems, seed),
+        {"max_new_tokens": scale.max_new_tokens, "block_length": scale.block_length},
+        seed,
+    )
+    stage("7/7  Report")
     results["seconds"] = round(time.monotonic() - started)
     write_report(output, results)
     _print_summary(output, results)

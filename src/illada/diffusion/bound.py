@@ -12,6 +12,7 @@ import torch
 
 from illada.data.batches import Segment
 from illada.data.shards import Shards
+from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noisy import Batch, noisy_batches
 from illada.model import IlladaForMaskedLM
@@ -26,18 +27,25 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
 
 
 def validation_batches(
-    shards: Shards, window: int, samples: int | None, samples_per_batch: int, rank: int = 0, ranks: int = 1
+    shards: Shards,
+    window: int,
+    samples: int | None,
+    samples_per_batch: int,
+    rank: int = 0,
+    ranks: int = 1,
+    causal: bool = False,
 ) -> Iterator[Batch]:
     """Yield the part of one of `ranks` processes of `samples` windows (all for None), unsplit, with fixed noise.
 
     The windows are spread evenly over the data; t is stratified over them. The sum of the masked losses of all batches
-    is the bound in nats per token.
+    is the bound in nats per token; of the causal losses, the negative log-likelihood itself, of every token given those
+    before it in its window (the first of a window counts as much as the mean of the others).
     """
     whole = max(1, shards.tokens // window)
     count = whole if samples is None else min(samples, whole)
     length = min(window, shards.tokens)
     plan = [[Segment(i, 0, 0, i * whole // count * window, length, 0)] for i in range(count)]
-    return noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0, rank=rank, ranks=ranks)
+    return noisy_batches(plan, samples_per_batch, shards, VALIDATION_SEED, 0, rank=rank, ranks=ranks, causal=causal)
 
 
 @torch.no_grad()
@@ -45,8 +53,10 @@ def validation_bound(
     model: IlladaForMaskedLM, shards: Shards, window: int, samples: int | None, samples_per_batch: int
 ) -> float:
     """Return the bound (see `validation_batches`), on the model's device and under the caller's autocast."""
-    batches = validation_batches(shards, window, samples, samples_per_batch)
-    return sum(float(masked_loss(model, *batch.on(model.device), batch.packing)) for batch in batches)
+    causal = model.config.causal
+    batches = validation_batches(shards, window, samples, samples_per_batch, causal=causal)
+    loss = causal_loss if causal else masked_loss
+    return sum(float(loss(model, *batch.on(model.device), batch.packing)) for batch in batches)
 
 
 @dataclass(frozen=True)

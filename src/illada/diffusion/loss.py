@@ -140,8 +140,10 @@ def diffusion_loss(
         scalar with gradient, averaged over all tokens, masked or not.
 
     Raises:
+        IlladaError: when the model is causal.
         ValueError: when segments and tokens disagree.
     """
+    model.config.refuse_causal("diffusion_loss is", "take illada.diffusion.causal_loss")
     clean_T = input_ids.reshape(-1)
     if cu_seqlens is None:
         packing = Packing((input_ids.shape[-1],) * (clean_T.numel() // max(1, input_ids.shape[-1])))

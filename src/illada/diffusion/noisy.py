@@ -1,5 +1,7 @@
 """Noise for the segments of one optimiser step, and the weights that make their losses the step's loss (Eq. 1).
 
+The autoregressive baseline sees the same segments without noise.
+
 Shape letters: S segments · T packed tokens.
 """
 
@@ -23,12 +25,12 @@ class Batch:
     clean_T: Tensor
     """Token ids, int64."""
     masked_T: Tensor
-    """Which of them the model does not see, bool."""
+    """Which of them the model does not see, or, if it is causal, is to predict from those before; bool."""
     weight_T: Tensor
     """Weight of each token's cross-entropy, fp32; meaningful where masked."""
     packing: Packing
-    probability_T: Tensor
-    """With which each of them was masked, fp32."""
+    probability_T: Tensor | None
+    """With which each of them was masked, fp32; None without noise."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -50,6 +52,7 @@ def noisy_batches(
     epsilon: float = EPSILON,
     rank: int = 0,
     ranks: int = 1,
+    causal: bool = False,
 ) -> Iterator[Batch]:
     """Draw t for all segments of a step, then noise and pack those of one of `ranks` processes, batch by batch.
 
@@ -58,12 +61,14 @@ def noisy_batches(
     with weight 0.
 
     Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step) (paper Eq. 1), or
-    1/(p * answer tokens * examples) under the older LLaDA rule.
+    1/(p * answer tokens * examples) under the older LLaDA rule. For a causal model every token but the first of its
+    segment counts, and under the older rule those of the answer; p is 1, and tokens are those that count.
     """
     segments = [segment for sample in samples for segment in sample]
     column = {name: torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch")}
     times = stratified_times(seed, step, column["sample"], column["part"], column["epoch"]).tolist()
-    tokens = sum(segment.size for segment in segments)
+    least = int(causal)
+    tokens = sum(segment.size - least for segment in segments)
     starts = list(accumulate((len(sample) for sample in samples), initial=0))
     share = -(-len(samples) // ranks)
     end = min(share * (rank + 1), len(samples))
@@ -73,8 +78,8 @@ def noisy_batches(
         chosen = list(zip(segments[place], times[place], strict=True))
         # Equal lengths side by side share one attention call.
         chosen.sort(key=lambda pair: -pair[0].size)
-        norms = [(s.size - s.visible) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
-        batch = _noisy_batch(chosen, norms, shards, seed, eos_token_id, epsilon)
+        norms = [(s.size - max(least, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
+        batch = _noisy_batch(chosen, norms, shards, seed, eos_token_id, None if causal else epsilon)
         yield replace(batch, weight_T=torch.zeros_like(batch.weight_T)) if idle else batch
 
 
@@ -84,8 +89,9 @@ def _noisy_batch(
     shards: Shards,
     seed: int,
     eos_token_id: int | None,
-    epsilon: float,
+    epsilon: float | None,
 ) -> Batch:
+    """Noise and pack segments with their times; without noise for epsilon None."""
     segments = [segment for segment, _ in chosen]
     size_S = torch.tensor([segment.size for segment in segments])
 
@@ -95,6 +101,10 @@ def _noisy_batch(
     clean_T = read_segments(segments, shards, eos_token_id)
     packing = Packing(tuple(segment.size for segment in segments))
     within_T = packing.positions()
+    visible_T = spread([s.visible for s in segments], torch.int64)
+    norm_T = spread(norms, torch.float64)
+    if epsilon is None:
+        return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None)
     probability_T = masking_probability(spread([time for _, time in chosen], torch.float64), epsilon)
     masked_T = masked_positions(
         seed,
@@ -103,6 +113,6 @@ def _noisy_batch(
         spread([s.offset for s in segments], torch.int64) + within_T,
         probability_T,
     )
-    masked_T &= within_T >= spread([s.visible for s in segments], torch.int64)
-    weight_T = 1 / (probability_T * spread(norms, torch.float64))
+    masked_T &= within_T >= visible_T
+    weight_T = 1 / (probability_T * norm_T)
     return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float())

@@ -44,7 +44,7 @@ def evaluate(arguments: dict[str, Any]) -> str:
         rows = [Row(name, name, shots=arguments["shots"], chat=arguments["chat"]) for name in known]
         rows = chosen(rows, tasks) if folder is None or tasks else rows
     settings = arguments["settings"] or {}
-    rows = [replace(row, generation={**row.generation, **settings}) for row in rows]
+    variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
     evaluation = Evaluation(
         manager,
         Path(arguments["output"]),

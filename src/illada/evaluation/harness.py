@@ -25,6 +25,7 @@ from illada.errors import IlladaError, first_line
 from illada.evaluation.journal import Found, Journal, fingerprint, request_key
 from illada.generation import Engine, GenerationSettings, generate
 from illada.generation.engine import MAX_BATCH_TOKENS
+from illada.generation.settings import OF_DIFFUSION
 from illada.loading import Dtype, load_model
 from illada.quantize import Quantization
 from illada.scoring import confidence_scores, likelihood_scores, score_layout
@@ -58,8 +59,10 @@ class IlladaLM(LM):
 
     Args:
         pretrained: model, adapter or run folder, or hub name.
-        scoring: "confidence" (paper Eq. 2) or "likelihood" (LLaDA Eq. 6).
-        samples: of the likelihood (LLaDA: 128); one-token answers take one, where both scores coincide.
+        scoring: "confidence" (paper Eq. 2) or "likelihood" (LLaDA Eq. 6); null for confidence, or for the likelihood
+            where the model is causal: it is exact there and takes one pass.
+        samples: of the likelihood (LLaDA: 128); one-token answers take one, where both scores coincide, and so do
+            causal models.
         seed: of the likelihood's masks, and of generation.
         max_batch_tokens: most positions of one forward pass when scoring.
         max_gen_tokens: answer budget of tasks that name none (the harness's own default).
@@ -75,13 +78,14 @@ class IlladaLM(LM):
             a task's own generation_kwargs, where those names serve too, come before them.
 
     Raises:
-        IlladaError: when the model cannot be loaded or a setting is unknown or out of range.
+        IlladaError: when the model cannot be loaded or a setting is unknown, out of range, or about masks where the
+            model is causal.
     """
 
     def __init__(
         self,
         pretrained: str,
-        scoring: Literal["confidence", "likelihood"] = "confidence",
+        scoring: Literal["confidence", "likelihood"] | None = None,
         samples: int = 128,
         seed: int = 0,
         max_batch_tokens: int = 16_384,
@@ -99,7 +103,7 @@ class IlladaLM(LM):
         unknown = sorted(set(settings) - SETTINGS)
         if unknown:
             raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
-        if scoring not in ("confidence", "likelihood"):
+        if scoring not in ("confidence", "likelihood", None):
             raise IlladaError(f"scoring must be confidence or likelihood, got {scoring}")
         self._join()
         if device in ("auto", "cuda:0"):
@@ -107,10 +111,15 @@ class IlladaLM(LM):
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if many else "auto"
         self.model, self.tokenizer = load_model(pretrained, dtype, device, quantize)
         self._device = torch.device("cpu")  # of the small tensors that the processes exchange
-        self.pretrained, self.scoring, self.samples, self.seed = pretrained, scoring, samples, seed
+        self.causal = self.model.config.causal
+        if scoring == "confidence":
+            self.model.config.refuse_causal("scoring=confidence is", "take scoring=likelihood, which is exact there")
+        self.scoring = scoring or ("likelihood" if self.causal else "confidence")
+        self.pretrained, self.samples, self.seed = pretrained, 1 if self.causal else samples, seed
         self.max_batch_tokens, self.generation_batch_tokens = max_batch_tokens, generation_batch_tokens
         base = GenerationSettings(**{"max_new_tokens": max_gen_tokens, "seed": seed, **settings})
-        self.settings = settings_for(self.model, base)
+        base = settings_for(self.model, base)
+        self.settings = base.left_to_right() if self.causal else base
         self.fingerprint = fingerprint(pretrained)
         self.precision = f"{self.model.dtype} {quantize or ''}".removeprefix("torch.").strip()
         self.journal = Journal(results, self._rank)
@@ -154,8 +163,8 @@ class IlladaLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance], **_: object) -> list[float]:
         """Return an estimate of a lower bound on log p(text) in nats, not a likelihood: LLaDA Eq. 6 of whole texts.
 
-        It is the bound of the training loss (paper Eq. 1). Texts longer than the context are cut into windows, each
-        after a BOS and blind to the others.
+        It is the bound of the training loss (paper Eq. 1); of a causal model it is log p(text) itself. Texts longer
+        than the context are cut into windows, each after a BOS and blind to the others.
         """
         begin = encode_plain(self.tokenizer, "")
         size = self.max_length - len(begin)
@@ -230,7 +239,7 @@ class IlladaLM(LM):
             "model_device": str(self.model.device),
             "scoring": self.scoring,
             "likelihood_samples": self.samples,
-            "loglikelihood_rolling": "lower bound on log p (LLaDA Eq. 6), not a likelihood",
+            "loglikelihood_rolling": "log p" if self.causal else "lower bound on log p (LLaDA Eq. 6), not a likelihood",
             "generation": asdict(self.settings),
             "row_forwards": dict(self.forwards),
             "contexts_cut": dict(self.cut),
@@ -242,7 +251,7 @@ class IlladaLM(LM):
         """Return the settings of a task's generation_kwargs: the harness's names and ours.
 
         A block longer than the answer becomes as long as it. Without sampling top_k and top_p, which tasks like to
-        name anyway, have no meaning and are dropped.
+        name anyway, have no meaning and are dropped, as is what tasks say about masks where the model is causal.
 
         Raises:
             IlladaError: when a name is unknown or a value out of range.
@@ -251,6 +260,8 @@ class IlladaLM(LM):
         until = given.pop("until", None) or []
         stop = [until] if isinstance(until, str) else list(until)
         changes = {name: given.pop(name) for name in SETTINGS & set(given)}
+        if self.causal:
+            changes = {name: value for name, value in changes.items() if name not in OF_DIFFUSION}
         for name in ("max_gen_toks", "max_tokens"):
             if given.get(name) is not None:
                 changes.setdefault("max_new_tokens", int(given[name]))
@@ -341,7 +352,8 @@ class IlladaLM(LM):
         settings = []
         for one in job:
             length = len(one.pair[1])
-            settings.append(GenerationSettings(max_new_tokens=length, block_length=length, eos_token_id=None))
+            block = 1 if self.causal else length
+            settings.append(GenerationSettings(max_new_tokens=length, block_length=block, eos_token_id=None))
         prompts = [one.pair[0] for one in job]
         said = generate(self.model, prompts, settings, max_batch_tokens=self.generation_batch_tokens)
         return {one.key: answer.ids == list(one.pair[1]) for one, answer in zip(job, said, strict=True)}

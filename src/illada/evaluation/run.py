@@ -22,6 +22,7 @@ from illada.errors import IlladaError, first_line
 from illada.evaluation.harness import IlladaLM
 from illada.evaluation.results import Result, Row
 from illada.evaluation.tables import draw, markdown
+from illada.generation.settings import refuse_masks
 
 HERE = Path(__file__).parent
 FAST = {"threshold": 0.95, "cache": "adaptive"}
@@ -190,6 +191,8 @@ class Evaluation:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
 
     def _evaluate(self, lm: IlladaLM, row: Row, variant: Variant, loaded: dict[str, Any], result: Result) -> None:
+        if lm.causal:
+            refuse_masks(variant.generation)
         generation = {**row.generation, **variant.generation}
         for task in loaded["tasks"].values():
             if row.shots is not None or task.config.num_fewshot is None:
@@ -203,7 +206,8 @@ class Evaluation:
                 task.set_config("generation_kwargs", generation, update=True)
             task.set_fewshot_seed(self.seed)
         saved = lm.scoring, lm.samples
-        lm.scoring = variant.scoring or row.scoring or lm.scoring
+        # The paper's rows say how to score a diffusion model.
+        lm.scoring = variant.scoring or (None if lm.causal else row.scoring) or lm.scoring
         lm.samples = row.samples or lm.samples
         try:
             found = evaluate(

@@ -45,7 +45,7 @@ class Generation:
     """Natural log of the confidence at which each id was committed: its softmax probability, over the full vocabulary,
     under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
     did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step not on each
-    other, so their sum is no likelihood of the answer: see `illada.scoring` for those."""
+    other, so their sum is no likelihood of the answer: see `illada.scoring` for those. Of a causal model it is."""
     text: str | None = None
     """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
     positions: int = field(default=0, compare=False)
@@ -81,11 +81,12 @@ def generate(
 ) -> list[Generation]:
     """Answer every prompt; each answer is the one the prompt would get alone.
 
-    Rows of all lengths share packed forward passes, stand at any step of any block, and leave when they end.
+    Rows of all lengths share packed forward passes, stand at any step of any block, and leave when they end. A causal
+    model takes one token a pass, left to right.
 
     Args:
         model: the network; evaluated in inference mode, its training flag restored afterwards.
-        prompts: token ids of each prompt; an empty one generates unconditionally.
+        prompts: token ids of each prompt; an empty one generates unconditionally (not from a causal model).
         settings: for all prompts, or one per prompt.
         tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
         on_step: called once per row and step, after the commit.
@@ -95,8 +96,8 @@ def generate(
         one `Generation` per prompt, in order.
 
     Raises:
-        IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, or
-            when settings need a tokenizer and none is given.
+        IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, when
+            settings need a tokenizer and none is given, or when they are about masks and the model is causal.
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for prompt, one in zip(prompts, _settings_each(settings, len(prompts), "prompts"), strict=True):
@@ -130,8 +131,8 @@ def infill(
         one `Generation` per template: ids and text are the whole of it, log_probs those of the slots in order.
 
     Raises:
-        IlladaError: when a template has no slot or does not fit the context or the vocabulary, or when the settings ask
-            for a boost, which is defined for answers only.
+        IlladaError: when a template has no slot or does not fit the context or the vocabulary, when the settings ask
+            for a boost, which is defined for answers only, or when the model is causal.
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for template, one in zip(templates, _settings_each(settings, len(templates), "templates"), strict=True):
@@ -305,6 +306,11 @@ def _start(
 ) -> Row:
     """Check one request and mask its answer."""
     prompt_P = _checked_ids(model, name, prompt)
+    causal = model.config.causal
+    if causal:
+        settings = settings.left_to_right()
+        if not prompt_P.size:
+            raise IlladaError(f"{name} is empty: a causal model goes on from a token, so begin with BOS")
     context = model.config.max_position_embeddings
     block = settings.block_length
     room = min(settings.max_new_tokens, context - len(prompt_P))
@@ -320,11 +326,12 @@ def _start(
     think: tuple[int, ...] = ()
     if settings.think_boost and tokenizer is not None:
         think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
-    return Row(prompt_P, room // block * block, settings, think)
+    return Row(prompt_P, room // block * block, settings, think, causal=causal)
 
 
 def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], settings: GenerationSettings) -> Row:
     """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
+    model.config.refuse_causal("infilling is", "it can only go on from a prompt")
     if settings.think_boost:
         raise IlladaError("think_boost cannot be used to fill slots: leave it out")
     slot_L = np.array([token is None for token in template], dtype=np.bool_)

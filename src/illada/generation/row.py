@@ -52,6 +52,8 @@ class Row:
     """Given by the engine when it enters."""
     watched: bool = True
     """Whether its steps are to be told."""
+    causal: bool = False
+    """Whether the model is: the token before a position proposes it, and no mask is seen. Blocks are of one token."""
     block: int = 0
     """Where in the answer the active block begins."""
     block_step: int = 0
@@ -86,8 +88,8 @@ class Row:
 
     @property
     def view(self) -> int:
-        """How many positions of the answer the model sees: no later mask exists unless asked for."""
-        return self.budget if self.settings.later_masks else self.block_end
+        """How many positions of the answer the model sees: no later mask exists unless asked for, if causal none."""
+        return self.budget if self.settings.later_masks else self.block_end - self.causal
 
     @property
     def passes(self) -> int:

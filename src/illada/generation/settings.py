@@ -1,8 +1,9 @@
 """How to generate: the one schema of `generate`, of the command line and of the server. Imports no torch."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from illada.errors import IlladaError
 
@@ -14,7 +15,8 @@ MOST = 1e6
 class GenerationSettings:
     """Settings of one request (spec §5; paper's variable-length decoding unless changed).
 
-    Fixed-length generation, as the paper uses for HumanEval, is one block: block_length equal to max_new_tokens.
+    Fixed-length generation, as the paper uses for HumanEval, is one block: block_length equal to max_new_tokens. A
+    causal model generates one token after the other; what `OF_DIFFUSION` names must then keep its default.
 
     Args:
         max_new_tokens: most tokens to generate; cut to what the context leaves and rounded down to whole blocks.
@@ -129,12 +131,51 @@ class GenerationSettings:
         if not self.temperature and (self.top_k is not None or self.top_p < 1):
             raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
 
+    def left_to_right(self) -> "GenerationSettings":
+        """Return the settings under which a step of the same engine is the next token of a causal model.
+
+        Keys and values of all tokens before it are kept, which is exact there.
+
+        Raises:
+            IlladaError: when a setting is changed that means something for masked diffusion only.
+        """
+        refuse_masks(vars(self))
+        return replace(self, block_length=1, cache="frozen")
+
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end the answer, possibly none."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+
+OF_DIFFUSION = (
+    "block_length",
+    "steps_per_block",
+    "remasking",
+    "guidance_scale",
+    "threshold",
+    "entropy_bound",
+    "later_masks",
+    "cache",
+    "refresh_below",
+    "speculate",
+)
+"""Settings about masks."""
+
+
+def refuse_masks(values: Mapping[str, Any]) -> None:
+    """Check that settings for a causal model, some or all, leave those about masks alone.
+
+    Raises:
+        IlladaError: when they do not.
+    """
+    fixed = {"block_length": 1, "cache": "frozen"}  # what `left_to_right` makes of them
+    defaults = {name: getattr(GenerationSettings, name) for name in OF_DIFFUSION if name in values}
+    changed = [name for name, default in defaults.items() if values[name] not in (default, fixed.get(name, default))]
+    if changed:
+        raise IlladaError(f"a causal model adds one token at a time: leave out {' and '.join(changed)}")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -35,7 +35,7 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Row], pool: Pool, logits_he
     for row, position_M in zip(rows, opened, strict=True):
         inputs += row.branches(model.config.mask_token_id)
         pasts += row.continued(pool)
-        wanted += [len(row.prompt_P) - row.first + position_M] * row.passes
+        wanted += [len(row.prompt_P) - row.first - row.causal + position_M] * row.passes
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
     hidden_MD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), tuple(pasts)), wanted=wanted)
 

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed segments: every token sees its whole segment and nothing else.
+"""Attention over packed segments: every token sees its whole segment and nothing else; if causal, what is not after it.
 
 Shape letters: T tokens of all segments, one after another · M of them ask (all, or those of the last layer that are
 wanted) · S segments · N segments of one run · L length · H query heads · G key/value heads · D head width.
@@ -85,10 +85,10 @@ class Packing:
                 runs.append(Run(1, queries, length, () if past is None else (past,)))
         return tuple(runs)
 
-    def places(self, device: torch.device) -> list[Place | None]:
+    def places(self, device: torch.device, causal: bool) -> list[Place | None]:
         """Return for each run where in the pool it writes and reads; None for one without pasts."""
         if ("places", device) not in self._on_device:
-            places = [Place.of(run.pasts, run.length, device) if run.pasts else None for run in self.runs]
+            places = [Place.of(run.pasts, run.length, device, causal) if run.pasts else None for run in self.runs]
             self._on_device["places", device] = places
         return self._on_device["places", device]
 
@@ -118,6 +118,7 @@ def eager_attention(
     key_NGLD: Tensor,
     value_NGLD: Tensor,
     attn_mask: Tensor | None = None,
+    is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attend as written in textbooks, softmax in fp32: every score is held at once. Returns [N, H, M, D]."""
@@ -125,6 +126,8 @@ def eager_attention(
         shared = query_NHMD.shape[1] // key_NGLD.shape[1]
         key_NGLD, value_NGLD = (x.repeat_interleave(shared, dim=1) for x in (key_NGLD, value_NGLD))
     scores_NHML = query_NHMD @ key_NGLD.transpose(-1, -2) * query_NHMD.shape[-1] ** -0.5
+    if is_causal:
+        attn_mask = torch.ones_like(scores_NHML, dtype=torch.bool).tril()
     if attn_mask is not None:
         scores_NHML = scores_NHML.masked_fill(~attn_mask, -torch.inf)
     return scores_NHML.softmax(-1, dtype=torch.float32).to(query_NHMD.dtype) @ value_NGLD
@@ -137,9 +140,17 @@ AttentionInterface.register("varlen", varlen_attn)  # else transformers would re
 
 
 def packed_attention(
-    query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, kernel: str = "sdpa", layer: int = 0
+    query_MHD: Tensor,
+    key_TGD: Tensor,
+    value_TGD: Tensor,
+    packing: Packing,
+    kernel: str = "sdpa",
+    layer: int = 0,
+    causal: bool = False,
 ) -> Tensor:
-    """Attend within each segment and its past, fully bidirectionally; returns [M, H, D]. `layer` is that of the past.
+    """Attend within each segment and its past, to all of it or, if causal, to what is not after the position that asks.
+
+    Returns [M, H, D]. `layer` is that of the past. In causal attention all positions ask.
 
     Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
     so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
@@ -156,7 +167,7 @@ def packed_attention(
     pairs = list(zip(key_TGD.split(sizes), value_TGD.split(sizes), strict=True))
     places: list[Place | None] = [None] * len(runs)
     if packing.pasts:
-        places = packing.places(query_MHD.device)
+        places = packing.places(query_MHD.device, causal)
         pairs = [
             pair if place is None else place.extend(layer, *pair, padded=kernel != "varlen")
             for place, pair in zip(places, pairs, strict=True)
@@ -165,8 +176,11 @@ def packed_attention(
         if packing.pasts:
             key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
+        window = (-1, 0 if causal else -1)  # counted from the ends, so behind a past too
         try:
-            attended = varlen_attn(query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, enable_gqa=gqa)
+            attended = varlen_attn(
+                query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, window_size=window, enable_gqa=gqa
+            )
         except RuntimeError as error:
             where, dtype = query_MHD.device.type, query_MHD.dtype
             if where == "cuda" and dtype in (torch.bfloat16, torch.float16):
@@ -183,6 +197,7 @@ def packed_attention(
         key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, -1)) for x in pair)
         query_NHMD, key_NGLD, value_NGLD = (x.transpose(1, 2) for x in (query_NMHD, key_NLGD, value_NLGD))
         mask = None if place is None else place.mask
-        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, enable_gqa=gqa)
+        begins = causal and max(run.seen) == run.length  # behind a past the mask says what is not after a position
+        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, is_causal=begins, enable_gqa=gqa)
         outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]

@@ -33,6 +33,8 @@ class IlladaConfig(PreTrainedConfig):
         rope_theta: base wavelength of the rotary embedding. Not published; default ours.
         rms_norm_eps: added to the mean square. Not published; default ours.
         initializer_range: standard deviation of the linear layers at the start. Not published; default ours.
+        causal: whether a position sees only itself and those before it, and its logits predict the next token: the
+            autoregressive baseline (ours), with which diffusion can be compared at equal data and size.
         tie_word_embeddings: whether the LM head is the embedding (iLLaDA: yes, LLaDA: no).
         mask_token_id: the id that stands for a masked token. The released iLLaDA files do not carry it: it is 5 there.
         bos_token_id: the id that begins a document.
@@ -56,6 +58,7 @@ class IlladaConfig(PreTrainedConfig):
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    causal: bool = False
     tie_word_embeddings: bool = True
     mask_token_id: int = FAMILY_IDS["illada"]["mask_token_id"]
     bos_token_id: int | None = FAMILY_IDS["illada"]["bos_token_id"]
@@ -98,6 +101,11 @@ class IlladaConfig(PreTrainedConfig):
             IlladaError: when it is of another family, or asks for something this network does not do.
         """
         return super().from_dict(read_config(config_dict), **kwargs)
+
+    def refuse_causal(self, what: str, instead: str) -> None:
+        """Raise an IlladaError if the model is causal: `what` is defined for masked diffusion only."""
+        if self.causal:
+            raise IlladaError(f"{what} for masked diffusion models only, and this one is causal: {instead}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "IlladaConfig":

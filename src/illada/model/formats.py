@@ -153,8 +153,13 @@ def released_config(values: Mapping[str, Any]) -> dict[str, Any]:
     two files of the authors' code, which are not ours to copy.
 
     Raises:
-        IlladaError: when a head is not hidden_size / num_attention_heads wide: their code knows no other width.
+        IlladaError: when a head is not hidden_size / num_attention_heads wide, as their code knows no other width, or
+            the model is causal.
     """
+    if values.get("causal"):
+        raise IlladaError(
+            "the released layout is of bidirectional models, and this one is causal: take --layout illada"
+        )
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if values["head_dim"] * heads != width:
         raise IlladaError(

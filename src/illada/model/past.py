@@ -49,7 +49,7 @@ class Past:
     """Where one sequence has its keys and values.
 
     A pass over the positions from `start` on writes theirs and attends to those before it as they were last computed:
-    not what a fresh pass would give, as every position of a bidirectional model depends on all others.
+    what a fresh pass gives in a causal model, but not in a bidirectional one, whose positions depend on all others.
     """
 
     def __init__(self, pool: Pool, shared: NDArray[np.int64] | None = None):
@@ -90,10 +90,10 @@ class Place(NamedTuple):
     padded: Tensor | slice
     """The same with every sequence filled up to the longest, [N x longest]."""
     mask: Tensor | None
-    """Where there is no padding, bool [N, 1, 1, longest]; None when there is none."""
+    """What is seen, bool [N, 1, 1 or L, longest]: no padding and, if causal, nothing after a position; None for all."""
 
     @classmethod
-    def of(cls, pasts: Sequence[Past], length: int, device: torch.device) -> "Place":
+    def of(cls, pasts: Sequence[Past], length: int, device: torch.device, causal: bool = False) -> "Place":
         """Look them up for a pass over `length` positions of each."""
         slots = [past.slots[: past.start + length] for past in pasts]
         flat = np.concatenate(slots)
@@ -101,11 +101,16 @@ class Place(NamedTuple):
         seen = np.array([len(one) for one in slots])
         filled = np.arange(seen.max()) < seen[:, None]
         read = _indices(flat, device)
+        visible = filled[:, None]
+        # Without any past, causal attention needs no mask of ours.
+        if causal and seen.max() > length:
+            position = (seen - length)[:, None] + np.arange(length)
+            visible = np.arange(seen.max()) <= position[:, :, None]
+        mask = None if visible.all() else torch.from_numpy(visible[:, None]).to(device)
         if filled.all():
-            return cls(pasts[0].pool, _indices(write, device), read, read, None)
+            return cls(pasts[0].pool, _indices(write, device), read, read, mask)
         padded = np.zeros(filled.shape, dtype=np.int64)
         padded[filled] = flat
-        mask = torch.from_numpy(filled[:, None, None]).to(device)
         return cls(pasts[0].pool, _indices(write, device), read, _indices(padded.ravel(), device), mask)
 
     def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor, padded: bool) -> tuple[Tensor, Tensor]:

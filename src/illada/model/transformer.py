@@ -1,5 +1,7 @@
 """The iLLaDA transformer: a pre-norm LLaMA trunk with full bidirectional attention (paper §2.1; spec §1).
 
+Or with causal attention (ours): the autoregressive baseline.
+
 There is one path through the network: packed segments. A batch with padding is packed first and unpacked after, so
 neither padding nor company changes a row's result.
 
@@ -70,7 +72,7 @@ def branch_end(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without bias or mask."""
+    """Grouped-query attention without bias."""
 
     def __init__(self, config: IlladaConfig, layer: int):
         super().__init__()
@@ -95,8 +97,8 @@ class Attention(nn.Module):
 
     def attend(self, query_MHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, packing: Packing) -> Tensor:
         """Attend within each segment; returns [M, H·K]."""
-        kernel = self.config._attn_implementation
-        return packed_attention(query_MHK, key_TGK, value_TGK, packing, kernel, self.layer).flatten(-2)
+        kernel, causal = self.config._attn_implementation, self.config.causal
+        return packed_attention(query_MHK, key_TGK, value_TGK, packing, kernel, self.layer, causal).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -240,7 +242,8 @@ class IlladaModel(IlladaPreTrainedModel):
         """Return final hidden states [T, D] of packed segments; positions restart in each segment unless given.
 
         `wanted` names the positions within each segment whose states are wanted: then they alone are returned, [M, D]
-        in order, and the last layer computes queries, output and SwiGLU for them only (keys and values for all).
+        in order, and the last layer computes queries, output and SwiGLU for them only (keys and values for all), unless
+        the model is causal.
 
         Raises:
             ValueError: when the segments do not add up to T tokens.
@@ -260,8 +263,12 @@ class IlladaModel(IlladaPreTrainedModel):
                 starts = np.cumsum([0, *packing.lengths[:-1]])
                 flat_M = np.concatenate([start + at for start, at in zip(starts, wanted, strict=True)])
                 asking_M = torch.from_numpy(flat_M).to(hidden_TD.device)
-                packing = replace(packing, queries=tuple(map(len, wanted)))
-            hidden_TD = last(hidden_TD, packing, rotary, asking_M)
+            if self.config.causal and asking_M is not None:  # there attention would have to know which position asks
+                hidden_TD = last(hidden_TD, packing, rotary)[asking_M]
+            else:
+                if wanted is not None:
+                    packing = replace(packing, queries=tuple(map(len, wanted)))
+                hidden_TD = last(hidden_TD, packing, rotary, asking_M)
         return self.norm(hidden_TD)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -314,7 +321,8 @@ class IlladaModel(IlladaPreTrainedModel):
 class IlladaForMaskedLM(IlladaPreTrainedModel):
     """The trunk with its LM head. Logits at position i predict token i; there is no shift and no cache.
 
-    There is no `labels` argument: the diffusion loss needs the noise level, see `illada.diffusion_loss`.
+    Those of a causal model, the autoregressive baseline, predict token i + 1. There is no `labels` argument: the
+    diffusion loss needs the noise level, see `illada.diffusion_loss`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -28,8 +28,10 @@ def confidence_scores(
         max_batch_tokens: most positions of one forward pass; a single pair may exceed it.
 
     Raises:
-        IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary.
+        IlladaError: when a candidate is empty, a pair is longer than the context, an id is outside the vocabulary, or
+            the model is causal.
     """
+    model.config.refuse_causal("confidence scores are", "take the likelihood, which is exact there")
     scored = checked_pairs(model, pairs, right_context)
     masked = [np.ones(item.length, dtype=np.bool_) for item in scored]
     sums = [0.0] * len(scored)

@@ -64,6 +64,11 @@ class Scored:
         seen[at_M] = mask_id
         return Query(seen, at_M, self.ids[at_M])
 
+    def causal_query(self) -> "Query":
+        """Ask a causal model for the candidate's tokens, each at the token before it."""
+        at_M = np.arange(self.start, self.start + self.length)
+        return Query(self.ids[: at_M[-1]], at_M - 1, self.ids[at_M])
+
 
 @dataclass(frozen=True)
 class Query:
@@ -71,6 +76,7 @@ class Query:
 
     seen: NDArray[np.int64]
     at_M: NDArray[np.int64]
+    """Positions whose logits tell it."""
     target_M: NDArray[np.int64]
 
 
@@ -78,13 +84,16 @@ def checked_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context
     """Join each pair with the right context.
 
     Raises:
-        IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary.
+        IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary;
+            when a context is empty and the model causal.
     """
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     scored = []
     for i, (left, candidate) in enumerate(pairs):
         if not len(candidate):
             raise IlladaError(f"candidate {i} has no tokens: there is nothing to score")
+        if model.config.causal and not len(left):
+            raise IlladaError(f"pair {i} has no context: a causal model needs a token before the candidate, e.g. BOS")
         ids = np.array([*left, *candidate, *right_context], dtype=np.int64)
         if len(ids) > context:
             raise IlladaError(

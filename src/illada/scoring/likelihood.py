@@ -1,4 +1,4 @@
-"""Monte-Carlo likelihood (LLaDA Eq. 6; spec §6), the baseline of confidence scores.
+"""Monte-Carlo likelihood (LLaDA Eq. 6; spec §6), the baseline of confidence scores; of causal models the exact one.
 
 Shape letters: L candidate tokens · N samples.
 """
@@ -49,7 +49,8 @@ def likelihood_scores(
 
     Each sample masks l of the L tokens, l uniform on 1..L, and contributes (L/l) times the sum of their
     log-probabilities; the score is the mean. A one-token candidate has only one sample to take, whatever `samples`
-    says, and there this equals `confidence_scores`. A pair's score does not depend on its company.
+    says, and there this equals `confidence_scores`. A pair's score does not depend on its company. Of a causal model it
+    is log p itself, from one pass: neither samples and seed nor the right context matter.
 
     Args:
         model: the network.
@@ -61,15 +62,21 @@ def likelihood_scores(
 
     Raises:
         IlladaError: when `samples` is below 1, a candidate is empty, a pair is longer than the context, or an id is
-            outside the vocabulary.
+            outside the vocabulary; when the model is causal and a context is empty.
     """
     if samples < 1:
         raise IlladaError(f"samples must be at least 1, got {samples}")
     scored = checked_pairs(model, pairs, right_context)
+    order = sorted(range(len(scored)), key=lambda i: len(scored[i].ids))
+    scores = [0.0] * len(scored)
+    if model.config.causal:
+        exact = target_log_probs(model, (scored[i].causal_query() for i in order), max_batch_tokens)
+        for i, log_p_M in zip(order, exact, strict=True):
+            scores[i] = float(log_p_M.sum())
+        return scores
     masks = {
         length: masked_tokens(length, samples if length > 1 else 1, seed) for length in {item.length for item in scored}
     }
-    order = sorted(range(len(scored)), key=lambda i: len(scored[i].ids))
 
     def queries() -> Iterator[Query]:
         for i in order:
@@ -77,7 +84,6 @@ def likelihood_scores(
                 yield scored[i].query(masked_L, model.config.mask_token_id)
 
     log_probs = target_log_probs(model, queries(), max_batch_tokens)
-    scores = [0.0] * len(scored)
     for i in order:
         length = scored[i].length
         terms = [

@@ -192,12 +192,12 @@ class Worker:
                     self._changed.wait()
                 orders, self._orders = self._orders, []
                 closing = self._closing
-            for order in orders:
-                order()
-            if closing:
-                self._fail()
-                return
             try:
+                for order in orders:
+                    order()
+                if closing:
+                    self._fail()
+                    return
                 self._pass()
             except Exception:
                 # Whatever went wrong (memory, a kernel), the requests under way are lost and the server goes on.

@@ -62,7 +62,7 @@ def shape_of(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer:
     if tokenizer.mask_token_id is None:
         raise IlladaError(f"the tokenizer of {shards.path} has no mask token: add one and prepare the data again")
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
-    return IlladaConfig.preset(recipe.preset, **{**recipe.sizes(), "vocab_size": shards.vocab_size, **ids})
+    return IlladaConfig.preset(recipe.preset, **{**recipe.changes(), "vocab_size": shards.vocab_size, **ids})
 
 
 def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, eos_token_id: int | None) -> Batches:

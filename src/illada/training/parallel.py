@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
 from illada.loading import choose_device
@@ -132,7 +133,7 @@ def join(device: str) -> Iterator[Processes]:
 
 
 class Objective(nn.Module):
-    """The masked loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
+    """The training loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
 
     def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, loss: str = "chunked"):
         super().__init__()
@@ -148,9 +149,11 @@ class Objective(nn.Module):
         packing: Packing,
         each_T: Tensor | None = None,
     ) -> Tensor:
-        """Return the masked loss of a batch in nats (see `masked_loss`), computed in the recipe's dtype."""
+        """Return the loss of a batch in nats (see `masked_loss`, `causal_loss`), computed in the recipe's dtype."""
         half = self.dtype != "fp32"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            if self.model.config.causal:
+                return causal_loss(self.model, clean_T, masked_T, weight_T, packing, self.cross_entropy)
             return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T, self.cross_entropy)
 
 

@@ -10,6 +10,8 @@ from illada.training.report import read_metrics
 def draw_run(run: str, output: str | None = None) -> Path:
     """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; returns the picture's path.
 
+    A causal model's run has no mask ratios, and its place stays empty.
+
     Raises:
         IlladaError: when the folder holds no metrics, or matplotlib is not installed.
     """
@@ -34,9 +36,10 @@ def draw_run(run: str, output: str | None = None) -> Path:
 
     curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
     curve(loss, column("validation_bits_per_byte"), "held out", marker=".", color="black")
-    loss.set_title("bits per byte (upper bound)")
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
+    loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
+    ratio.set_visible(bool(parts))
     for part in range(parts):
         label = f"{100 * part // parts} to {100 * (part + 1) // parts} % masked"
         curve(ratio, [bucket[part] if bucket else None for bucket in buckets], label, linewidth=0.6)

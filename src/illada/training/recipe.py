@@ -3,7 +3,7 @@
 Values the paper does not state are marked "ours"; those of LLaDA's report "LLaDA".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from illada.errors import IlladaError
@@ -15,13 +15,15 @@ class ModelRecipe:
 
     Args:
         preset: name of a shape (1m, 5m, 15m, 50m, illada-8b, llada-8b); the vocabulary is the tokenizer's.
-        start: model or run folder whose weights (and shape) to begin with; excludes preset and the sizes below.
+        start: model or run folder whose weights (and shape) to begin with; excludes preset and all below.
         hidden_size: width, instead of the preset's.
         intermediate_size: SwiGLU width, instead of the preset's.
         num_hidden_layers: blocks, instead of the preset's.
         num_attention_heads: query heads, instead of the preset's.
         num_key_value_heads: key/value heads, instead of the preset's.
         max_position_embeddings: context length, instead of the preset's.
+        causal: left to right, each token predicting the next: the autoregressive baseline, on the same data with the
+            same settings (ours). Under training.rule "llada" it learns the answers alone.
     """
 
     preset: str | None = None
@@ -32,18 +34,12 @@ class ModelRecipe:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     max_position_embeddings: int | None = None
+    causal: bool | None = None
 
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes that were given."""
-        names = [
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def changes(self) -> dict[str, int]:
+        """Return what was given instead of the preset's."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in given.items() if name not in ("preset", "start") and value is not None}
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -275,8 +271,8 @@ class Recipe:
             raise IlladaError("data.train is missing: name a folder written by `illada prepare`")
         if (model.preset is None) == (model.start is None):
             raise IlladaError("give exactly one of model.preset (a new network) and model.start (a checkpoint)")
-        if model.start is not None and model.sizes():
-            raise IlladaError(f"model.{next(iter(model.sizes()))} cannot be changed when model.start is given")
+        if model.start is not None and model.changes():
+            raise IlladaError(f"model.{next(iter(model.changes()))} cannot be changed when model.start is given")
         self.lora.check(model.start)
         if training.steps is None and training.epochs is None:
             raise IlladaError("how long to train is missing: set training.steps or training.epochs")

@@ -33,10 +33,11 @@ def flops_per_token(config: IlladaConfig, seen: float, adapter: int = 0) -> floa
     """Return the FLOPs to learn from one token: 3·(2·P + 4·L·d·layers + 2·V·D·masked); recomputation is not counted.
 
     P are the parameters of the blocks, L = `seen` is the mean length of the segment a token is in, d the width of all
-    query heads together. The head counts on masked tokens only. A backward pass costs two forward ones; where the
+    query heads together. The head counts on masked tokens only. A causal model sees half of L and predicts all tokens.
+    A backward pass costs two forward ones; where the
     weights are frozen beside an `adapter` of so many parameters, one for them.
     """
-    masked = EPSILON + (1 - EPSILON) / 2
+    masked, seen = (1.0, seen / 2) if config.causal else (EPSILON + (1 - EPSILON) / 2, seen)
     attention = 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     products = 2 * (block_parameters(config) + config.vocab_size * config.hidden_size * masked)
     return 3 * attention + (2 * products + 6 * adapter if adapter else 3 * products)

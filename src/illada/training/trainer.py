@@ -108,7 +108,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         """Return this process's share of a step."""
         plan = batches.plan(data_step(step, settings.seed, state.returns))
         sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
-        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count)
+        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count, causal=config.causal)
 
     def go_back() -> RunState | None:
         """Load the newest checkpoint, if there is one."""
@@ -159,7 +159,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                 record: dict[str, Any] = {
                     "loss": loss,
                     "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
-                    "loss_by_mask_ratio": by_ratio,
+                    **({} if config.causal else {"loss_by_mask_ratio": by_ratio}),
                     "learning_rate": rate,
                     "gradient_norm": float(norm),
                 }
@@ -233,7 +233,7 @@ def _gradients(
 
     Returns:
         the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
-        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens).
+        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
     """
     settings = recipe.training
     share = -(-samples // processes.count)
@@ -249,6 +249,8 @@ def _gradients(
             loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
         loss.backward()
         sums[0] += loss.detach()
+        if batch.probability_T is None:
+            continue
         counted_T = masked_T & (weight_T > 0)
         bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
         sums.index_add_(0, bucket_T, each_T * counted_T)
@@ -260,7 +262,7 @@ def _gradients(
 
 @torch.no_grad()
 def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes: Processes) -> float:
-    """Return the bound on held-out text in nats per token, each process computing its share."""
+    """Return the loss of held-out text (see `validation_batches`) in nats per token; each process has its share."""
     settings = recipe.training
     objective.eval()
     noisy = validation_batches(
@@ -270,6 +272,7 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
         settings.samples_per_batch,
         processes.rank,
         processes.count,
+        objective.model.config.causal,
     )
     bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
     release(objective)
