@@ -33,7 +33,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"decoding": {"speculate": 2}},
     {"stop": ["3", "e"]},
 )
-"""How a problem is to be answered: one token a step and several, drawn, cached, speculative, several answers at once."""
+"""How problems are answered: one token a step and several, drawn, cached, speculative, several answers at once."""
 
 
 def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
