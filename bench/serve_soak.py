@@ -21,8 +21,6 @@ from illada.keyed import uniform_int
 
 LEAVING = 0.2
 """Share of the clients that may go away before the end, at any moment of about an answer's time."""
-WARM = 0.25
-"""Share of the time that does not count for memory: buffers and the allocator's pools fill."""
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"decoding": "fast"},
@@ -64,11 +62,15 @@ def asked(of: Sequence[Request], stay: float, seed: int) -> Iterator[Request]:
         yield replace(request, body=request.body | (stream if kind > 0.3 else {}), hang_up=hang_up)
 
 
-def slope(run: Run) -> tuple[float, float, float]:
-    """Return the server's memory in MB at the end of the warm-up and at the end, and its growth in MB a minute."""
-    warm = [(s["at"], s["memory"] / 1e6) for s in run.watched if s["at"] >= WARM * run.seconds and "memory" in s]
-    times, sizes = np.array(warm).T
-    return sizes[0], sizes[-1], 60 * np.polyfit(times, sizes, 1)[0]
+def memory(run: Run) -> tuple[list[float], float]:
+    """Return the server's mean memory in each quarter of the time in MB, and its growth behind the first, in MB/minute.
+
+    In the first, buffers and the allocator's pools fill.
+    """
+    at, size = np.array([(sample["at"], sample["memory"] / 1e6) for sample in run.watched if "memory" in sample]).T
+    quarter = np.minimum(4 * at // run.seconds, 3)
+    growth = 60 * np.polyfit(at[quarter > 0], size[quarter > 0], 1)[0]
+    return [size[quarter == place].mean() for place in range(4)], growth
 
 
 def main() -> None:
@@ -90,13 +92,13 @@ def main() -> None:
         stay = given.clients * alone.seconds / len(pool)
         run = drive(url, asked(pool, stay, given.seed), clients=given.clients, seconds=given.seconds)
     found, wrong = run.summary(), mixed_up(run.outcomes, alone.outcomes)
-    begin, end, growth = slope(run)
+    quarters, growth = memory(run)
     print(f"{len(pool)} problems alone: {alone.summary()['statuses']}, p50 {alone.summary()['latency']['p50']:.3f} s")
     print(f"{given.clients} clients, {run.seconds:.0f} s: {found['sent']} requests, {found['statuses']}")
     print(f"{found['answers_per_second']:.1f} answers/s, {found['tokens_per_second']:.0f} tokens/s")
     print(f"latency {found['latency']}\nfirst committed {found['first_committed']}\nfirst text {found['first_text']}")
     print(f"waiting at most {found['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
-    print(f"memory {begin:.1f} MB after the warm-up, {end:.1f} MB at the end, {growth:+.2f} MB a minute")
+    print(f"memory {' '.join(f'{size:.1f}' for size in quarters)} MB in each quarter, {growth:+.2f} MB a minute")
     right = {outcome.request.problem: outcome.answer for outcome in alone.outcomes}
     for outcome in wrong[:5]:
         print(f"{outcome.request}\n  alone {right[outcome.request.problem]}\n  now   {outcome.answer}")
