@@ -156,7 +156,7 @@ async function answer(exchange) {
 
 function counted(tokens, forwards, seconds, reason) {
   if (!forwards) return reason === "stopped" ? "stopped before the first step" : "";
-  const ended = { length: "stopped at the most tokens", stopped: "stopped by you", "broken off": "broken off" }[reason];
+  const ended = { length: "reached the most tokens", stopped: "stopped by you", "broken off": "broken off" }[reason];
   return [
     `${tokens} tokens`,
     `${forwards} forwards`,
