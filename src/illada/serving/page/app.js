@@ -161,7 +161,7 @@ function counted(tokens, forwards, seconds, reason) {
     `${tokens} tokens`,
     `${forwards} forwards`,
     `${(tokens / forwards).toFixed(2)} tokens per forward`,
-    `${seconds.toFixed(1)} s`,
+    `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`,
     `${Math.round(tokens / seconds)} tokens/s`,
     ...(ended ? [ended] : []),
   ].join(" · ");
