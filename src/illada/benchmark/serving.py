@@ -380,7 +380,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     (many, late), (queue, memory) = figure.subplots(2, 2)
-    many.set(xlabel="clients", ylabel="answers per second", xscale="log", ylim=(0, None))
+    many.set(xlabel="clients", ylabel="answers per second", xscale="log")
     late.set(xlabel="requests per second", ylabel="latency, s: p50 to p99", xscale="log", yscale="log")
     queue.set(xlabel="seconds of load", ylabel="requests waiting")
     memory.set(xlabel="seconds of load", ylabel="server's resident memory, MB")
@@ -409,6 +409,11 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
     for style, name in zip((":", "--", "-."), dict.fromkeys(n for row in rows for n in row["alone"]), strict=False):
         many.plot([], [], style, color=MUTED, label=f"one at a time: {name}")
     many.legend(frameon=False, fontsize=8)
+    for axes, marks in ((many, "clients"), (late, "rate")):
+        axes.set_xticks(ticks := sorted({row[marks] for row in rows if row[marks]}), [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
+    for axes in (many, queue, memory):
+        axes.set_ylim(0)
     for axes in (many, late, queue, memory):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()
