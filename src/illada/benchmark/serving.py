@@ -215,6 +215,8 @@ def _work(
         if budget not in samplers:
             exact = settings_for(model, GenerationSettings(max_new_tokens=budget, block_length=block))
             samplers[budget] = [plain_sampler(model, exact), *outside_samplers(outside, model, exact)]
+            for sampler in samplers[budget]:
+                sampler.answer([ids])  # the first time is not measured
         work.append((ids, samplers[budget]))
     return work
 
@@ -260,7 +262,8 @@ def _load_of_mix(name: str, url: str, problems: list[Request], work: Work, plan:
 
     for clients in plan.clients:
         load(clients, None)
-    most = max(row["answers_per_second"] for row, _ in runs)
+    if not (most := max(row["answers_per_second"] for row, _ in runs)):
+        raise IlladaError(f"{url} answered nothing of mix {name} under load: {runs[-1][0]['statuses']}")
     rates = plan.rates or [share * most for share in SHARES_OF_MOST]
     if alone and not plan.rates:
         rates = sorted([*rates, SHARE_OF_ALONE * alone[PLAIN].answers_per_second])
