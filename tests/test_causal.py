@@ -330,6 +330,7 @@ def test_the_command_line(run, capsys, tmp_path):
     card = (tmp_path / "export" / "README.md").read_text()
     assert "predict token i + 1" in card
     assert "upper bound" not in card
+    assert "diffusion" not in card
     assert load_model(str(tmp_path / "export"), device="cpu")[0].config.causal
     assert yaml.safe_load((Path(run.output) / "recipe.yaml").read_text())["model"]["causal"]
 

@@ -109,8 +109,28 @@ def test_copies_of_the_weights_leave_fewer_shards():
         assert two.memory[kind].peak >= found.peak > four.memory[kind].peak
     assert copies.tokens_per_second == four.tokens_per_second
     assert "4 x h100, 80 GB each, 2 copies of the weights: " in table(copies)
-    with pytest.raises(IlladaError, match=r"replicate is 2: it must divide the number of GPUs, 3"):
+    with pytest.raises(
+        IlladaError, match=r"parallel.replicate 2 times parallel.tensor 1 must divide the number of GPUs, 3"
+    ):
         estimate(doubled, 3)
+
+
+def test_heads_over_processes_leave_each_less_to_keep():
+    split = recipe(batch=2)
+    split.parallel.tensor = 2
+    one, two, found = estimate(recipe(batch=2), 1), estimate(recipe(batch=2), 2), estimate(split, 2)
+    assert (found.parameters, found.parameters_trained) == (one.parameters, one.parameters)
+    # Both compute all windows; embedding, head and norms are on both.
+    assert found.passes_per_step == one.passes_per_step == 2 * two.passes_per_step
+    config = IlladaConfig.preset("1m", **SHAPE)
+    norms = 2 * 2 * config.hidden_size
+    outside = one.parameters - one.parameters_in_blocks
+    here = (one.parameters_in_blocks - norms) // 2 + norms + outside
+    assert found.memory["none"].weights == 4 * here
+    assert 0.5 < found.memory["none"].activations / one.memory["none"].activations < 0.9
+    split.parallel.tensor = 4
+    with pytest.raises(IlladaError, match=r"parallel.tensor is 4: it must divide num_key_value_heads of the model, 2"):
+        estimate(split, 4)
 
 
 def test_muon_keeps_one_moment_of_the_matrices_in_blocks():

@@ -247,16 +247,70 @@ def bench_generate(
     arguments: dict[str, Any] = dict(locals())
     from illada.benchmark import generation
 
-    def show(name: str) -> None:
-        # A line and no spinner: its thread would take time from what is measured.
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
-
-    results = generation.bench_generate(**arguments, on_run=show)
-    show("")
+    results = generation.bench_generate(**arguments, on_run=_show)
+    _show("")
     print(generation.table(results))
     if output is not None:
         print(f"written to {output}")
+
+
+def bench_serve(
+    model: str | None = None,
+    url: str | None = None,
+    mixes: list[str] | None = None,
+    clients: list[int] | None = None,
+    rates: list[float] | None = None,
+    requests: int = 200,
+    seconds: float = 60.0,
+    limit: int = 24,
+    file: str | None = None,
+    decoding: Literal["exact", "fast"] | None = None,
+    outside: list[str] | None = None,
+    block_length: int = 16,
+    max_new_tokens: int = 48,
+    output: str | None = None,
+    seed: int = 0,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Put load on a server, at several rates and mixes: speed, latency, queue and memory, beside one at a time.
+
+    Args:
+        model: model or run folder, or a hub name: served by a process of its own, and compared with.
+        url: instead, of a server that runs, as http://127.0.0.1:8000, with a key of its in ILLADA_API_KEYS; with
+            --model too, that is only compared with.
+        mixes: what clients ask for: short, long, mixed, cancels (they go away); all of them by default.
+        clients: how many at once, each sending its next request when it has its answer; 1, 8 and 32 by default.
+        rates: requests a second, sent whether or not others have been answered; by default shares of the most
+            answers a second that clients got.
+        requests: most of each row.
+        seconds: after so many, no more are sent for a row.
+        limit: different problems.
+        file: with a prompt on each line (or jsonl with "prompt"); null takes the demo's held-out problems.
+        decoding: of every request; null for the server's own.
+        outside: others' samplers to compare with: FILE.py[:FUNCTION][,OPTION=VALUE...], called as LLaDA's or
+            Fast-dLLM's.
+        block_length: of the server that is started.
+        max_new_tokens: of the server that is started.
+        output: folder for results.json, table.md and load.png; null only prints the table.
+        seed: of the choice of problems, kinds and times of arrival.
+        dtype: of the weights; auto is the checkpoint's own.
+        device: to run on; auto takes a GPU where there is one.
+    """
+    arguments: dict[str, Any] = dict(locals())
+    from illada.benchmark import serving
+
+    results = serving.bench_serve(**arguments, on_run=_show)
+    _show("")
+    print(serving.table(results))
+    if output is not None:
+        print(f"written to {output}")
+
+
+def _show(name: str) -> None:
+    """Say on a terminal what is being measured: a line and no spinner, whose thread would take time from it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
 
 
 def _train(command: str, arguments: Namespace) -> None:
@@ -356,7 +410,7 @@ class _Parser(ArgumentParser):
             return f"missing: {missing} (--help explains them)"
         if found := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
             return f"no recipe at {found[1]}"
-        if found := re.fullmatch(r'Parser key "([^"]*)": (.*?)(?:Got value|Given value): (.*)', line):
+        if found := re.fullmatch(r'Parser key "([^"]*)"(?: element \d+)?: (.*?)(?:Got value|Given value): (.*)', line):
             return f"{found[1]} is {found[3]!r}: it must be {_wanted(found[2])}"
         if found := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
             return f"unknown option {found[1]}{self._nearest(found[1])}"
@@ -524,15 +578,32 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
         "--from", dest="source", type=str, help="causal llama-like model: folder or hub name (required)"
     )
     command.add_function_arguments(convert, as_positional=False, skip={"source"})
-    bench = add("bench", lambda arguments: bench_generate(**_given(arguments.generate)), "Measure this package.")
-    text = " ".join((bench_generate.__doc__ or "").split("\n\n")[0].split())
-    command = _Parser(description=text)
-    bench.add_subcommands(required=True, metavar="WHAT").add_subcommand("generate", command, help=text)
-    many = {"--only": "variants to run, by their names in the table, beside the plain loop and 1 token"}
-    many["--outside"] = "others' samplers, called as LLaDA's or Fast-dLLM's: FILE.py[:FUNCTION][,OPTION=VALUE...]"
-    for name, help_text in many.items():
-        command.add_argument(name, type=str, nargs="+", help=help_text)
-    command.add_function_arguments(bench_generate, as_positional=False, skip={name[2:] for name in many})
+    measures: dict[str, Callable[..., None]] = {"generate": bench_generate, "serve": bench_serve}
+    bench = add(
+        "bench", lambda given: measures[given.subcommand](**_given(given[given.subcommand])), "Measure this package."
+    )
+    kinds = bench.add_subcommands(required=True, metavar="WHAT")
+    outside = {
+        "--outside": (str, "others' samplers, called as LLaDA's or Fast-dLLM's: FILE.py[:FUNCTION][,OPTION=VALUE...]")
+    }
+    lists: dict[str, dict[str, tuple[type, str]]] = {
+        "generate": {
+            "--only": (str, "variants to run, by their names in the table, beside the plain loop and 1 token")
+        },
+        "serve": {
+            "--mixes": (str, "what clients ask for: short, long, mixed, cancels"),
+            "--clients": (int, "how many at once, each sending its next request when it has its answer (1 8 32)"),
+            "--rates": (float, "requests a second, sent whether or not others have been answered"),
+        },
+    }
+    for name, function in measures.items():
+        text = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        command = _Parser(description=text)
+        kinds.add_subcommand(name, command, help=text)
+        many = lists[name] | outside
+        for option, (kind, help_text) in many.items():
+            command.add_argument(option, type=kind, nargs="+", help=help_text)
+        command.add_function_arguments(function, as_positional=False, skip={option[2:] for option in many})
     return parser, actions
 
 

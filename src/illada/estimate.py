@@ -11,6 +11,7 @@ kept free.
 Shape letters: T packed tokens · M masked tokens.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -31,7 +32,7 @@ from illada.diffusion.loss import chunked_cross_entropy
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 from illada.training.optimizers import muon_matrices
-from illada.training.parallel import recompute
+from illada.training.parallel import divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.training.speed import GPUS, block_parameters, flops_per_token
 
@@ -113,7 +114,7 @@ def estimate(
     Args:
         recipe: the run; its data need not exist yet.
         gpus: processes, one GPU each; weights and optimiser are sharded over all of them, or over those of one of
-            parallel.replicate copies.
+            parallel.replicate copies; parallel.tensor of them compute the same windows.
         gpu: which; "cpu" for one process on this machine, memory only.
         mfu: model FLOPs utilisation: FLOPs the model needs, without recomputation, over the peak (performance of
             others at 8B: 0.33 to 0.4 on H100).
@@ -133,14 +134,17 @@ def estimate(
         raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
     if gpus < 1 or (gpu == "cpu" and gpus > 1):
         raise IlladaError(f"gpus is {gpus}: it must be at least 1, and 1 on a cpu")
-    copies = recipe.parallel.replicate
-    if gpus % copies:
-        raise IlladaError(f"parallel.replicate is {copies}: it must divide the number of GPUs, {gpus}")
+    copies, tensor = recipe.parallel.replicate, recipe.parallel.tensor
+    if gpus % (copies * tensor):
+        raise IlladaError(
+            f"parallel.replicate {copies} times parallel.tensor {tensor} must divide the number of GPUs, {gpus}"
+        )
+    groups = gpus // tensor
     if not 0 < mfu <= 1:
         raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
     if price is not None and price < 0:
         raise IlladaError(f"price is {price:g}: it must be at least 0")
-    if settings.samples_per_step < gpus:
+    if settings.samples_per_step < groups:
         raise IlladaError(
             f"training.samples_per_step {settings.samples_per_step} leaves some of {gpus} GPUs without a window: "
             "raise it or lower gpus"
@@ -151,7 +155,8 @@ def estimate(
         raise IlladaError(
             f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}"
         )
-    share = math.ceil(settings.samples_per_step / gpus)
+    divisible(config, tensor)
+    share = math.ceil(settings.samples_per_step / groups)
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
     size, memory = _rehearse(recipe, config, windows, passes, gpus)
@@ -300,9 +305,14 @@ def _rehearse(
     """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
     bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
+    # What one of a group that shares the heads has of the network.
+    tensor, part = recipe.parallel.tensor, copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(part, name, getattr(config, name) // tensor)
+    elsewhere = block_parameters(config) - block_parameters(part)
     # Not on fake tensors: PEFT moves layers, which those do not allow.
     with torch.device("meta"):
-        model = IlladaForMaskedLM._from_config(config, dtype=frozen).train()
+        model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
         if recipe.lora.rank:
             _adapt(model, recipe)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -314,9 +324,9 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        size = _Size(everything, block_parameters(config), count)
+        size = _Size(everything + elsewhere, block_parameters(config), count + elsewhere)
         optimizer = _MOMENT_BYTES * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
-        shards = gpus // recipe.parallel.replicate
+        shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
         gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.

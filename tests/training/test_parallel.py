@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from illada.diffusion.noisy import noisy_batches
+from illada.errors import IlladaError
 from illada.training import train
 from illada.training.report import read_metrics
 
@@ -107,6 +109,64 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     assert not any((tmp_path / name).exists() for name in wrong)
     shards = list((tmp_path / "4" / "checkpoints" / "step-00000005").glob("shard-*.safetensors"))
     assert len(shards) == 4
+
+
+def test_heads_over_processes_are_the_same_run_too(make_recipe, tmp_path):
+    def make(tensor, **changes):
+        settings = {"steps": 5, "validate_every": 3, "validation_samples": 5, "samples_per_batch": 2}
+        recipe = make_recipe(
+            validation="held_out", **{**settings, "learning_rate": 1e-3, "checkpoint_every": 3, **changes}
+        )
+        recipe.parallel.tensor = tensor
+        return recipe
+
+    again, alone, odd_heads, odd_copies = make(2), make(2), make(2), make(2)
+    again.parallel.recompute, odd_heads.model.num_key_value_heads, odd_copies.parallel.replicate = "selective", 1, 2
+    runs = {
+        "1": (1, make(1)),
+        "2": (2, make(2)),
+        "4, computed again": (4, again),
+        "bf16 on 1": (1, make(1, dtype="bf16")),
+        "bf16 on 2": (2, make(2, dtype="bf16")),
+        "alone": (1, alone),
+        "heads": (2, odd_heads),
+        "copies": (2, odd_copies),
+    }
+    ends = run_groups(tmp_path, runs)
+    wrong = {
+        "alone": "parallel.tensor is 2: it must divide the number of processes, 1",
+        "heads": "parallel.tensor is 2: it must divide num_key_value_heads of the model, 1",
+        "copies": "parallel.replicate is 2: it must divide the number of groups of 2 processes, 1",
+    }
+    for name, end in ends.items():
+        assert end["codes"] == [2 if name in wrong else 0] * runs[name][0], (name, end["said"])
+        if name in wrong:
+            assert end["said"] == f"error: {wrong[name]}\n"
+        # Both of a group see every window.
+        end["noise"] = {step: sorted(set(seen)) for step, seen in end["noise"].items()}
+    for name in ("2", "4, computed again"):
+        assert_same_run(tmp_path, ends, name, "1")
+    assert_same_run(tmp_path, ends, "bf16 on 2", "bf16 on 1", 3e-3, 1e-3)
+    # One process goes on from what two wrote, each its heads.
+    for file in (tmp_path / "2" / "checkpoints" / "step-00000003").glob("shard-*.safetensors"):
+        assert load_file(file)["model.layers.0.self_attn.q_proj.weight"].shape == (16, 32)
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-00000005")
+    shutil.rmtree(tmp_path / "2" / "model")
+    rest = make(1)
+    rest.output = str(tmp_path / "2")
+    train(rest)
+    assert read_metrics(tmp_path / "2" / "metrics.jsonl")[3]["step"] == 4
+    assert_same_run(tmp_path, ends, "2", "1")
+
+
+def test_what_wants_whole_matrices_refuses_parts_of_heads(make_recipe):
+    muon, adapter = make_recipe(optimizer="muon"), make_recipe(start="somewhere")
+    adapter.lora.rank = 2
+    for recipe, what in ((muon, "training.optimizer muon"), (adapter, "lora")):
+        recipe.check()
+        recipe.parallel.tensor = 2
+        with pytest.raises(IlladaError, match=f"^{what} wants whole matrices: take parallel.tensor 1$"):
+            recipe.check()
 
 
 def test_tuning_is_the_same_run_too(make_recipe, tmp_path):

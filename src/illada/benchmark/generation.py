@@ -213,20 +213,28 @@ def _rows(
     return rows
 
 
-def environment_of(network: IlladaForMaskedLM) -> dict[str, Any]:
-    """Return what a number depends on besides settings: versions, commit, device and type of the weights."""
-    device = network.device
-    return {
+def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
+    """Return what a number depends on besides settings: versions, commit, device and type of the weights.
+
+    Without a network, which is then somewhere else, only what is known of this process.
+    """
+    found = {
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("illada", "torch", "transformers", "numpy")},
         },
         "commit": _commit(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if network is None:
+        return {**found, "device": "unknown"}
+    device = network.device
+    return {
+        **found,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": network.num_parameters(),
         "vocab_size": network.config.vocab_size,
@@ -269,18 +277,9 @@ def table(results: dict[str, Any]) -> str:
                 accuracy,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     environment, arguments = results["environment"], results["arguments"]
-    text += [
+    text = [
+        aligned(lines),
         "",
         f"{results['problems']} problems, engine in batches of {arguments['batch']}, the others one at a time; "
         f"median of {arguments['repeats']} paired repeats; {environment['dtype']}, {environment['device']}, "
@@ -288,6 +287,17 @@ def table(results: dict[str, Any]) -> str:
         f'{environment["commit"] or "unknown"}. Tokens: of answers, without their end. Same: as in the row "{EXACT}".',
         *(f"Left out: {name} ({reason})." for name, reason in results["refused"].items()),
     ]
+    return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first line the head, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        text.append(f"| {' | '.join(cells)} |")
+    text.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(text)
 
 

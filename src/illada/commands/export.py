@@ -59,13 +59,14 @@ def export_model(
     write_model(target, folder, network.config, tensors, kind, card, layout, max_shard_size, changed)
 
 
-def card_head(base: str | None) -> list[str]:
+def card_head(base: str | None, causal: bool = False) -> list[str]:
     """Return the YAML head and the title of a model card; `base` is named there only when it is a hub name."""
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base is not None and on_hub(base):
         head["base_model"] = base
-    head["tags"] = ["illada", "masked-diffusion", "diffusion-language-model"]
-    return ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", "# Masked diffusion language model", ""]
+    head["tags"] = ["illada", *([] if causal else ["masked-diffusion", "diffusion-language-model"])]
+    title = f"# {'Autoregressive' if causal else 'Masked diffusion'} language model"
+    return ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", title, ""]
 
 
 def on_hub(name: str) -> bool:
@@ -102,7 +103,7 @@ def _card(model: str, folder: Path, parameters: int, dtype: torch.dtype, layout:
     name = next((name for name, kind in DTYPES.items() if kind == dtype), str(dtype))
     of = "as transformers loads it after `import illada`" if layout == "illada" else "of the released iLLaDA"
     lines = [
-        *card_head(base),
+        *card_head(base, config.causal),
         f"An iLLaDA-style model (arXiv 2606.25331) of {parameters:,} parameters in {name}, written by illada "
         f"{illada.__version__} in the layout {of}. "
         + (

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -114,7 +114,7 @@ def create_app(
         state = "draining" if worker.draining else "ok"
         return JSONResponse({"status": state}, 503 if worker.draining else 200)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return counters in Prometheus's text format."""
         return Response(worker.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

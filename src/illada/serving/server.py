@@ -74,9 +74,11 @@ def serve(
         import uvicorn
 
         from illada.serving.app import create_app
+        from illada.serving.guard import read_keys
     except ModuleNotFoundError as missing:
         raise IlladaError("serving needs more packages: pip install 'illada[serve]'") from missing
 
+    read_keys(server)  # before the model is loaded, which takes longer
     show_log()
     listening = open_socket(server.host, server.port)
     network, tokenizer = load_model(model, dtype, device, quantize)

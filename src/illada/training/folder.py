@@ -24,11 +24,11 @@ FREE_TO_CHANGE = (
     "training.keep_every",
     "training.device",
     "parallel.replicate",
+    "parallel.tensor",
     "parallel.recompute",
     "parallel.compile",
     "parallel.attention",
     "parallel.kernels",
-    "parallel.loss",
 )
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 

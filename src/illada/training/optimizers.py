@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from illada.model import IlladaForMaskedLM
+from illada.training.parallel import by_mesh
 from illada.training.recipe import TrainingRecipe
 
 
@@ -20,10 +21,12 @@ def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[
     trained = [p for p in model.parameters() if p.requires_grad and p not in known]
     matrices = [p for p in trained if p.ndim >= 2]
     gains = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(training.beta1, training.beta2), fused=True
-    )
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for kind, decay in ((matrices, training.weight_decay), (gains, 0.0))
+        for group in by_mesh(kind)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(training.beta1, training.beta2), fused=True)
     for parameter in (*matrices, *gains):
         adamw.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),

@@ -7,7 +7,7 @@ arXiv 2304.11277), gathered a block at a time. A process started without torchru
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -15,16 +15,17 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
 from illada.loading import choose_device
-from illada.model import IlladaForMaskedLM, Packing
+from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 from illada.training.fused import cut_cross_entropy
 from illada.training.recipe import Recipe
 
@@ -41,19 +42,26 @@ class Processes:
     """Where this process computes."""
     files: Any = None
     """A group of their own for checkpoints, which are written by a thread beside the training; None when alone."""
+    tensor: int = 1
+    """How many neighbours compute the same windows together (parallel.tensor)."""
 
     @property
     def first(self) -> bool:
         """Whether this one writes and speaks for all."""
         return self.rank == 0
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of each step's windows this one computes, and how many shares there are."""
+        return self.rank // self.tensor, self.count // self.tensor
+
     def total(self, *values: float) -> list[float]:
-        """Return the sum of each value over all processes; every one gets the same bits."""
+        """Return the sum of each value over all shares; every process gets the same bits."""
         if self.count == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(found)
-        return found.tolist()
+        return (found / self.tensor).tolist()
 
     def highest(self, *numbers: int) -> list[int]:
         """Return the largest of each number over all processes."""
@@ -100,7 +108,7 @@ class Processes:
 
 
 @contextmanager
-def join(device: str) -> Iterator[Processes]:
+def join(device: str, tensor: int = 1) -> Iterator[Processes]:
     """Join the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs, or stand alone.
 
     Raises:
@@ -110,6 +118,8 @@ def join(device: str) -> Iterator[Processes]:
     place = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
+        if place.type == "cuda" and place.index:
+            torch.cuda.set_device(place)  # kernels of Triton run on the current device
         yield Processes(0, 1, place)
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -127,7 +137,7 @@ def join(device: str) -> Iterator[Processes]:
         raise IlladaError(f"several processes need device cpu or cuda, not {place.type}: set training.device")
     dist.init_process_group(backend)
     try:
-        yield Processes(dist.get_rank(), count, place, dist.new_group(backend="gloo"))
+        yield Processes(dist.get_rank(), count, place, dist.new_group(backend="gloo"), tensor)
     finally:
         dist.destroy_process_group()
 
@@ -135,11 +145,11 @@ def join(device: str) -> Iterator[Processes]:
 class Objective(nn.Module):
     """The training loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
 
-    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, loss: str = "chunked"):
+    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, cross_entropy: str = "chunked"):
         super().__init__()
         self.model = model
         self.device, self.dtype = device, dtype
-        self.cross_entropy = cut_cross_entropy if loss == "cut" else chunked_cross_entropy
+        self.cross_entropy = cut_cross_entropy if cross_entropy == "cut" else chunked_cross_entropy
 
     def forward(
         self,
@@ -166,24 +176,30 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     Under fp8 they travel in bf16 as well.
 
     Raises:
-        IlladaError: when the processes do not divide into parallel.replicate copies.
+        IlladaError: when the processes do not divide into groups of parallel.tensor and these into parallel.replicate
+            copies, or the heads not into groups.
     """
-    settings, dtype = recipe.parallel, recipe.training.dtype
-    if processes.count % settings.replicate:
+    settings, dtype, shares = recipe.parallel, recipe.training.dtype, processes.share[1]
+    if processes.count % settings.tensor:
         raise IlladaError(
-            f"parallel.replicate is {settings.replicate}: it must divide the number of processes, {processes.count}"
+            f"parallel.tensor is {settings.tensor}: it must divide the number of processes, {processes.count}"
+        )
+    if shares % settings.replicate:
+        groups = "processes" if settings.tensor == 1 else f"groups of {settings.tensor} processes"
+        raise IlladaError(
+            f"parallel.replicate is {settings.replicate}: it must divide the number of {groups}, {shares}"
         )
     recompute(model, settings.recompute)
     if settings.compile:
         model.model.compile_blocks()
-    objective = Objective(model.to(processes.device), processes.device, dtype, settings.loss)
+    objective = Objective(model.to(processes.device), processes.device, dtype, recipe.training.cross_entropy)
     if processes.count == 1:
         return objective
-    if settings.replicate > 1:
-        shape = (settings.replicate, processes.count // settings.replicate)
-        mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(processes.device.type, (processes.count,))
+    shape = (settings.replicate, shares // settings.replicate, settings.tensor)
+    every = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    mesh = every["replicate", "shard"] if settings.replicate > 1 else every["shard"]
+    if settings.tensor > 1:
+        _split_heads(model, every["tensor"])
     half = None if dtype == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -194,6 +210,32 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return objective
+
+
+def divisible(config: IlladaConfig, tensor: int) -> None:
+    """Check that the heads and width of a shape can be shared by groups of `tensor` processes.
+
+    Raises:
+        IlladaError: when they cannot.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % tensor:
+            raise IlladaError(
+                f"parallel.tensor is {tensor}: it must divide {name} of the model, {getattr(config, name)}"
+            )
+
+
+def _split_heads(model: IlladaForMaskedLM, mesh: DeviceMesh) -> None:
+    """Give each process of a group some of the heads and of the SwiGLU's width (Shoeybi et al., arXiv 1909.08053).
+
+    Embedding, norms and head are computed by all of them alike.
+    """
+    divisible(model.config, mesh.size())
+    plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    for block in model.model.layers:
+        parallelize_module(block, mesh, plan)
 
 
 def recompute(model: IlladaForMaskedLM, kind: Literal["none", "selective", "full"]) -> None:
@@ -218,9 +260,27 @@ def release(objective: Objective) -> None:
         module.reshard()
 
 
-def whole(value: Tensor) -> Tensor:
-    """Return a tensor that may lie in shards in one piece; all processes must ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Divide parameters by the processes that they lie on, as torch's operations on many tensors take one mesh each."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together; all processes must ask for it."""
+    norms = []
+    for group in by_mesh(parameters):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
+    """Scale all gradients down to a norm of at most `most`, given their norm."""
+    for group in by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(group, most, norm)
 
 
 def _sharded(objective: Objective) -> list[FSDPModule]:

@@ -98,6 +98,8 @@ class ParallelRecipe:
     Args:
         replicate: copies of the weights, each in shards over an equal part of the processes (HSDP); best one copy per
             node where nodes are connected more slowly than the GPUs inside them.
+        tensor: neighbouring processes that share the heads and SwiGLU of every block and compute the same windows; for
+            blocks too wide for one GPU, within one node only.
         recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
             "selective": all but matrix products and attention.
         compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
@@ -105,16 +107,14 @@ class ParallelRecipe:
             equal segments; "auto": varlen where it works.
         kernels: "liger": norms, rotations and SwiGLU by Liger's kernels, excludes compile, which fuses the same;
             "plain": ours; "auto": liger on CUDA where it is installed. Needs `pip install 'illada[fused]'`.
-        loss: "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), which adds up gradients in bf16;
-            "chunked": ours, which adds them up in fp32. Needs `pip install 'illada[fused]'`.
     """
 
     replicate: int = 1
+    tensor: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     kernels: Literal["auto", "plain", "liger"] = "auto"
-    loss: Literal["chunked", "cut"] = "chunked"
 
 
 @dataclass
@@ -170,6 +170,8 @@ class TrainingRecipe:
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
         dtype: of the computation; the weights that are trained and the optimiser stay fp32. "fp8": bf16 but for the
             products of the blocks' linear layers; wants parallel.compile (ours; needs `pip install 'illada[fused]'`).
+        cross_entropy: "chunked": ours; "cut": head and cross-entropy without logits (cut cross-entropy, CUDA), coarser
+            as it adds up gradients in bf16: see docs/training.md (needs `pip install 'illada[fused]'`).
         device: cpu, cuda, ...; auto takes the fastest there is.
         seed: of weights, order and noise.
         validate_every: steps between validations.
@@ -200,6 +202,7 @@ class TrainingRecipe:
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
     dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
+    cross_entropy: Literal["chunked", "cut"] = "chunked"
     device: str = "auto"
     seed: int = 0
     validate_every: int = 500
@@ -295,6 +298,7 @@ class Recipe:
             ("training.plateau_patience", training.plateau_patience, 1, float("inf")),
             ("training.plateau_delta", training.plateau_delta, 0, 1),
             ("parallel.replicate", self.parallel.replicate, 1, float("inf")),
+            ("parallel.tensor", self.parallel.tensor, 1, float("inf")),
             ("training.seed", training.seed, 0, 2**63 - 1),
         ]
         if training.steps is not None:
@@ -317,8 +321,19 @@ class Recipe:
             raise IlladaError("training.dtype fp8 trains whole matrices: take bf16 to train an adapter")
         if self.parallel.kernels == "liger" and self.parallel.compile:
             raise IlladaError("parallel.kernels liger and parallel.compile fuse the same operations: choose one")
-        for key, fused in (("attention", "varlen"), ("loss", "cut")):
-            if getattr(self.parallel, key) == fused and training.dtype == "fp32":
-                raise IlladaError(f"parallel.{key} {fused} computes in half precision: set training.dtype bf16")
+        halves = {
+            "parallel.attention varlen": self.parallel.attention == "varlen",
+            "training.cross_entropy cut": training.cross_entropy == "cut",
+        }
+        if training.dtype == "fp32" and (wrong := [name for name, chosen in halves.items() if chosen]):
+            raise IlladaError(f"{wrong[0]} computes in half precision: set training.dtype bf16")
+        whole = {
+            "training.optimizer muon": training.optimizer == "muon",
+            "training.dtype fp8": training.dtype == "fp8",
+            "lora": bool(self.lora.rank),
+        }
+        for what, wanted in whole.items():
+            if wanted and self.parallel.tensor > 1:
+                raise IlladaError(f"{what} wants whole matrices: take parallel.tensor 1")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")

@@ -33,7 +33,7 @@ from illada.training.evaluations import Evaluations
 from illada.training.folder import DECAY, claimed, decay_asked, write_whole
 from illada.training.fused import fuse
 from illada.training.optimizers import make_optimizers, moments, set_updates, update
-from illada.training.parallel import Objective, Processes, before_pass, distribute, join, release, whole
+from illada.training.parallel import Objective, Processes, before_pass, clip, distribute, gradient_norm, join, release
 from illada.training.recipe import Recipe
 from illada.training.report import Report
 from illada.training.schedule import on_plateau
@@ -67,7 +67,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
         DivergedError: the loss is not finite.
     """
     recipe.check()
-    with join(recipe.training.device) as processes:
+    with join(recipe.training.device, recipe.parallel.tensor) as processes:
         try:
             return _train(recipe, title, processes)
         except DivergedError:
@@ -108,7 +108,8 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         """Return this process's share of a step."""
         plan = batches.plan(data_step(step, settings.seed, state.returns))
         sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
-        return noisy_batches(plan, *sizes, rank=processes.rank, ranks=processes.count, causal=config.causal)
+        rank, ranks = processes.share
+        return noisy_batches(plan, *sizes, rank=rank, ranks=ranks, causal=config.causal)
 
     def go_back() -> RunState | None:
         """Load the newest checkpoint, if there is one."""
@@ -154,7 +155,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
                 plan = batches.plan(data_step(state.step, settings.seed, state.returns))
                 loss, by_ratio = _gradients(objective, ahead(state.step), len(plan), state.step, recipe, processes)
-                norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+                norm = gradient_norm(trained)
                 rate = schedule.learning_rate(state.step)
                 record: dict[str, Any] = {
                     "loss": loss,
@@ -180,7 +181,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     report.say(f"{title}: {wrong} at step {here}: left out")
                 else:
                     if settings.gradient_clip:
-                        torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
+                        clip(trained, settings.gradient_clip, norm)
                     saved.settle()
                     update(optimizers, rate)
                     remember(state, loss)
@@ -236,13 +237,14 @@ def _gradients(
         chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
     """
     settings = recipe.training
-    share = -(-samples // processes.count)
+    rank, ranks = processes.share
+    share = -(-samples // ranks)
     passes = -(-share // settings.samples_per_batch)
     # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
     sums = torch.zeros(1 + 2 * BUCKETS, device=processes.device)
     for number, batch in enumerate(noisy):
         before_pass(objective, last=number == passes - 1)
-        key = (settings.seed, DROPOUT, step, processes.rank * passes + number)
+        key = (settings.seed, DROPOUT, step, rank * passes + number)
         each_T = sums.new_zeros(batch.packing.tokens)
         clean_T, masked_T, weight_T = batch.on(processes.device)
         with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
@@ -270,8 +272,7 @@ def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes:
         recipe.data.window,
         settings.validation_samples,
         settings.samples_per_batch,
-        processes.rank,
-        processes.count,
+        *processes.share,
         objective.model.config.causal,
     )
     bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)

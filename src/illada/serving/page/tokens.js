@@ -1,0 +1,159 @@
+// An answer as it forms: every step that came, any of them on show, and a picture of all of them.
+//
+// A frame is one step: { start, texts, states, confidences }, tokens from `start` on, one letter of `states` for each:
+// m masked, p proposed, c committed, f given. Tokens before `start` stay as the last frame of an earlier start left them.
+
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+// How sure a probability is, 0 to 3: the levels of the legend.
+export const level = (confidence) => [0.5, 0.7, 0.9].filter((bound) => confidence >= bound).length;
+
+// A frame in which nothing is known yet.
+export const noise = (count) => ({ start: 0, texts: Array(count).fill(""), states: "m".repeat(count), confidences: [] });
+
+// The same frame before anything was committed.
+const masked = (frame) => ({
+  ...frame,
+  texts: frame.texts.map((text, i) => (frame.states[i] === "f" ? text : "")),
+  states: frame.states.replace(/[^f]/g, "m"),
+});
+
+export class Tokens {
+  constructor(element, first) {
+    Object.assign(this, { element, frames: [first], ends: new Map([[first.start, 0]]), spans: [], shown: 0 });
+    this.open = true; // whether frames may still come
+    this.#put(first);
+  }
+
+  get last() {
+    return this.frames.length - 1;
+  }
+
+  add(frame) {
+    if (this.last === 0) this.frames[0] = masked(frame);
+    this.frames.push(frame);
+    this.ends.set(frame.start, this.last);
+  }
+
+  // No frame will come. What an answer that ended by itself left undecided is no part of it.
+  finish(complete) {
+    this.open = false;
+    const frame = this.frames[this.last];
+    if (complete) frame.states = frame.states.replace(/[mp]/g, "x");
+    if (this.shown === this.last) this.#put(frame);
+  }
+
+  // Show the answer as it stood after a step; 0 is before the first. Touches only tokens that differ.
+  show(index) {
+    const before = this.frames[this.shown].start;
+    const frame = this.frames[index];
+    for (const [start, end] of this.ends) if (start >= before && start < frame.start) this.#put(this.frames[end]);
+    this.#put(frame);
+    for (const { span } of this.spans.splice(frame.start + frame.texts.length)) span.remove();
+    this.shown = index;
+  }
+
+  // Show step after step, each for at least `pace` ms, until the last that ever comes; `moved` is called after each.
+  // A long backlog is skipped through, so that the eye is never far behind the model. Returns a function that ends it.
+  play(pace, moved) {
+    let due = 0;
+    let frame = 0;
+    const tick = (now) => {
+      if (this.shown < this.last && now >= due) {
+        due = now + pace;
+        this.show(this.shown + Math.ceil((this.last - this.shown) / (pace ? 4000 / pace : 1)));
+        moved();
+      }
+      if (this.open || this.shown < this.last) frame = requestAnimationFrame(tick);
+      else moved();
+    };
+    frame = requestAnimationFrame(tick);
+    return () => cancelAnimationFrame(frame);
+  }
+
+  // Every token after the last step that came, as [text, state].
+  #final() {
+    const tokens = [];
+    for (const end of this.ends.values()) {
+      const { start, texts, states } = this.frames[end];
+      texts.forEach((text, i) => (tokens[start + i] = [text, states[i]]));
+    }
+    return tokens;
+  }
+
+  get committed() {
+    return this.#final().filter(([, state]) => state === "c").length;
+  }
+
+  // The text as far as it is decided.
+  get text() {
+    return this.#final().map(([text, state]) => ("cf".includes(state) ? text : "")).join("");
+  }
+
+  #put({ start, texts, states, confidences }) {
+    texts.forEach((text, i) => {
+      const at = start + i;
+      const state = states[i];
+      const confidence = confidences[i] ?? null;
+      const cell = (this.spans[at] ??= { span: this.element.appendChild(document.createElement("span")) });
+      if (cell.text === text && cell.state === state && cell.confidence === confidence) return;
+      const { span } = cell;
+      // An undecided line break would make the lines below jump.
+      const seen = state === "p" ? text.replaceAll("\n", "⏎") : text;
+      if (span.textContent !== seen) span.textContent = seen;
+      const kind = state === "p" && !text ? "m" : state;
+      span.className = kind === "c" ? `token c s${level(confidence)}` : `token ${kind}`;
+      span.style.setProperty("--sure", kind === "p" ? (confidence ?? 0).toFixed(2) : null);
+      if (state === "c" && cell.state !== "c" && cell.state && !calm.matches) {
+        span.animate([{ backgroundColor: "var(--flash)" }, {}], { duration: 600, easing: "ease-out" });
+      }
+      Object.assign(cell, { text, state, confidence });
+    });
+  }
+
+  // Say what is known about the token that `span` shows, or "".
+  describe(span) {
+    const cell = this.spans.find((one) => one.span === span);
+    if (!cell || cell.confidence === null) return "";
+    const chance = `${(100 * cell.confidence).toFixed(cell.confidence > 0.99 ? 1 : 0)} %`;
+    return cell.state === "c" ? `kept at ${chance}` : `proposed at ${chance}`;
+  }
+
+  // Draw all steps: time to the right, generated tokens downwards, the undecided as faint as they are unsure.
+  draw(canvas) {
+    const slots = this.#final().flatMap(([, state], at) => (state === "f" ? [] : [at]));
+    const [width, height] = [Math.min(this.frames.length, 800), Math.min(slots.length, 400)];
+    Object.assign(canvas, { width, height });
+    const context = canvas.getContext("2d");
+    const image = context.createImageData(width, height);
+    const cells = [];
+    let x = 0;
+    this.frames.forEach(({ start, texts, states, confidences }, number) => {
+      texts.forEach((_, i) => (cells[start + i] = [states[i], confidences[i] ?? 0]));
+      for (; x < width && Math.floor((x * this.frames.length) / width) <= number; x++) {
+        for (let y = 0; y < height; y++) {
+          const cell = cells[slots[Math.floor((y * slots.length) / height)]];
+          if (cell) image.data.set(shade(...cell), 4 * (y * width + x));
+        }
+      }
+    });
+    context.putImageData(image, 0, 0);
+  }
+}
+
+// Colours that stand out on light and dark alike; what is not decided is grain, the calmer the surer.
+function shade(state, confidence) {
+  if (state === "x") return [0, 0, 0, 0];
+  if (state !== "c") return [128, 128, 128, 80 - 40 * confidence + 70 * (1 - confidence) * Math.random()];
+  return [...[[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)], 255];
+}
+
+// Grain for what is masked, as a picture that style sheets can name.
+export function grain() {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 120, height: 60 });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(120, 60);
+  for (let i = 0; i < image.data.length; i += 4) image.data.set([128, 128, 128, 230 * Math.random() ** 1.6], i);
+  context.putImageData(image, 0, 0);
+  document.documentElement.style.setProperty("--grain", `url(${canvas.toDataURL()})`);
+}

@@ -1,0 +1,74 @@
+"""Requests made up from the OpenAPI document, valid and not: none breaks the server, each is answered as documented.
+
+The fuller form, against a server that was started by hand (what the fields say together no schema says, hence the
+excluded check; a `timeout` of nearly nothing ends in 504, which counts as a server error there):
+
+    schemathesis run http://127.0.0.1:8000/openapi.json --max-examples 500 --generation-deterministic \
+        --exclude-checks positive_data_acceptance
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+schemathesis = pytest.importorskip("schemathesis", reason="it is among the packages for development")
+
+BOUNDED = settings(
+    max_examples=40,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def document(server):
+    return schemathesis.openapi.from_url(f"{server}/openapi.json")
+
+
+def made_sensible(body):
+    """What no schema says: names and roles that fit, a stream for what needs one, and time enough."""
+    body |= {"model": "tiny", "timeout": 60}
+    if "messages" in body:
+        body["messages"] = [body["messages"][0] | {"role": "user"}]
+        body["max_completion_tokens"] = body.get("max_tokens")
+    elif body.get("suffix"):
+        body |= {"slot_tokens": None, "prompt": "one", "stop": None}
+    if body.get("diffusion") or body.get("stream_options"):
+        body["stream"] = True
+
+
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_made_up_requests_get_documented_answers(document, path, mode):
+    excluded = schemathesis.checks.CHECKS.get_by_names(["positive_data_acceptance"])
+    seen = Counter()
+
+    @BOUNDED
+    @given(case=document[path]["POST"].as_strategy(schemathesis.GenerationMode(mode)))
+    def answered(case):
+        if mode == "positive":
+            made_sensible(case.body)
+        response = case.call_and_validate(excluded_checks=excluded, timeout=60)
+        seen[response.status_code] += 1
+        if response.status_code >= 400:
+            error = response.json()["error"]
+            assert error["message"]
+            assert "\n" not in error["message"]
+
+    answered()
+    assert seen.total() >= 20
+    assert seen[200] >= 5 if mode == "positive" else seen.keys() == {400}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{model_id}", "/health", "/metrics"])
+def test_what_is_read_is_as_documented(document, path):
+    @BOUNDED
+    @given(case=document[path]["GET"].as_strategy())
+    def answered(case):
+        case.call_and_validate(timeout=60)
+
+    answered()
