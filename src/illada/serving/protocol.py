@@ -236,7 +236,7 @@ def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
     place = [part for part in place if part not in ("str", "Decoding")]
     text = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
-        text = f"unknown field {place[-1]!r}: leave it out"
+        text = f"unknown field {str(found['loc'][-1])[:80]!r}: leave it out"
     elif found["type"] == "missing" and place:
         text = f"{place[-1]} is missing"
     elif found["type"] == "json_invalid":
