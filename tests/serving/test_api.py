@@ -1,5 +1,6 @@
 import asyncio
 import json
+import socket
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from illada import GenerationSettings
 from illada.commands.generate import encode_plain, encode_template
 from illada.data.chat import encode_prompt
 from illada.generation import generate, infill
+from illada.serving.answers import EventStream
 from illada.serving.protocol import CompletionRequest
 from illada.serving.settings import ServerSettings
-from illada.serving.worker import Ticket, Worker
+from illada.serving.worker import DrainingError, Ticket, Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -229,6 +231,23 @@ def test_every_step_is_told_to_those_who_ask(server, alone):
     assert len(steps) <= expected.forwards
 
 
+def test_nothing_is_shown_behind_the_end_of_an_answer(serve_model, served_model, build_model, alone):
+    tokenizer = served_model[1]
+    ids = alone(text="one", eos_token_id=None, steps_per_block=2, repetition_penalty=2.0).ids
+    place = next(at for at in range(3, len(ids)) if ids[at] not in ids[:at] and at % 8 not in (0, 7))
+    names = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "pad")}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "eos_token_id": ids[place]}
+    model = build_model(tie=True, seed=3, **shape, **names)
+    with serve_model(model=model, steps_per_block=2, repetition_penalty=2.0) as (address, _):
+        found = events(address, TEXT, prompt="one", diffusion=True, logprobs=1)
+    assert found[-1][1]["choices"][0]["finish_reason"] == "stop"
+    tokens = [e["choices"][0]["logprobs"]["tokens"] for event, e in found if event is None]
+    assert sum(map(len, tokens)) == place
+    last = [data for event, data in found if event == "diffusion"][-1]
+    assert last["states"][place - last["start"]] == "c"
+    assert "".join(last["texts"][place - last["start"] :]) == ""
+
+
 def test_gaps_are_filled_and_shown_in_place(server, served_model):
     model, tokenizer = served_model
     expected = infill(
@@ -399,7 +418,7 @@ def test_keys_bodies_and_origins(serve_model, tmp_path, monkeypatch, caplog):
         for wrong in ("", "Bearer nope", "Bearer", "first", "Basic first"):
             for path in ("/v1/models", "/metrics", "/%761/models", "/v1/nothing"):
                 assert base.get(path, headers={"authorization": wrong}).status_code == 401, (path, wrong)
-        assert base.get("/v1/models").status_code == 401
+        assert base.get("/v1/models").headers["www-authenticate"] == "Bearer"
         assert base.get("/v1/models", headers={"authorization": "bearer first"}).status_code == 200
         assert base.get("/health").status_code == base.get("/").status_code == 200
         for key in ("first", "sécond"):
@@ -437,6 +456,99 @@ class Gate:
         self.reached.set()
         assert self.open.wait(60)
         return self.step()
+
+
+def test_defaults_of_the_server_give_way_to_requests(serve_model):
+    server = ServerSettings(request_timeout=60)
+    with serve_model(server, threshold=0.3, cache="adaptive", refresh_below=0.7) as (address, _):
+        assert post(address, max_tokens=4, decoding={"steps_per_block": 2}).status_code == 200
+        assert post(address, max_tokens=4, decoding={"cache": "prefix"}).status_code == 200
+    with serve_model(ServerSettings(request_timeout=1e-6)) as (address, _):
+        assert post(address, timeout=60).status_code == 504
+
+
+def test_names_of_openais_fields(server):
+    found = post(server, max_completion_tokens=3, messages=[{"role": "developer", "content": "a"}, *HELLO]).json()
+    system = post(server, max_tokens=3, messages=[{"role": "system", "content": "a"}, *HELLO]).json()
+    assert found["usage"] == system["usage"]
+    assert found["usage"]["completion_tokens"] <= 3
+
+
+def test_a_body_that_does_not_come_and_paths_that_are_not_there(server, monkeypatch):
+    monkeypatch.setattr("illada.serving.guard.BODY_SECONDS", 0.05)
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(100)
+    httpx.get(server + "/made-up")
+    counts = httpx.get(server + "/metrics").text
+    assert "made-up" not in counts
+    assert 'route="/v1/completions",status="408"' in counts or 'route="other",status="408"' in counts
+
+
+def test_a_silent_stream_says_that_it_is_there(serve_model, monkeypatch):
+    monkeypatch.setattr("illada.serving.answers.SIGN_OF_LIFE", 0.01)
+    with serve_model() as (address, app):
+        gate = Gate(app)
+        with httpx.stream("POST", address + CHAT, json={"messages": HELLO, "stream": True, "max_tokens": 4}) as answer:
+            lines = answer.iter_lines()
+            assert ": wait" in lines
+            gate.open.set()
+            assert "data: [DONE]" in lines
+
+
+def test_a_client_that_does_not_read_is_left(still, caplog):
+    ticket, _ = still.ticket()
+    call = SimpleNamespace(cancel=lambda: still.cancel(ticket))
+
+    async def endless():
+        while True:
+            yield "data: more"
+
+    async def forever(*_):
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(endless(), call, 0.05)({"type": "http", "asgi": {}}, forever, forever))
+    assert "did not read" in caplog.text
+    assert not still._open
+
+
+def test_when_to_come_back_follows_from_how_fast_answers_end(still):
+    assert still.retry_after() == 1
+    for ends, seconds in (([0.0, 0.1, 0.2], 1), ([0.0, 3.0, 9.0], 5), ([0.0, 4000.0], 60)):
+        still._ends.clear()
+        still._ends.extend(ends)
+        assert still.retry_after() == seconds
+
+
+def test_passes_and_positions_are_counted_once(still):
+    (ticket, _), (other, _) = still.ticket(), still.ticket(guidance_scale=1.0)
+    still.obey()
+    for _ in range(8):
+        still._pass()
+    still.hear()
+    value = still.metrics.registry.get_sample_value
+    assert value("illada_passes_total") == 8
+    assert value("illada_forwards_total") == ticket.row.forwards + other.row.forwards == 8 + 16
+    assert value("illada_positions_total") == ticket.row.positions + other.row.positions
+    assert value("illada_first_commit_seconds_count") == 2
+    assert value("illada_tokens_total") == 16
+
+
+def test_the_end_fails_what_is_under_way(serve_model, served_model):
+    async def end():
+        worker = Worker(*served_model, ServerSettings())
+        await worker.start()
+        news = asyncio.Queue()
+        row = worker.engine.request([1], GenerationSettings(200, 200, eos_token_id=None))
+        worker.submit(Ticket(row, news.put_nowait, 200, False))
+        await worker.close()
+        with pytest.raises(DrainingError):
+            worker.take(1)
+        return await news.get()
+
+    assert asyncio.run(end()).finish == "error"
 
 
 def test_too_many_requests_are_sent_away_and_the_rest_is_served(serve_model):
