@@ -1,7 +1,9 @@
 import asyncio
 import json
+import socket
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -11,7 +13,10 @@ from illada import GenerationSettings
 from illada.commands.generate import encode_plain, encode_template
 from illada.data.chat import encode_prompt
 from illada.generation import generate, infill
+from illada.serving.answers import EventStream
+from illada.serving.protocol import CompletionRequest
 from illada.serving.settings import ServerSettings
+from illada.serving.worker import DrainingError, Ticket, Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -153,6 +158,37 @@ def test_a_stop_string_ends_the_answer_before_it(server, alone):
     assert text == whole[: whole.find(stop)]
 
 
+def test_places_of_streamed_tokens_are_those_in_the_whole_text(server):
+    ask = {"prompt": "one", "logprobs": 1, "decoding": {"repetition_penalty": 2.0}}
+    whole = post(server, TEXT, **ask).json()["choices"][0]
+    long = max(whole["logprobs"]["tokens"][:-1], key=len)
+    assert len(long) > 1
+    # A stop string that may begin inside a token: its text is told before the token.
+    parts = [c for _, e in events(server, TEXT, **ask, stop=[long[-1] + "\0"]) for c in e["choices"]]
+    for name in ("tokens", "text_offset", "token_logprobs"):
+        assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == whole["logprobs"][name]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(server):
+    types = pytest.importorskip("openai.types.chat")
+    message = types.ChatCompletion.model_validate(post(server, max_tokens=4).json()).choices[0].message
+    for given in (message.model_dump(), message.to_dict()):
+        assert post(server, messages=[*HELLO, given, *HELLO], max_tokens=4).status_code == 200
+
+
+def test_a_causal_model_is_served_token_by_token(serve_model, served_model, build_model):
+    tokenizer = served_model[1]
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
+    model = build_model(tie=True, seed=5, vocab_size=len(tokenizer), max_position_embeddings=256, causal=True, **ids)
+    settings = GenerationSettings(max_new_tokens=5, eos_token_id=tokenizer.eos_token_id)
+    expected = generate(model, [encode_plain(tokenizer, "one")], settings, tokenizer=tokenizer)[0]
+    with serve_model(model=model, block_length=32) as (address, _):
+        found = post(address, TEXT, prompt="one", max_tokens=5, logprobs=1).json()
+        assert found["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(expected.log_probs, abs=1e-4)
+        refused = post(address, decoding="fast").json()["error"]["message"]
+        assert "one token at a time" in refused
+
+
 def test_a_stream_gives_the_same_answer_in_order(server):
     whole = post(server, logprobs=True, n=2, temperature=1.5, seed=3).json()
     found = events(server, logprobs=True, n=2, temperature=1.5, seed=3, stream_options={"include_usage": True})
@@ -195,6 +231,23 @@ def test_every_step_is_told_to_those_who_ask(server, alone):
     assert len(steps) <= expected.forwards
 
 
+def test_nothing_is_shown_behind_the_end_of_an_answer(serve_model, served_model, build_model, alone):
+    tokenizer = served_model[1]
+    ids = alone(text="one", eos_token_id=None, steps_per_block=2, repetition_penalty=2.0).ids
+    place = next(at for at in range(3, len(ids)) if ids[at] not in ids[:at] and at % 8 not in (0, 7))
+    names = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "pad")}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "eos_token_id": ids[place]}
+    model = build_model(tie=True, seed=3, **shape, **names)
+    with serve_model(model=model, steps_per_block=2, repetition_penalty=2.0) as (address, _):
+        found = events(address, TEXT, prompt="one", diffusion=True, logprobs=1)
+    assert found[-1][1]["choices"][0]["finish_reason"] == "stop"
+    tokens = [e["choices"][0]["logprobs"]["tokens"] for event, e in found if event is None]
+    assert sum(map(len, tokens)) == place
+    last = [data for event, data in found if event == "diffusion"][-1]
+    assert last["states"][place - last["start"]] == "c"
+    assert "".join(last["texts"][place - last["start"] :]) == ""
+
+
 def test_gaps_are_filled_and_shown_in_place(server, served_model):
     model, tokenizer = served_model
     expected = infill(
@@ -218,6 +271,14 @@ def test_gaps_are_filled_and_shown_in_place(server, served_model):
     assert last["states"].count("c") == 6
     assert last["states"][0] == "f"
     assert found[-1][1]["choices"][0]["fills"] == choice["fills"]
+
+
+def test_gaps_side_by_side_at_the_edges_and_several_times(server):
+    found = post(server, TEXT, prompt="______ two ___", slot_tokens=2, n=2, temperature=1, seed=4).json()
+    assert found["usage"]["completion_tokens"] == 12
+    for choice in found["choices"]:
+        assert len(choice["fills"]) == 3
+    assert found["choices"][0]["fills"] != found["choices"][1]["fills"]
 
 
 def test_a_suffix_is_seen_from_the_start(server, served_model):
@@ -247,6 +308,10 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (CHAT, {"presence_penalty": 0.5}, "presence_penalty is not supported"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs is not supported"),
         (CHAT, {"colour": "red"}, "unknown field 'colour'"),
+        (CHAT, {"x-y": 1}, "unknown field 'x-y'"),
+        (CHAT, {"": 1}, "unknown field ''"),
+        (CHAT, {"str": 1}, "unknown field 'str'"),
+        (CHAT, {"messages": [{**HELLO[0], "tool_calls": [{"id": "a"}]}]}, "unknown field 'tool_calls'"),
         (CHAT, {"temperature": 3}, "temperature"),
         (CHAT, {"temperature": "hot"}, "temperature"),
         (CHAT, {"temperature": float("nan")}, "temperature"),
@@ -260,6 +325,7 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (CHAT, {"decoding": {"threshold": 0.5, "steps_per_block": 2}}, "give one of them"),
         (CHAT, {"decoding": {"steps_per_block": 20}}, "at most block_length 8"),
         (CHAT, {"decoding": {"seed": 3}}, "unknown field 'seed'"),
+        (CHAT, {"decoding": {"a b": 3}}, "unknown field 'a b'"),
         (CHAT, {"decoding": "quick"}, "decoding"),
         (CHAT, {"messages": [{"role": "user", "content": "one " * 400}]}, "the context is 256"),
         (TEXT, {}, "prompt is missing"),
@@ -293,6 +359,13 @@ def test_other_refusals(server):
     assert (broken.status_code, "not JSON" in broken.json()["error"]["message"]) == (400, True)
     deep = httpx.post(server + CHAT, content="[" * 100_000, headers={"content-type": "application/json"})
     assert deep.status_code == 400
+    nested: list[object] = []
+    for _ in range(2000):
+        nested = [nested]
+    with pytest.raises(ValueError, match="nested too deeply"):  # it may just have been read
+        CompletionRequest.model_validate({"prompt": "a", "metadata": {"a": nested}})
+    empty = httpx.post(server + CHAT, headers={"content-type": "application/json"})
+    assert (empty.status_code, empty.json()["error"]["message"]) == (400, "the body is missing")
     assert httpx.get(server + "/nothing").json()["error"]["message"] == "Not Found"
     assert httpx.put(server + CHAT).status_code == 405
     late = post(server, timeout=1e-6)
@@ -342,9 +415,11 @@ def test_keys_bodies_and_origins(serve_model, tmp_path, monkeypatch, caplog):
     )
     with serve_model(settings) as (address, _):
         base = httpx.Client(base_url=address, headers={"host": "b"})
-        for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": "Bearer"}, {"authorization": "first?"}):
-            for path in ("/v1/models", "/metrics"):
-                assert base.get(path, headers=wrong).status_code == 401, (path, wrong)
+        for wrong in ("", "Bearer nope", "Bearer", "first", "Basic first"):
+            for path in ("/v1/models", "/metrics", "/%761/models", "/v1/nothing"):
+                assert base.get(path, headers={"authorization": wrong}).status_code == 401, (path, wrong)
+        assert base.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert base.get("/v1/models", headers={"authorization": "bearer first"}).status_code == 200
         assert base.get("/health").status_code == base.get("/").status_code == 200
         for key in ("first", "sécond"):
             bearer = f"Bearer {key}".encode()
@@ -381,6 +456,99 @@ class Gate:
         self.reached.set()
         assert self.open.wait(60)
         return self.step()
+
+
+def test_defaults_of_the_server_give_way_to_requests(serve_model):
+    server = ServerSettings(request_timeout=60)
+    with serve_model(server, threshold=0.3, cache="adaptive", refresh_below=0.7) as (address, _):
+        assert post(address, max_tokens=4, decoding={"steps_per_block": 2}).status_code == 200
+        assert post(address, max_tokens=4, decoding={"cache": "prefix"}).status_code == 200
+    with serve_model(ServerSettings(request_timeout=1e-6)) as (address, _):
+        assert post(address, timeout=60).status_code == 504
+
+
+def test_names_of_openais_fields(server):
+    found = post(server, max_completion_tokens=3, messages=[{"role": "developer", "content": "a"}, *HELLO]).json()
+    system = post(server, max_tokens=3, messages=[{"role": "system", "content": "a"}, *HELLO]).json()
+    assert found["usage"] == system["usage"]
+    assert found["usage"]["completion_tokens"] <= 3
+
+
+def test_a_body_that_does_not_come_and_paths_that_are_not_there(server, monkeypatch):
+    monkeypatch.setattr("illada.serving.guard.BODY_SECONDS", 0.05)
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(100)
+    httpx.get(server + "/made-up")
+    counts = httpx.get(server + "/metrics").text
+    assert "made-up" not in counts
+    assert 'route="/v1/completions",status="408"' in counts or 'route="other",status="408"' in counts
+
+
+def test_a_silent_stream_says_that_it_is_there(serve_model, monkeypatch):
+    monkeypatch.setattr("illada.serving.answers.SIGN_OF_LIFE", 0.01)
+    with serve_model() as (address, app):
+        gate = Gate(app)
+        with httpx.stream("POST", address + CHAT, json={"messages": HELLO, "stream": True, "max_tokens": 4}) as answer:
+            lines = answer.iter_lines()
+            assert ": wait" in lines
+            gate.open.set()
+            assert "data: [DONE]" in lines
+
+
+def test_a_client_that_does_not_read_is_left(still, caplog):
+    ticket, _ = still.ticket()
+    call = SimpleNamespace(cancel=lambda: still.cancel(ticket))
+
+    async def endless():
+        while True:
+            yield "data: more"
+
+    async def forever(*_):
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(endless(), call, 0.05)({"type": "http", "asgi": {}}, forever, forever))
+    assert "did not read" in caplog.text
+    assert not still._open
+
+
+def test_when_to_come_back_follows_from_how_fast_answers_end(still):
+    assert still.retry_after() == 1
+    for ends, seconds in (([0.0, 0.1, 0.2], 1), ([0.0, 3.0, 9.0], 5), ([0.0, 4000.0], 60)):
+        still._ends.clear()
+        still._ends.extend(ends)
+        assert still.retry_after() == seconds
+
+
+def test_passes_and_positions_are_counted_once(still):
+    (ticket, _), (other, _) = still.ticket(), still.ticket(guidance_scale=1.0)
+    still.obey()
+    for _ in range(8):
+        still._pass()
+    still.hear()
+    value = still.metrics.registry.get_sample_value
+    assert value("illada_passes_total") == 8
+    assert value("illada_forwards_total") == ticket.row.forwards + other.row.forwards == 8 + 16
+    assert value("illada_positions_total") == ticket.row.positions + other.row.positions
+    assert value("illada_first_commit_seconds_count") == 2
+    assert value("illada_tokens_total") == 16
+
+
+def test_the_end_fails_what_is_under_way(serve_model, served_model):
+    async def end():
+        worker = Worker(*served_model, ServerSettings())
+        await worker.start()
+        news = asyncio.Queue()
+        row = worker.engine.request([1], GenerationSettings(200, 200, eos_token_id=None))
+        worker.submit(Ticket(row, news.put_nowait, 200, False))
+        await worker.close()
+        with pytest.raises(DrainingError):
+            worker.take(1)
+        return await news.get()
+
+    assert asyncio.run(end()).finish == "error"
 
 
 def test_too_many_requests_are_sent_away_and_the_rest_is_served(serve_model):
@@ -442,6 +610,136 @@ def test_a_pass_that_fails_fails_its_answers_only(serve_model, caplog):
         with httpx.stream("POST", address + CHAT, json={"messages": HELLO, "stream": True}) as stream:
             assert '"type":"server_error"' in stream.read().decode()
         assert post(address, max_tokens=8).status_code == 200
+
+
+def test_what_nobody_foresaw_is_an_error_as_clients_read_it(serve_model, monkeypatch, caplog):
+    with serve_model() as (address, app):
+
+        def fail(ticket):
+            raise RuntimeError("a secret")
+
+        monkeypatch.setattr(app.state.worker, "submit", fail)
+        answer = post(address)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "secret" not in answer.text
+        assert "a secret" in caplog.text
+        assert "x-frame-options" in answer.headers
+        counts = httpx.get(address + "/metrics").text
+        assert 'illada_requests_total{route="/v1/chat/completions",status="500"} 1.0' in counts
+
+
+def test_requests_that_are_being_encoded_have_a_place_too(serve_model, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        assert go.wait(60)
+        return encode_prompt(*arguments)
+
+    monkeypatch.setattr("illada.serving.api.encode_prompt", slow)
+    with serve_model(ServerSettings(max_requests=1, max_choices=1)) as (address, _):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(post(address, max_tokens=4)))
+        thread.start()
+        assert begun.wait(60)
+        assert post(address, TEXT, prompt="one").status_code == 429
+        go.set()
+        thread.join(60)
+        assert found[0].status_code == 200
+        assert post(address, max_tokens=4).status_code == 200
+
+
+class Still(Worker):
+    """A worker without a thread or a loop, to be moved by hand."""
+
+    def __init__(self, model, tokenizer, server=ServerSettings()):  # noqa: B008
+        super().__init__(model, tokenizer, server)
+        self._loop = SimpleNamespace(call_soon_threadsafe=lambda call, *given: self.hearing.append((call, given)))
+        self.hearing = []
+
+    def ticket(self, limit=8, budget=8, stream=True, watched=False, **settings):
+        news = []
+        values = {"max_new_tokens": budget, "block_length": 8, "eos_token_id": None, **settings}
+        row = self.engine.request([1, 2], GenerationSettings(**values))
+        row.watched = watched
+        ticket = Ticket(row, news.append, limit, stream)
+        self.submit(ticket)
+        return ticket, news
+
+    def obey(self):
+        orders, self._orders = self._orders, []
+        for order in orders:
+            order()
+
+    def hear(self):
+        hearing, self.hearing = self.hearing, []
+        for call, given in hearing:
+            call(*given)
+
+    def counted(self, **labels):
+        return self.metrics.registry.get_sample_value("illada_answers_total", labels)
+
+
+@pytest.fixture
+def still(served_model):
+    return Still(*served_model)
+
+
+def test_leaving_after_a_failure_does_not_end_another_answer(still):
+    lost, heard = still.ticket()
+    still.obey()
+    still._pass()
+    still._fail()
+    still.engine = still._new_engine()
+    _, news = still.ticket()
+    still.cancel(lost)  # before it has heard of the failure
+    still.obey()
+    for _ in range(8):
+        still._pass()
+    still.hear()
+    assert len(heard) == 0
+    assert news[-1].finish == "length"
+    assert not still._open
+    assert not still._live
+
+
+@pytest.mark.parametrize("passes", range(9))
+def test_an_answer_can_be_left_after_any_pass(still, passes):
+    ticket, news = still.ticket(watched=True, cache="prefix", speculate=2)
+    if passes:
+        still.obey()
+    for _ in range(passes):
+        still._pass()
+    for _ in "twice":
+        still.cancel(ticket)
+    still.obey()
+    still._pass()
+    still.hear()
+    assert news == []
+    assert not any((still._open, still._live, still._steps, still.engine.busy))
+    assert len(still.engine.pool.free) == still.engine.pool.pages
+    assert still.counted(how="cancelled") == 1
+
+
+def test_steps_that_wait_for_a_slow_client_hold_their_own_block_only(still):
+    _, news = still.ticket(limit=14, budget=16, watched=True)
+    still.obey()
+    for _ in range(16):
+        still._pass()
+    still.hear()
+    steps = [step for one in news for step in one.steps]
+    assert [step.event.block for step in steps] == [0] * 8 + [8] * (len(steps) - 8)
+    assert {len(step.event.ids) for step in steps} == {8}
+    assert sum(len(one.ids) for one in news) == 14
+
+
+def test_an_answer_that_a_stop_string_ends_is_counted_as_any_other(serve_model):
+    with serve_model(repetition_penalty=2.0) as (address, _):
+        whole = post(address).json()["choices"][0]["message"]["content"]
+        events(address, stop=whole[3:5])
+        lines = dict(line.rsplit(" ", 1) for line in httpx.get(address + "/metrics").text.splitlines())
+        assert lines['illada_answers_total{how="stop"}'] == "1.0"
+        assert lines["illada_answer_seconds_count"] == "2.0"
 
 
 def test_answers_under_way_are_finished_before_the_end(serve_model):

@@ -50,6 +50,13 @@ def test_special_tokens_are_hidden_but_end_an_answer(tiny_tokenizer):
     assert text.stopped
 
 
+def test_a_special_token_hides_itself_only(tiny_tokenizer):
+    part = tiny_tokenizer.encode("é", add_special_tokens=False)[0]
+    ids = [part, tiny_tokenizer.eos_token_id]
+    text = AnswerText(tiny_tokenizer)
+    assert text.add(ids, [0.0, 0.0], last=True)[0] == tiny_tokenizer.decode(ids, skip_special_tokens=True) == "\ufffd"
+
+
 def test_what_may_begin_a_stop_string_is_kept_back(tiny_tokenizer):
     text = AnswerText(tiny_tokenizer, ["ne!"])
     encode = partial(tiny_tokenizer.encode, add_special_tokens=False)

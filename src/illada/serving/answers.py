@@ -40,24 +40,17 @@ class Choice:
     limit: int
     lead: list[int] = field(default_factory=list)
     """Ids of given text that belongs to the answer: what stands before the first slot."""
-    whole: bool = False
-    """Whether this is a text with slots, of which all is the answer."""
+    slot: int = 0
+    """Tokens of each slot where this is a text with slots, of which all is the answer."""
     content: str = ""
     tokens: list[tuple[str, Token]] = field(default_factory=list)
     forwards: int = 0
     finish: str | None = None
 
     def fills(self) -> list[str]:
-        """Return what was written into each gap of a text with slots."""
-        found: list[str] = []
-        gap: list[int] = []
-        for token_id, slot in zip([*self.row.ids_G.tolist(), 0], [*self.row.slot_G.tolist(), False], strict=True):
-            if slot:
-                gap.append(token_id)
-            elif gap:
-                found.append(self.text.show(gap))
-                gap = []
-        return found
+        """Return what was written into each slot of a text."""
+        ids: list[int] = self.row.ids_G[self.row.slot_G].tolist()
+        return [self.text.show(ids[at : at + self.slot]) for at in range(0, len(ids), self.slot)]
 
     def take(self, news: News) -> tuple[str, list[tuple[str, Token]]]:
         """Take news and return what can be told of them: text, and tokens with the text of each."""

@@ -45,8 +45,8 @@ class Given(NamedTuple):
     ids: list[int | None]
     gap: int = 0
     """Tokens of the gap before a suffix."""
-    whole: bool = False
-    """Whether the answer is all of a text, its gaps filled."""
+    slot: int = 0
+    """Tokens of each slot, where the answer is all of a text."""
 
 
 class Api:
@@ -76,7 +76,7 @@ class Api:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="illada-encode")
         eos = model.config.eos_token_id
         self._eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        self._context = model.config.max_position_embeddings
+        self._context, self._causal = model.config.max_position_embeddings, model.config.causal
         self._begun = int(time.time())
 
     def describe(self) -> dict[str, Any]:
@@ -97,10 +97,11 @@ class Api:
         if asked.model not in (None, self.name):
             text = f"there is no model {asked.model[:80]!r} here: leave it out or write {self.name!r}"
             raise HTTPException(404, text)
-        self.worker.take(1)  # before the work of encoding
-        loop = asyncio.get_running_loop()
-        choices, prompt_tokens = await loop.run_in_executor(self._thread, self._choices, asked)
-        seconds = min(asked.timeout or self._server.request_timeout, self._server.request_timeout)
+        end = time.monotonic() + min(asked.timeout or self._server.request_timeout, self._server.request_timeout)
+        with self.worker.entering():
+            loop = asyncio.get_running_loop()
+            choices, prompt_tokens = await loop.run_in_executor(self._thread, self._choices, asked)
+        seconds = end - time.monotonic()
         if self._server.log_prompts:
             log.info("asked %s", asked.model_dump_json(exclude_none=True))
         kind = ChatForm if isinstance(asked, ChatRequest) else TextForm
@@ -158,7 +159,7 @@ class Api:
         if gaps > self._context:
             raise IlladaError(f"the gaps have {gaps} tokens but the context is {self._context}: make them shorter")
         if asked.slot_tokens:
-            return Given(encode_template(self._encoding, prompt, gap), whole=True)
+            return Given(encode_template(self._encoding, prompt, gap), slot=gap)
         assert asked.suffix is not None
         ids: list[int | None] = [*encode_plain(self._encoding, prompt), *[None] * gap]
         ids += self._encoding.encode(asked.suffix, add_special_tokens=False)
@@ -168,10 +169,12 @@ class Api:
     def _choice(self, given: Given, own: GenerationSettings, at: int) -> Choice:
         """Check one answer to be with the engine."""
         engine = self.worker.engine
-        if given.whole or given.gap:
+        if given.slot or given.gap:
             row = engine.request_template(given.ids, replace(own, think_boost=0.0), "the text with its gaps")
-            lead = row.prompt_P.tolist() if given.whole else []
-            return Choice(at, row, AnswerText(self._tokenizer), given.gap or row.budget, lead, given.whole)
+            lead = row.prompt_P.tolist() if given.slot else []
+            return Choice(at, row, AnswerText(self._tokenizer), given.gap or row.budget, lead, given.slot)
+        if self._causal:
+            own = own.left_to_right()
         ids = [token for token in given.ids if token is not None]
         room = self._context - len(ids)
         if room < 1:
@@ -218,20 +221,20 @@ class Api:
         """Return one step as the page draws it: the active block, or the whole of a text with slots."""
         event, row = step.event, choice.row
         start = 0 if row.template else event.block
-        end = min(len(event.ids), choice.limit)
-        slots = row.slot_G[start:end].tolist()
-        committed, confidence = event.committed[start:end], event.confidence[start:end]
+        size = min(len(event.ids), choice.limit - start)
+        slots = row.slot_G[start : start + size].tolist()
+        committed, confidence = event.committed[:size], event.confidence[:size]
         states = "".join(
             "f" if not slot else "c" if sure else "m" if math.isnan(p) else "p"
             for slot, sure, p in zip(slots, committed, confidence, strict=True)
         )
-        ids = [None if state == "m" else i for state, i in zip(states, event.ids[start:end], strict=True)]
+        ids = [None if state == "m" else i for state, i in zip(states, event.ids[:size], strict=True)]
         over = [at for at, i in enumerate(ids) if i in row.settings.eos_ids and states[at] == "c"]
         if over:
             ids[over[0] :] = [None] * (len(ids) - over[0])
         texts = self._pieces(ids)
         confidences = [round(p, 4) if state in "pc" else None for state, p in zip(states, confidence, strict=True)]
-        if choice.whole:
+        if choice.slot:
             texts, states = [self._show(row.prompt_P.tolist()), *texts], "f" + states
             confidences = [None, *confidences]
         return {

@@ -60,7 +60,7 @@ class Form:
                 "index": choice.index,
                 **self.body(choice, choice.content, choice.tokens, chunk=False),
                 "finish_reason": choice.finish,
-                **({"fills": choice.fills()} if choice.whole else {}),
+                **({"fills": choice.fills()} if choice.slot else {}),
             }
             for choice in choices
         ]
@@ -78,7 +78,7 @@ class Form:
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """Return the chunk behind an answer."""
-        fills = {"fills": choice.fills()} if choice.whole else {}
+        fills = {"fills": choice.fills()} if choice.slot else {}
         body = self.body(choice, "", [], chunk=True)
         return self._chunk([{"index": choice.index, **body, "finish_reason": choice.finish, **fills}])
 
@@ -99,7 +99,8 @@ class TextForm(Form):
         """Return text and log-probabilities."""
         if not self.log_probs:
             return {"text": text, "logprobs": None}
-        offset = len(choice.content) - len(text)
+        # Text may be told before the token in which it ends, so places follow from the tokens before.
+        offset = sum(len(piece) for piece, _ in choice.tokens[: len(choice.tokens) - len(tokens)])
         offsets = []
         for piece, _ in tokens:
             offsets.append(offset)

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from illada.serving.metrics import Metrics
 from illada.serving.protocol import error
 from illada.serving.settings import ServerSettings
 
+log = logging.getLogger("illada.serving")
 KEYS_VARIABLE = "ILLADA_API_KEYS"
 BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
@@ -74,8 +76,8 @@ class Guard:
         # Digests have one length, so that comparing takes the same time whatever is sent.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._hosts = {host.lower() for host in server.allowed_hosts}
-        if not self._hosts and _is_loopback(server.host):
-            self._hosts = {"localhost", "127.0.0.1", "::1", server.host}
+        if not self._hosts and _is_loopback(server.host.lower()):
+            self._hosts = {"localhost", "127.0.0.1", "::1", server.host.lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -104,6 +106,12 @@ class Guard:
                 else:
                     receive = _replay(body, receive)
             await (refused or self._app)(scope, receive, send_guarded)
+        except Exception:
+            if status:  # the answer has begun: all that is left is to close the connection
+                raise
+            log.exception("a request failed")
+            text = "the server failed while it answered: try again"
+            await _no(500, text, "server_error")(scope, receive, send_guarded)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -116,8 +124,8 @@ class Guard:
             return _no(400, text, "invalid_request_error")
         path = scope["path"]
         if self._digests and (path.startswith("/v1/") or path == "/metrics") and scope["method"] != "OPTIONS":
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(given.encode("latin-1")).digest()
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            digest = hashlib.sha256((given if scheme.lower() == "bearer" else "").encode("latin-1")).digest()
             if not sum(hmac.compare_digest(digest, known) for known in self._digests):  # always looks at all
                 text = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
                 response = _no(401, text, "authentication_error", "invalid_api_key")

@@ -43,6 +43,9 @@ REASONS = {
     "presence_penalty": "use decoding.repetition_penalty",
 }
 
+EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+"""Fields of an answer that clients send back as they came: null, or an empty list."""
+
 FAST = {"threshold": 0.95, "cache": "adaptive"}
 """What `decoding: "fast"` means, as in `illada eval`."""
 
@@ -103,6 +106,8 @@ class Asked(BaseModel):
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair, which is no character") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         for name, neutral in NEUTRAL.items():
             if name in data and data[name] is not None and data[name] not in neutral:
                 raise ValueError(f"{name} is not supported: {REASONS.get(name, 'leave it out')}")
@@ -173,7 +178,13 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart]
     name: str | None = None
     type: Literal["text", "message"] | None = None
-    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if name not in EMPTY or value not in (None, [])}
 
     def plain(self) -> dict[str, str]:
         """Return the role and content that chat templates know."""
@@ -237,8 +248,8 @@ def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
     text = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
         text = f"unknown field {str(found['loc'][-1])[:80]!r}: leave it out"
-    elif found["type"] == "missing" and place:
-        text = f"{place[-1]} is missing"
+    elif found["type"] == "missing":
+        text = f"{place[-1] if place else 'the body'} is missing"
     elif found["type"] == "json_invalid":
         text, place = f"the body is not JSON: {found.get('ctx', {}).get('error', 'it cannot be read')}", []
     elif place:

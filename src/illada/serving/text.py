@@ -60,7 +60,9 @@ class AnswerText:
             self._pending.append((token_id, log_prob))
             if piece := self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "":
                 if token_id in self._special:
-                    self._hidden.append((len(self._raw), len(self._raw) + len(piece)))
+                    # Before it may stand bytes that it left without the rest of their character.
+                    end = len(self._raw) + len(piece)
+                    self._hidden.append((end - len(self._tokenizer.decode([token_id])), end))
                 self._settle(piece)
         if last:
             # Bytes of a character that was never completed.

@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from illada.generation import Engine, Generation, GenerationSettings, StepEvent
@@ -36,6 +37,7 @@ class Step:
     """What one step made of an answer's active block."""
 
     event: StepEvent
+    """From where the active block begins, or of all of a text with slots."""
     forwards: int
 
 
@@ -75,7 +77,9 @@ class Ticket:
     arrived: float = field(default_factory=time.monotonic)
     begun: bool = False
     seen: int = 0
-    """Tokens told of."""
+    """Tokens that the engine's thread told of."""
+    told: int = 0
+    """Generated ones that arrived in the event loop."""
 
 
 class Worker:
@@ -97,6 +101,7 @@ class Worker:
         self._live: dict[int, Ticket] = {}
         self._steps: dict[int, list[Step]] = defaultdict(list)
         self._open: set[Ticket] = set()
+        self._entering = 0
         self._ends: deque[float] = deque(maxlen=64)
         self._changed = threading.Condition()
         self._orders: list[Callable[[], None]] = []
@@ -128,9 +133,8 @@ class Worker:
         self._thread.start()
 
     def _warm_up(self) -> None:
-        length = min(8, self._model.config.max_position_embeddings)
         engine = Engine(self._model)
-        engine.submit([], GenerationSettings(length, length, steps_per_block=1, eos_token_id=None))
+        engine.submit([0], GenerationSettings(max_new_tokens=1, block_length=1, eos_token_id=None))
         engine.run()
 
     async def close(self) -> None:
@@ -150,8 +154,18 @@ class Worker:
         """
         if self.draining:
             raise DrainingError
-        if len(self._open) + count > self.server.max_requests:
+        if len(self._open) + self._entering + count > self.server.max_requests:
             raise BusyError(self.retry_after())
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """Keep a place for a request while it is encoded; errors as in `take`."""
+        self.take(1)
+        self._entering += 1
+        try:
+            yield
+        finally:
+            self._entering -= 1
 
     def retry_after(self) -> int:
         """Return the seconds in which an answer's place will probably be free, from how fast others ended."""
@@ -168,9 +182,17 @@ class Worker:
     def cancel(self, ticket: Ticket, how: Literal["cancelled", "stop"] = "cancelled") -> None:
         """Forget an answer, if it is under way."""
         if ticket in self._open:
-            self._open.discard(ticket)
-            self.metrics.ended.labels(how).inc()
+            self._end(ticket, how)
             self._order(lambda: self._forget(ticket))
+
+    def _end(self, ticket: Ticket, how: Literal["stop", "length", "cancelled", "error"]) -> None:
+        self._open.discard(ticket)
+        self.metrics.ended.labels(how).inc()
+        now = time.monotonic()
+        self._ends.append(now)
+        if how in ("stop", "length"):
+            self.metrics.whole.observe(now - ticket.arrived)
+            self.metrics.tokens.inc(ticket.told)
 
     def _order(self, action: Callable[[], None]) -> None:
         with self._changed:
@@ -183,12 +205,19 @@ class Worker:
         self._live[self.engine.enter(ticket.row)] = ticket
 
     def _forget(self, ticket: Ticket) -> None:
-        if self._live.pop(ticket.row.index, None) is not None:
+        # After a failure a new engine counts from 0, so that the number alone may be another's.
+        if self._live.get(ticket.row.index) is ticket:
+            del self._live[ticket.row.index]
             self.engine.cancel(ticket.row.index)
             self._steps.pop(ticket.row.index, None)
 
     def _note(self, event: StepEvent) -> None:
-        self._steps[event.row].append(Step(event, self._live[event.row].row.forwards))
+        row = self._live[event.row].row
+        start = 0 if row.template else event.block
+        # A client may read slowly: a whole answer for each of its steps would be quadratic in memory.
+        ids, committed, confidence = event.ids[start:], event.committed[start:], event.confidence[start:]
+        event = replace(event, ids=ids, committed=committed, confidence=confidence)
+        self._steps[event.row].append(Step(event, row.forwards))
 
     def _work(self) -> None:
         while True:
@@ -278,11 +307,7 @@ class Worker:
         for ticket, found in news:
             if ticket not in self._open:  # cancelled meanwhile
                 continue
+            ticket.told += sum(value is not None for value in found.log_probs)
             if found.finish is not None:
-                self._open.discard(ticket)
-                now = time.monotonic()
-                self._ends.append(now)
-                self.metrics.ended.labels(found.finish).inc()
-                self.metrics.whole.observe(now - ticket.arrived)
-                self.metrics.tokens.inc(ticket.seen)
+                self._end(ticket, found.finish)
             ticket.tell(found)
