@@ -336,7 +336,7 @@ def test_the_command_line(run, capsys, tmp_path):
 
 
 def test_an_estimate_counts_every_prediction_and_half_the_pairs(run, model):
-    big = replace(run, training=replace(run.training, samples_per_step=64, samples_per_batch=64))
+    big = replace(run, training=replace(run.training, samples_per_step=8, samples_per_batch=8))
     both = [estimate(replace(big, model=replace(run.model, causal=causal)), gpu="cpu") for causal in (True, None)]
     assert both[0].memory["none"].loss > both[1].memory["none"].loss
     assert both[0].flops_per_token != both[1].flops_per_token
