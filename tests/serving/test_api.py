@@ -169,6 +169,21 @@ def test_places_of_streamed_tokens_are_those_in_the_whole_text(server):
         assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == whole["logprobs"][name]
 
 
+def test_every_object_has_openais_types(server):
+    types, chat = pytest.importorskip("openai.types"), pytest.importorskip("openai.types.chat")
+    ask = {"max_tokens": 4, "logprobs": True, "user": "u", "safety_identifier": "s", "prompt_cache_key": "k"}
+    chat.ChatCompletion.model_validate(post(server, **ask).json(), strict=True)
+    for _, event in events(server, **ask, stream_options={"include_usage": True}):
+        chat.ChatCompletionChunk.model_validate(event, strict=True)
+    whole = post(server, TEXT, prompt="one", max_tokens=4, logprobs=1).json()
+    types.Completion.model_validate(whole, strict=True)
+    parts = [event for _, event in events(server, TEXT, prompt="one", max_tokens=4, logprobs=1)]
+    types.Completion.model_validate(parts[-1], strict=True)  # before the last, finish_reason is null as OpenAI's is
+    assert all(part["choices"][0]["finish_reason"] is None for part in parts[:-1])
+    for model in httpx.get(server + "/v1/models").json()["data"]:
+        types.Model.model_validate(model, strict=True)
+
+
 def test_an_answer_can_be_sent_back_as_it_came(server):
     types = pytest.importorskip("openai.types.chat")
     message = types.ChatCompletion.model_validate(post(server, max_tokens=4).json()).choices[0].message
