@@ -97,6 +97,8 @@ def main() -> None:
     print(f"{given.clients} clients, {run.seconds:.0f} s: {found['sent']} requests, {found['statuses']}")
     print(f"{found['answers_per_second']:.1f} answers/s, {found['tokens_per_second']:.0f} tokens/s")
     print(f"latency {found['latency']}\nfirst committed {found['first_committed']}\nfirst text {found['first_text']}")
+    cpu = found["cpu"]["last"] - found["cpu"]["first"]
+    print(f"server: {cpu / run.seconds:.2f} of a core, {found['statuses']['ok'] / cpu:.1f} requests a second of it")
     print(f"waiting at most {found['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
     print(f"memory {' '.join(f'{size:.1f}' for size in quarters)} MB in each quarter, {growth:+.2f} MB a minute")
     right = {outcome.request.problem: outcome.answer for outcome in alone.outcomes}

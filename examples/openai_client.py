@@ -56,7 +56,8 @@ for chunk in stream:
         continue
     shown = {"m": "░", "p": "({})", "c": "{}", "f": "{}"}
     step = chunk.to_dict()
-    tokens[step["start"] :] = [shown[s].format(t) for s, t in zip(step["states"], step["texts"], strict=True)]
+    new = zip(step["states"], step["texts"], strict=True)
+    tokens[step["start"] :] = [shown[state].format(text) if text or state == "m" else "" for state, text in new]
     print(f"{step['forwards']:3} {''.join(tokens)!r}")
 
 print("\n# An error")

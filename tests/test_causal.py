@@ -76,8 +76,8 @@ def test_logits_are_those_of_transformers_llama(model, llama, kernel, lengths, s
             rows = model(padded, attention_mask=mask).logits
             for row, (start, end) in enumerate(pairwise(ends)):
                 want = llama(ids[None, start:end]).logits[0]
-                torch.testing.assert_close(got[start:end], want, atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(rows[row, : end - start], want, atol=1e-5, rtol=1e-5)
+                for mine in (got[start:end], rows[row, : end - start]):
+                    assert (mine - want).abs().max() <= 1e-5 * want.abs().max()
     finally:
         model.set_attn_implementation("sdpa")
 
@@ -336,7 +336,7 @@ def test_the_command_line(run, capsys, tmp_path):
 
 
 def test_an_estimate_counts_every_prediction_and_half_the_pairs(run, model):
-    big = replace(run, training=replace(run.training, samples_per_step=64, samples_per_batch=64))
+    big = replace(run, training=replace(run.training, samples_per_step=8, samples_per_batch=8))
     both = [estimate(replace(big, model=replace(run.model, causal=causal)), gpu="cpu") for causal in (True, None)]
     assert both[0].memory["none"].loss > both[1].memory["none"].loss
     assert both[0].flops_per_token != both[1].flops_per_token

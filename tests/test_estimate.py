@@ -115,6 +115,19 @@ def test_copies_of_the_weights_leave_fewer_shards():
         estimate(doubled, 3)
 
 
+def test_gathering_once_a_step_keeps_whole_weights_and_gradients():
+    once = recipe("bf16", batch=2)
+    by_block = estimate(once, 2)
+    once.parallel.gather = "step"
+    found = estimate(once, 2)
+    outside = found.parameters - found.parameters_in_blocks
+    a, b = found.memory["none"], by_block.memory["none"]
+    assert a.gathered == pytest.approx(2 * found.parameters_in_blocks + 4 * outside, rel=1e-3)
+    assert (a.gradients, b.gradients) == (4 * found.parameters, 2 * found.parameters)
+    assert a.peak > b.peak
+    assert estimate(once, 8).memory["none"].gradients == found.parameters // 2  # of one pass nothing is kept whole
+
+
 def test_heads_over_processes_leave_each_less_to_keep():
     split = recipe(batch=2)
     split.parallel.tensor = 2

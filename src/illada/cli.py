@@ -276,7 +276,7 @@ def bench_serve(
     """Put load on a server, at several rates and mixes: speed, latency, queue and memory, beside one at a time.
 
     Args:
-        model: model or run folder, or a hub name: served by a process of its own, and compared with.
+        model: model or run folder, or a hub name: served by a process of its own, and a copy here to compare with.
         url: instead, of a server that runs, as http://127.0.0.1:8000, with a key of its in ILLADA_API_KEYS; with
             --model too, that is only compared with.
         mixes: what clients ask for: short, long, mixed, cancels (they go away); all of them by default.

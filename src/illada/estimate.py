@@ -328,11 +328,12 @@ def _rehearse(
         optimizer = _MOMENT_BYTES * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
         shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
-        gathered = (2 if bf16 else 4) * 2 * block + 4 * root if gpus > 1 else 0
+        once = recipe.parallel.gather == "step"
+        gathered = (2 if bf16 else 4) * (blocks if once else 2 * block) + 4 * root if gpus > 1 else 0
         # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
         fixed = (weights + optimizer) // shards + gathered
-        gradients = 4 * count // shards
+        gradients = 4 * count // (1 if once and passes > 1 else shards)
         memory: dict[Checkpointing, Memory] = {}
         for kind in CHECKPOINTING:
             recompute(model, kind)

@@ -148,18 +148,19 @@ def test_the_compiled_form_is_the_reference(build_model):
 
 
 def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, window_size, enable_gqa):
-    """What torch's kernel is documented to do, segment by segment, where the window is everything."""
-    assert window_size == (-1, -1)
+    """What torch's kernel is documented to do, segment by segment."""
     assert (ends_q.dtype, ends_k.dtype) == (torch.int32, torch.int32)
     lengths = [ends.diff().tolist() for ends in (ends_q, ends_k)]
     assert [max(n) for n in lengths] == [most_q, most_k]
     parts = [x.split(n) for x, n in zip((query, key, value), (lengths[0], lengths[1], lengths[1]), strict=True)]
-    return torch.cat(
-        [
-            eager_attention(*(x[None].transpose(1, 2) for x in segment), enable_gqa=enable_gqa)[0].transpose(0, 1)
-            for segment in zip(*parts, strict=True)
-        ]
-    )
+    outputs = []
+    for segment in zip(*parts, strict=True):
+        seen = torch.ones(len(segment[0]), len(segment[1]), dtype=torch.bool)
+        if window_size == (-1, 0):  # causal, the last query beside the last key
+            seen = seen.tril(len(segment[1]) - len(segment[0]))
+        heads = (x[None].transpose(1, 2) for x in segment)
+        outputs.append(eager_attention(*heads, attn_mask=seen, enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypatch):
@@ -169,6 +170,15 @@ def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypat
     monkeypatch.setattr(attention, "varlen_attn", varlen_by_the_book)
     model.set_attn_implementation("varlen")
     agree(generate(model, prompts, MANY_MODES), wanted, MANY_MODES)
+
+
+def test_a_causal_model_in_one_kernel_is_the_same(build_model, monkeypatch):
+    model = build_model(tie=True, seed=3, causal=True)
+    prompts, settings = [[9, *range(n)] for n in (3, 1, 7, 2)], GenerationSettings(max_new_tokens=6, eos_token_id=None)
+    wanted = generate(model, prompts, settings)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_the_book)
+    model.set_attn_implementation("varlen")
+    assert generate(model, prompts, settings) == wanted
 
 
 def test_the_packed_kernel_is_refused_where_there_is_none(build_model):
@@ -187,9 +197,12 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(build_model):
     agree(generate(model.cuda(), prompts, MANY_MODES), wanted, MANY_MODES)
     half = model.to(torch.bfloat16)
     packing, ids = Packing((3, 9, 9, 1)), torch.arange(22, device="cuda")
-    plain_states = half.model.packed(ids, packing)
-    half.set_attn_implementation("varlen")
-    torch.testing.assert_close(half.model.packed(ids, packing), plain_states, atol=0.1, rtol=0.05)
+    for causal in (False, True):
+        half.config.causal = causal
+        half.set_attn_implementation("sdpa")
+        plain_states = half.model.packed(ids, packing)
+        half.set_attn_implementation("varlen")
+        torch.testing.assert_close(half.model.packed(ids, packing), plain_states, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize(("cache", "block", "steps"), [("prefix", 4, 1), ("prefix", 1, None), ("frozen", 12, 1)])

@@ -169,8 +169,9 @@ def test_open_loop_sends_whatever_becomes_of_others(fake):
 def test_metrics_are_watched(fake):
     fake.waiting = 7
     found = drive(fake.url, [ask("hang", hang_up=0.1)]).summary()
-    assert found["memory"] == {"most": 5e6, "last": 5e6}
-    assert found["waiting"] == {"most": 7, "last": 7}
+    assert found["memory"] == {"first": 5e6, "most": 5e6, "last": 5e6}
+    assert found["waiting"] == {"first": 7, "most": 7, "last": 7}
+    assert found["cpu"] is None
 
 
 def test_numbers_worked_out_by_hand():

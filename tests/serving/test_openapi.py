@@ -9,6 +9,7 @@ excluded check; a `timeout` of nearly nothing ends in 504, which counts as a ser
 
 from collections import Counter
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -72,3 +73,23 @@ def test_what_is_read_is_as_documented(document, path):
         case.call_and_validate(timeout=60)
 
     answered()
+
+
+@pytest.mark.parametrize("name", ["x-odd", "two words", "", "1", "\n"])
+def test_a_field_of_any_name_is_refused_by_it(server, name):
+    for place in ({name: 1}, {"decoding": {name: 1}}):
+        response = httpx.post(f"{server}/v1/completions", json={"prompt": "one", **place})
+        assert response.status_code == 400
+        assert f"unknown field {name!r}" in response.json()["error"]["message"]
+
+
+def test_a_failure_of_the_server_itself_has_openais_form(serve_model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    with serve_model() as (url, app):
+        monkeypatch.setattr(app.state.worker, "take", fail)
+        response = httpx.post(f"{url}/v1/completions", json={"prompt": "one"})
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "a bug" not in response.text

@@ -44,9 +44,26 @@ async () => {
     for (let node = one; node; node = node.parentElement) above.unshift(parse(getComputedStyle(node).backgroundColor));
     for (const layer of above) behind = over(layer, behind);
     const [a, b] = [light(over(parse(getComputedStyle(one).color), behind)), light(behind)];
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), `${one.tagName}.${one.className} ${one.textContent}`]);
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), `${one.className}: ${one.textContent}`]);
   }
   return found;
+}
+"""
+
+CONTROLS = """
+() => {
+  const all = [...document.querySelectorAll("button, input, select, textarea")];
+  all.forEach((one, i) => (one.dataset.place = i));
+  const modal = document.querySelector(":modal");
+  const usable = (one) => one.checkVisibility({ visibilityProperty: true }) && !one.disabled;
+  return all.filter((one) => usable(one) && (!modal || modal.contains(one))).map((one) => one.dataset.place);
+}
+"""
+
+FOCUS = """
+() => {
+  const { outlineStyle, outlineWidth } = getComputedStyle(document.activeElement);
+  return [document.activeElement.dataset.place, outlineStyle === "none" ? 0 : parseFloat(outlineWidth)];
 }
 """
 
@@ -210,7 +227,8 @@ def test_a_conversation_and_its_replay(site, visit, size, theme):
     assert tokens.text_content() == final
     shoot(page, f"conversation-{size}-{theme}")
 
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for part in ("html", "main", "footer", ".exchange:last-child .tokens"):
+        assert page.locator(part).evaluate("(one) => one.scrollWidth <= one.clientWidth"), part
     page.get_by_role("button", name="Settings").click()
     shoot(page, f"settings-{size}-{theme}")
     found = page.evaluate(CONTRASTS)
@@ -395,17 +413,11 @@ def test_every_control_is_reached_by_tab(site, visit, size):
     reached = set()
 
     def walk():
-        controls = "button, input, select, textarea"
-        wanted = page.evaluate(f"""() => [...document.querySelectorAll("{controls}")].flatMap((one, i) =>
-            (one.dataset.at = i, one.checkVisibility({{ visibilityProperty: true }}) && !one.disabled
-            && (!document.querySelector(":modal") || one.closest(":modal")) ? [String(i)] : []))""")
+        wanted = page.evaluate(CONTROLS)
         reached.clear()
         for _ in range(len(wanted) + 6):
             page.keyboard.press("Tab")
-            place, ring = page.evaluate("""() => {
-                const style = getComputedStyle(document.activeElement);
-                return [document.activeElement.dataset.at, parseFloat(style.outlineWidth) * (style.outlineStyle !== "none")];
-            }""")
+            place, ring = page.evaluate(FOCUS)
             assert ring >= 1 or place is None  # one sees where one is
             reached.add(place)
         assert set(wanted) <= reached

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import peft  # noqa: F401 - once, not in every process
+import torch.distributed as dist
 
 from illada.errors import IlladaError
 from illada.training import trainer
@@ -62,8 +63,18 @@ def group(world, action, said):
 
 
 def train_and_record(values, folder, rank):
-    """Train, and write a hash of every segment that this process sees: ids, mask and weights, by step."""
+    """Train, and write a hash of every segment that this process sees: ids, mask and weights, by step.
+
+    Also how often weights were gathered, where there was something to gather.
+    """
     noisy_batches, seen = trainer.noisy_batches, defaultdict(list)
+    gather, gathers = dist.all_gather_single, []
+
+    def count(*values, **words):
+        gathers.append(1)
+        return gather(*values, **words)
+
+    dist.all_gather_single = count
 
     def look(plan, size, shards, seed, step, *rest, **words):
         for batch in noisy_batches(plan, size, shards, seed, step, *rest, **words):
@@ -84,6 +95,7 @@ def train_and_record(values, folder, rank):
         print(f"error: {error}")
         sys.exit(2)
     (folder / f"{rank}.json").write_text(json.dumps(seen))
+    (folder / "gathers.txt").write_text(str(len(gathers)))
 
 
 def main():
@@ -101,6 +113,8 @@ def main():
         trained = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         noise = {step: sorted(hashes) for step, hashes in noise.items() if int(step) < trained}
         ends[name] = {"codes": codes, "said": (seen / "said.txt").read_text(), "noise": noise}
+        if (seen / "gathers.txt").exists():
+            ends[name]["gathers"] = int((seen / "gathers.txt").read_text())
     print(json.dumps(ends))
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
+from illada.estimate import estimate
 from illada.model import Packing
 from illada.training import fused, train
 from illada.training.fused import cut_cross_entropy, fuse, use_fp8
@@ -53,7 +54,12 @@ def test_the_interpreter_finds_kernels_equal_to_ours(interpreter, library, tests
     assert all(line.startswith("PASSED") for line in found), interpreter
 
 
-def test_an_fp8_layer_rounds_as_fp8(build_model):
+@pytest.fixture
+def torchao():
+    return pytest.importorskip("torchao.float8")
+
+
+def test_an_fp8_layer_rounds_as_fp8(build_model, torchao):
     model = build_model(tie=True, seed=3, hidden_size=64)
     plain = model.model.layers[0].mlp.up_proj
     use_fp8(model, CPU, emulate=True)
@@ -72,7 +78,7 @@ def test_an_fp8_layer_rounds_as_fp8(build_model):
     assert all(0.02 < error < 0.08 for error in errors[1:]), errors
 
 
-def test_an_fp8_model_is_near_ours_and_has_its_names(build_model):
+def test_an_fp8_model_is_near_ours_and_has_its_names(build_model, torchao):
     results = []
     for fp8, kind in ((False, "none"), (True, "none"), (True, "selective")):
         model = build_model(tie=True, seed=3, initializer_range=0.02).train()
@@ -93,7 +99,7 @@ def test_an_fp8_model_is_near_ours_and_has_its_names(build_model):
     assert torch.equal(again_slope, near_slope)
 
 
-def test_fp8_trains_in_shards_and_its_checkpoints_have_the_same_names(make_recipe, tmp_path):
+def test_fp8_trains_in_shards_and_its_checkpoints_have_the_same_names(make_recipe, tmp_path, torchao):
     emulated = (
         "import sys; from functools import partial; from illada.training import fused\n"
         "fused.use_fp8 = partial(fused.use_fp8, emulate=True)\n"
@@ -193,6 +199,7 @@ def test_auto_takes_what_works_on_a_gpu(build_model, make_recipe, here, works, d
     recipe.parallel.compile = compile
     assert fuse(model, recipe, CUDA) == [f"fused kernels: {said}"]
     assert model.config._attn_implementation == attention
+    assert "varlen" not in model.config.to_json_string()
     assert hasattr(model, "with_liger") == ("liger" in works and not compile)
 
 
@@ -251,7 +258,7 @@ def test_what_excludes_each_other_is_refused(make_recipe, section, values, messa
         recipe.check()
 
 
-def test_fp8_is_refused_where_it_cannot_be(build_model, make_recipe, monkeypatch):
+def test_fp8_is_refused_where_it_cannot_be(build_model, make_recipe, monkeypatch, torchao):
     model, recipe = build_model(tie=True, seed=3), make_recipe(dtype="fp8")
     with pytest.raises(IlladaError, match=r"fp8 needs a GPU of compute capability 8.9 or newer .*: take bf16"):
         fuse(model, recipe, CPU)
@@ -272,11 +279,18 @@ def test_fp8_is_refused_where_it_cannot_be(build_model, make_recipe, monkeypatch
         recipe.check()
 
 
-def test_a_run_may_go_on_with_other_kernels(make_recipe, capsys):
-    recipe = make_recipe(steps=2, checkpoint_every=1)
+def test_a_run_may_go_on_with_other_kernels(make_recipe, capsys, monkeypatch):
+    recipe = make_recipe(steps=2, checkpoint_every=1, dtype="bf16")
     train(recipe)
     recipe.parallel.attention, recipe.parallel.kernels = "sdpa", "plain"
     train(recipe)
     assert "continuing" in capsys.readouterr().err
-    written = (Path(recipe.output) / "model" / "config.json").read_text()
-    assert "varlen" not in written
+    recipe.training.cross_entropy = "cut"  # not to rounding
+    monkeypatch.setattr(fused, "_try_cut", lambda device: None)
+    with pytest.raises(IlladaError, match=r"another recipe \(training\.cross_entropy differ\)"):
+        train(recipe)
+
+
+def test_fp8_is_estimated_as_bf16(make_recipe):
+    half, eighth = (estimate(make_recipe(dtype=dtype), gpu="cpu", vocab_size=64) for dtype in ("bf16", "fp8"))
+    assert eighth.memory == half.memory

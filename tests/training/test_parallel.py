@@ -57,13 +57,15 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     spikes = {"steps": 70, "validate_every": 70, "on_spike": "skip", "spike_deviations": 1.0}
     copies = make(samples_per_step=8, samples_per_batch=1)
     copies.parallel.replicate, copies.parallel.recompute = 2, "selective"
-    nowhere, odd_copies = make(), make()
+    by_block, nowhere, odd_copies = make(samples_per_batch=1), make(), make()
+    copies.parallel.gather = by_block.parallel.gather = "block"  # as on GPUs
     nowhere.data.train, odd_copies.parallel.replicate = "nowhere", 3
     runs = {
         "1": (1, make()),
         "1, 4 passes": (1, make(samples_per_batch=1)),
         "2": (2, make()),
         "2, 2 passes": (2, make(samples_per_batch=1)),
+        "2, 2 passes by block": (2, by_block),
         "3": (3, make()),
         "4": (4, make()),
         "8 windows on 1": (1, make(samples_per_step=8)),
@@ -84,8 +86,11 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     wrong = ("nowhere", "odd copies")
     for name, end in ends.items():
         assert end["codes"] == [2 if name in wrong else 0] * runs[name][0], (name, end["said"])
-    for name in ("1, 4 passes", "2", "2, 2 passes", "3", "4"):
+    for name in ("1, 4 passes", "2", "2, 2 passes", "2, 2 passes by block", "3", "4"):
         assert_same_run(tmp_path, ends, name, "1")
+    # Two blocks, and all else, in each of five steps and two validations.
+    assert ends["2, 2 passes"]["gathers"] == (2 + 1) * (5 + 2)
+    assert ends["2, 2 passes by block"]["gathers"] > 2 * ends["2, 2 passes"]["gathers"]
     assert_same_run(tmp_path, ends, "8 windows on 4, 2 copies, 2 passes", "8 windows on 1")
     for name in ("5 windows on 2, 3 passes", "5 windows on 4"):
         assert_same_run(tmp_path, ends, name, "5 windows on 1")
@@ -174,7 +179,7 @@ def test_tuning_is_the_same_run_too(make_recipe, tmp_path):
     runs = {}
     for rule in ("illada", "llada"):
         tune = partial(make_recipe, "", "chat", start=base, steps=4, rule=rule, learning_rate=1e-3)
-        adapters = [tune(), tune()]
+        adapters = [tune(), tune(samples_per_batch=1)]
         for recipe in adapters:
             recipe.lora.rank = 2
         runs |= {

@@ -30,7 +30,11 @@ PATIENCE = 600.0
 """Seconds after which a client gives up an answer."""
 WATCH_EVERY = 0.5
 """Seconds between two looks at the server's /metrics."""
-GAUGES = {"memory": "process_resident_memory_bytes", "waiting": "illada_waiting"}
+GAUGES = {
+    "memory": "process_resident_memory_bytes",
+    "waiting": "illada_waiting",
+    "cpu": "process_cpu_seconds_total",
+}
 """What is watched, and its name in /metrics."""
 DONE, DIFFUSION = b"data: [DONE]", b"event: diffusion"
 
@@ -98,7 +102,7 @@ class Run:
         }
         for name in GAUGES:
             values = [sample[name] for sample in self.watched if name in sample]
-            found[name] = {"most": max(values), "last": values[-1]} if values else None
+            found[name] = {"first": values[0], "most": max(values), "last": values[-1]} if values else None
         return found
 
 
@@ -191,7 +195,19 @@ async def _drive(
         while now() < seconds and (request := next(left, None)) is not None:
             await one(request, now())
 
-    watcher = asyncio.create_task(_watch(session, url, found, now)) if watch else None
+    async def look() -> None:
+        values = await _gauges(session, url)
+        found.watched.append({"at": now(), **values})
+
+    async def keep_looking() -> None:
+        while True:
+            await asyncio.sleep(WATCH_EVERY)
+            await look()
+
+    if watch:
+        await look()
+        started = time.perf_counter()
+    watcher = asyncio.create_task(keep_looking()) if watch else None
     async with asyncio.TaskGroup() as group:
         if arrivals is None:
             for _ in range(clients or 1):
@@ -206,21 +222,20 @@ async def _drive(
     if watcher is not None:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
+        await look()
     return found
 
 
-async def _watch(session: "ClientSession", url: str, found: Run, now: Callable[[], float]) -> None:
+async def _gauges(session: "ClientSession", url: str) -> dict[str, float]:
+    """Return the server's `GAUGES`, those that it tells."""
     import aiohttp
 
-    while True:
-        try:
-            async with session.get(f"{url}/metrics") as response:
-                text = await response.text() if response.status == 200 else ""
-        except aiohttp.ClientError:
-            text = ""
-        values = {name: value for name, gauge in GAUGES.items() if (value := _gauge(text, gauge)) is not None}
-        found.watched.append({"at": now(), **values})
-        await asyncio.sleep(WATCH_EVERY)
+    try:
+        async with session.get(f"{url}/metrics") as response:
+            text = await response.text() if response.status == 200 else ""
+    except aiohttp.ClientError:
+        text = ""
+    return {name: value for name, gauge in GAUGES.items() if (value := _gauge(text, gauge)) is not None}
 
 
 def _gauge(text: str, name: str) -> float | None:

@@ -70,6 +70,8 @@ class Alone:
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     """Of each problem, one for each time that it was answered."""
+    cpu_seconds: float = 0.0
+    """Of all these together: processor time, which other work on the machine hardly changes."""
     tokens: int = 0
 
     @property
@@ -213,6 +215,8 @@ def _work(
         if budget not in samplers:
             exact = settings_for(model, GenerationSettings(max_new_tokens=budget, block_length=block))
             samplers[budget] = [plain_sampler(model, exact), *outside_samplers(outside, model, exact)]
+            for sampler in samplers[budget]:
+                sampler.answer([ids])  # the first time is not measured
         work.append((ids, samplers[budget]))
     return work
 
@@ -221,10 +225,11 @@ def _answer_alone(work: Work, alone: dict[str, Alone]) -> None:
     """Answer every problem by every sampler, one after the other, and add what it took."""
     for number, (ids, samplers) in enumerate(work):
         for sampler in samplers:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             (answer,) = sampler.answer([ids])
             found = alone.setdefault(sampler.name, Alone())
             found.seconds.setdefault(number, []).append(time.perf_counter() - started)
+            found.cpu_seconds += time.process_time() - cpu_started
             found.tokens += len(answer.ids)
 
 
@@ -257,7 +262,8 @@ def _load_of_mix(name: str, url: str, problems: list[Request], work: Work, plan:
 
     for clients in plan.clients:
         load(clients, None)
-    most = max(row["answers_per_second"] for row, _ in runs)
+    if not (most := max(row["answers_per_second"] for row, _ in runs)):
+        raise IlladaError(f"{url} answered nothing of mix {name} under load: {runs[-1][0]['statuses']}")
     rates = plan.rates or [share * most for share in SHARES_OF_MOST]
     if alone and not plan.rates:
         rates = sorted([*rates, SHARE_OF_ALONE * alone[PLAIN].answers_per_second])
@@ -286,11 +292,16 @@ def _beside(row: dict[str, Any], run: Run, alone: Alone) -> dict[str, Any]:
     Under a rate the latencies are those of a queue with one worker, given the same arrivals and the measured times.
     """
     spent = sum(sum(each) for each in alone.seconds.values())
+    answers, cpu = sum(map(len, alone.seconds.values())), row["cpu"]
     found: dict[str, Any] = {
         "answers_per_second": alone.answers_per_second,
         "tokens_per_second": alone.tokens / spent,
-        "times": row["answers_per_second"] / alone.answers_per_second if row["rate"] is None else None,
+        "answers_per_cpu_second": answers / alone.cpu_seconds,
+        "times": row["answers_per_second"] / alone.answers_per_second,
     }
+    if cpu is not None and cpu["last"] > cpu["first"]:
+        served = row["statuses"].get("ok", 0) / (cpu["last"] - cpu["first"])
+        found["cpu_times"] = served / found["answers_per_cpu_second"]
     if row["rate"] is not None:
         services = alone.services
         due = [outcome.due for outcome in run.outcomes]
@@ -313,7 +324,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['mix']}, {row['load']}",
                 f"{row['answers_per_second']:.1f}",
                 f"{row['tokens_per_second']:.1f}",
-                *(f"{found['times']:.2f}" if found.get("times") else "" for found in alone),
+                *(_times(found) if row["rate"] is None else "" for found in alone),
                 *(_shown(row[name], "p50") for name in ("first_committed", "first_text", "latency")),
                 *(_shown(row["latency"], name) for name in ("p90", "p99")),
                 *(f"{_shown(found.get('latency'), 'p50', 'p99')}" for found in alone),
@@ -329,11 +340,16 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"Seconds; at most {arguments['requests']} requests and {arguments['seconds']:g} s for each row. Committed "
             "and text: until the first token is committed and until the first text comes, of answers that stream. "
-            "One at a time: the same problems without a server; under a rate, a queue before one worker with the same "
-            "arrivals. "
+            "×: answers a second against one at a time (in brackets: against processor time, the server's whole "
+            "process); under a rate, one at a time is a queue before one worker with the same arrivals. "
             f"{environment['device']}, {environment['cores']} cores, commit {environment['commit'] or 'unknown'}.",
         ]
     )
+
+
+def _times(found: dict[str, Any]) -> str:
+    cpu = f" ({found['cpu_times']:.2f})" if "cpu_times" in found else ""
+    return f"{found['times']:.2f}{cpu}" if found else ""
 
 
 def _shown(values: dict[str, float] | None, *names: str) -> str:
@@ -367,7 +383,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     (many, late), (queue, memory) = figure.subplots(2, 2)
-    many.set(xlabel="clients", ylabel="answers per second", xscale="log", ylim=(0, None))
+    many.set(xlabel="clients", ylabel="answers per second", xscale="log")
     late.set(xlabel="requests per second", ylabel="latency, s: p50 to p99", xscale="log", yscale="log")
     queue.set(xlabel="seconds of load", ylabel="requests waiting")
     memory.set(xlabel="seconds of load", ylabel="server's resident memory, MB")
@@ -396,6 +412,11 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
     for style, name in zip((":", "--", "-."), dict.fromkeys(n for row in rows for n in row["alone"]), strict=False):
         many.plot([], [], style, color=MUTED, label=f"one at a time: {name}")
     many.legend(frameon=False, fontsize=8)
+    for axes, marks in ((many, "clients"), (late, "rate")):
+        axes.set_xticks(ticks := sorted({row[marks] for row in rows if row[marks]}), [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
+    for axes in (many, queue, memory):
+        axes.set_ylim(0)
     for axes in (many, late, queue, memory):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()

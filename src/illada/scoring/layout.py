@@ -87,12 +87,13 @@ def checked_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context
         IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary;
             when a context is empty and the model causal.
     """
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    config = model.config
+    context, vocabulary = config.max_position_embeddings, config.vocab_size
     scored = []
     for i, (left, candidate) in enumerate(pairs):
         if not len(candidate):
             raise IlladaError(f"candidate {i} has no tokens: there is nothing to score")
-        if model.config.causal and not len(left):
+        if config.causal and not len(left):
             raise IlladaError(f"pair {i} has no context: a causal model needs a token before the candidate, e.g. BOS")
         ids = np.array([*left, *candidate, *right_context], dtype=np.int64)
         if len(ids) > context:

@@ -169,5 +169,6 @@ def _add_refusals(app: FastAPI) -> None:
         return JSONResponse(body, 504, {"x-should-retry": "false"})
 
     @on(LostError)
-    async def lost(_: Request, __: LostError) -> Response:
+    @on(Exception)
+    async def lost(_: Request, __: Exception) -> Response:
         return JSONResponse(error("the server failed while it answered: try again", "server_error"), 500)

@@ -182,7 +182,7 @@ def _start_ray(ray: ModuleType, copies: Copies, device: str) -> dict[str, float]
         # "local" never joins a cluster that happens to run here.
         ray.init(copies.cluster or "local", logging_level=logging.WARNING, **({} if copies.cluster else own))
     except Exception as error:  # its own errors have no base class
-        where = copies.cluster or "on this machine"
+        where = f"at {copies.cluster} (is RAY_AUTH_MODE=token missing?)" if copies.cluster else "on this machine"
         raise IlladaError(f"Ray cannot be used {where}: {_last_line(str(error))}") from error
     if there := ", ".join(ray.serve.status().applications):
         raise IlladaError(f"Ray Serve already runs {there} at {copies.cluster}: end it, or use a cluster of its own")
@@ -191,7 +191,7 @@ def _start_ray(ray: ModuleType, copies: Copies, device: str) -> dict[str, float]
     cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device == "cpu" or not gpus:
         # Ray lets torch take as many threads. How a cluster's cores lie on machines is not known.
-        return {"num_cpus": 1 if copies.cluster else cores // copies.most or cores / copies.most}
+        return {"num_cpus": 1 if copies.cluster else cores // copies.most or cores * 100 // copies.most / 100}
     if gpus < copies.most:
         raise IlladaError(f"{copies.most} replicas need {copies.most} GPUs and there are {gpus}: start fewer")
     return {"num_cpus": 1, "num_gpus": 1}

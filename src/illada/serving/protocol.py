@@ -249,7 +249,7 @@ def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
     place = [part for part in place if part not in ("str", "Decoding")]
     text = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
-        text = f"unknown field {found['loc'][-1]!r}: leave it out"
+        text = f"unknown field {str(found['loc'][-1])[:80]!r}: leave it out"
     elif found["type"] == "missing":
         text = f"{place[-1] if place else 'the body'} is missing"
     elif found["type"] == "json_invalid":

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "training.device",
     "parallel.replicate",
     "parallel.tensor",
+    "parallel.gather",
     "parallel.recompute",
     "parallel.compile",
     "parallel.attention",

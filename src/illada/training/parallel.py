@@ -150,6 +150,8 @@ class Objective(nn.Module):
         self.model = model
         self.device, self.dtype = device, dtype
         self.cross_entropy = cut_cross_entropy if cross_entropy == "cut" else chunked_cross_entropy
+        self.gathers_once = False
+        """In a step, not in every pass (parallel.gather)."""
 
     def forward(
         self,
@@ -170,7 +172,8 @@ class Objective(nn.Module):
 def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -> Objective:
     """Move the model to its device, in shards when there are several processes; returns its loss.
 
-    Each block is gathered when it is needed and let go after; embedding, head and last norm are gathered once a pass.
+    Each block is gathered when it is needed and let go after, or all of them for a whole step (parallel.gather);
+    embedding, head and last norm are gathered once a pass.
     Masters and sums of gradients are fp32. Under bf16 the blocks travel and compute in it, the residual stream and what
     is not in a block stay fp32, as under autocast in one process (only the gains of the norms are rounded besides).
     Under fp8 they travel in bf16 as well.
@@ -205,7 +208,10 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    objective.gathers_once = settings.gather == "step" or (settings.gather == "auto" and processes.device.type == "cpu")
     for module in _sharded(objective):
+        if objective.gathers_once:
+            module.set_reshard_after_forward(False, recurse=False)
         # Each share of the loss is divided by the tokens of the whole step already, so gradients are summed.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -248,8 +254,11 @@ def recompute(model: IlladaForMaskedLM, kind: Literal["none", "selective", "full
 
 
 def before_pass(objective: Objective, last: bool) -> None:
-    """Prepare a pass; gradients of copies (parallel.replicate) are added up in the last pass of a step only."""
+    """Prepare a pass: what happens once in a step happens in its last, as the sum over copies (parallel.replicate)."""
     if isinstance(objective, FSDPModule):
+        if objective.gathers_once:
+            objective.set_requires_gradient_sync(last)
+            objective.set_reshard_after_backward(last)
         objective.set_requires_all_reduce(last)
         objective.set_is_last_backward(last)
 

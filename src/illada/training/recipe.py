@@ -100,6 +100,9 @@ class ParallelRecipe:
             node where nodes are connected more slowly than the GPUs inside them.
         tensor: neighbouring processes that share the heads and SwiGLU of every block and compute the same windows; for
             blocks too wide for one GPU, within one node only.
+        gather: when weights are brought together and gradients added up: "block": a block at a time in every pass;
+            "step": once in a step, which keeps all weights and the sums of all gradients in every process meanwhile,
+            and wins where passes are many or connections slow; "auto": step on CPUs, block on GPUs.
         recompute: what is computed again in the backward pass instead of kept: "full": each block, a third more time;
             "selective": all but matrix products and attention.
         compile: fuse what lies around attention in every block (torch.compile); the first step takes a minute.
@@ -111,6 +114,7 @@ class ParallelRecipe:
 
     replicate: int = 1
     tensor: int = 1
+    gather: Literal["auto", "block", "step"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     attention: Literal["auto", "sdpa", "varlen"] = "auto"

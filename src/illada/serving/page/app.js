@@ -156,12 +156,12 @@ async function answer(exchange) {
 
 function counted(tokens, forwards, seconds, reason) {
   if (!forwards) return reason === "stopped" ? "stopped before the first step" : "";
-  const ended = { length: "stopped at the most tokens", stopped: "stopped by you", "broken off": "broken off" }[reason];
+  const ended = { length: "reached the most tokens", stopped: "stopped by you", "broken off": "broken off" }[reason];
   return [
     `${tokens} tokens`,
     `${forwards} forwards`,
     `${(tokens / forwards).toFixed(2)} tokens per forward`,
-    `${seconds.toFixed(1)} s`,
+    `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`,
     `${Math.round(tokens / seconds)} tokens/s`,
     ...(ended ? [ended] : []),
   ].join(" · ");
