@@ -354,6 +354,7 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (TEXT, {"prompt": "a", "slot_tokens": 2}, "no ___"),
         (TEXT, {"prompt": "___" * 90, "slot_tokens": 3}, "the gaps have 270 tokens"),
         (TEXT, {"prompt": "a ___", "slot_tokens": 2, "stop": "x"}, "stop does nothing"),
+        (TEXT, {"prompt": "a ___", "slot_tokens": 2, "max_tokens": 9}, "max_tokens does nothing"),
         (TEXT, {"prompt": ["a"] * 300}, "300 answers"),
         (TEXT, {"prompt": "a", "logprobs": 5}, "logprobs"),
     ],
@@ -385,6 +386,7 @@ def test_other_refusals(server):
     assert (empty.status_code, empty.json()["error"]["message"]) == (400, "the body is missing")
     assert httpx.get(server + "/nothing").json()["error"]["message"] == "Not Found"
     assert httpx.put(server + CHAT).status_code == 405
+    assert httpx.get(server + "/v1/models/", headers={"host": "localhost"}).status_code == 404  # no redirect
     late = post(server, timeout=1e-6)
     assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout")
     assert late.headers["x-should-retry"] == "false"
