@@ -87,7 +87,7 @@ def run_on_ray(stages: "Sequence[Stage]", log: Path, workers: int, memory_gb: in
                 try:
                     ray.init(address="auto", **options)
                 except ConnectionError:
-                    ray.init(num_cpus=workers, include_dashboard=False, **options)
+                    ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
             except Exception as error:  # bare ones too
                 raise IlladaError(
                     f"Ray cannot be used here ({first_line(error)}): check RAY_ADDRESS, or use executor local"
