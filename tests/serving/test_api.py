@@ -1,4 +1,5 @@
 import asyncio
+import copy
 import json
 import socket
 import threading
@@ -13,10 +14,11 @@ from illada import GenerationSettings
 from illada.commands.generate import encode_plain, encode_template
 from illada.data.chat import encode_prompt
 from illada.generation import generate, infill
-from illada.serving.answers import EventStream
+from illada.serving.answers import Call, Choice, EventStream
 from illada.serving.protocol import CompletionRequest
 from illada.serving.settings import ServerSettings
-from illada.serving.worker import DrainingError, Ticket, Worker
+from illada.serving.text import AnswerText
+from illada.serving.worker import DrainingError, News, Ticket, Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -167,6 +169,21 @@ def test_places_of_streamed_tokens_are_those_in_the_whole_text(server):
     parts = [c for _, e in events(server, TEXT, **ask, stop=[long[-1] + "\0"]) for c in e["choices"]]
     for name in ("tokens", "text_offset", "token_logprobs"):
         assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == whole["logprobs"][name]
+
+
+def test_every_object_has_openais_types(server):
+    types, chat = pytest.importorskip("openai.types"), pytest.importorskip("openai.types.chat")
+    ask = {"max_tokens": 4, "logprobs": True, "user": "u", "safety_identifier": "s", "prompt_cache_key": "k"}
+    chat.ChatCompletion.model_validate(post(server, **ask).json(), strict=True)
+    for _, event in events(server, **ask, stream_options={"include_usage": True}):
+        chat.ChatCompletionChunk.model_validate(event, strict=True)
+    whole = post(server, TEXT, prompt="one", max_tokens=4, logprobs=1).json()
+    types.Completion.model_validate(whole, strict=True)
+    parts = [event for _, event in events(server, TEXT, prompt="one", max_tokens=4, logprobs=1)]
+    types.Completion.model_validate(parts[-1], strict=True)  # before the last, finish_reason is null as OpenAI's is
+    assert all(part["choices"][0]["finish_reason"] is None for part in parts[:-1])
+    for model in httpx.get(server + "/v1/models").json()["data"]:
+        types.Model.model_validate(model, strict=True)
 
 
 def test_an_answer_can_be_sent_back_as_it_came(server):
@@ -337,6 +354,7 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (TEXT, {"prompt": "a", "slot_tokens": 2}, "no ___"),
         (TEXT, {"prompt": "___" * 90, "slot_tokens": 3}, "the gaps have 270 tokens"),
         (TEXT, {"prompt": "a ___", "slot_tokens": 2, "stop": "x"}, "stop does nothing"),
+        (TEXT, {"prompt": "a ___", "slot_tokens": 2, "max_tokens": 9}, "max_tokens does nothing"),
         (TEXT, {"prompt": ["a"] * 300}, "300 answers"),
         (TEXT, {"prompt": "a", "logprobs": 5}, "logprobs"),
     ],
@@ -368,6 +386,7 @@ def test_other_refusals(server):
     assert (empty.status_code, empty.json()["error"]["message"]) == (400, "the body is missing")
     assert httpx.get(server + "/nothing").json()["error"]["message"] == "Not Found"
     assert httpx.put(server + CHAT).status_code == 405
+    assert httpx.get(server + "/v1/models/", headers={"host": "localhost"}).status_code == 404  # no redirect
     late = post(server, timeout=1e-6)
     assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout")
     assert late.headers["x-should-retry"] == "false"
@@ -731,6 +750,24 @@ def test_steps_that_wait_for_a_slow_client_hold_their_own_block_only(still):
     assert [step.event.block for step in steps] == [0] * 8 + [8] * (len(steps) - 8)
     assert {len(step.event.ids) for step in steps} == {8}
     assert sum(len(one.ids) for one in news) == 14
+    assert not any((still._open, still._live, still._steps, still.engine.busy))
+
+
+def test_a_stop_string_ends_an_answer_before_the_engine_sees_it(still, served_model):
+    tokenizer = served_model[1]
+    ids = tokenizer.encode("one two", add_special_tokens=False)
+    row = still.engine.request([1], GenerationSettings(8, 8, eos_token_id=None, stop=("tw",)))
+
+    async def follow():
+        choices = [Choice(at, copy.copy(row), AnswerText(tokenizer, ("tw",)), 8) for at in range(2)]
+        call = Call(still, choices, True, 60.0)
+        for ticket in call._tickets.values():
+            ticket.tell(News(ids, [0.0] * len(ids), 1, []))
+        await call.finish()
+        assert [(choice.content, choice.finish) for choice in choices] == [("one ", "stop")] * 2
+
+    asyncio.run(follow())
+    assert (still.counted(how="stop"), still.counted(how="cancelled")) == (2, None)
 
 
 def test_an_answer_that_a_stop_string_ends_is_counted_as_any_other(serve_model):

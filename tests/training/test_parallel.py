@@ -172,6 +172,10 @@ def test_what_wants_whole_matrices_refuses_parts_of_heads(make_recipe):
         recipe.parallel.tensor = 2
         with pytest.raises(IlladaError, match=f"^{what} wants whole matrices: take parallel.tensor 1$"):
             recipe.check()
+    compiled = make_recipe()
+    compiled.parallel.compile, compiled.parallel.tensor = True, 2
+    with pytest.raises(IlladaError, match=r"^parallel.compile and parallel.tensor do not go together"):
+        compiled.check()
 
 
 def test_tuning_is_the_same_run_too(make_recipe, tmp_path):

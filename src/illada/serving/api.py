@@ -152,6 +152,8 @@ class Api:
             raise IlladaError("gaps can be filled in text only: give the prompt as text")
         if asked.stop is not None:
             raise IlladaError("stop does nothing where gaps are filled: leave it out")
+        if asked.slot_tokens and asked.max_tokens is not None:
+            raise IlladaError("max_tokens does nothing beside slot_tokens: leave it out")
         if asked.suffix and asked.max_tokens is None:
             raise IlladaError("suffix needs max_tokens: the number of tokens between the prompt and it")
         gap = asked.slot_tokens or asked.max_tokens or 0

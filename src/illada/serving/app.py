@@ -81,6 +81,7 @@ def create_app(
         description="OpenAI's chat and completion API for masked diffusion language models (docs/serving.md).",
         docs_url=None,  # they would load scripts of others
         redoc_url=None,
+        redirect_slashes=False,  # to an address of the client's choice
         lifespan=lifespan,
         responses=REFUSALS,
     )

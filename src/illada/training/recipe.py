@@ -339,5 +339,7 @@ class Recipe:
         for what, wanted in whole.items():
             if wanted and self.parallel.tensor > 1:
                 raise IlladaError(f"{what} wants whole matrices: take parallel.tensor 1")
+        if self.parallel.compile and self.parallel.tensor > 1:
+            raise IlladaError("parallel.compile and parallel.tensor do not go together: take one of them")
         if training.decay_when == "plateau" and data.validation is None:
             raise IlladaError("training.decay_when plateau needs data.validation")
