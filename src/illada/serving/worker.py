@@ -1,8 +1,10 @@
 """The thread that owns the engine: requests go in from the event loop, news of their answers comes back to it."""
 
 import asyncio
+import ctypes
 import logging
 import math
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -18,6 +20,17 @@ from illada.serving.metrics import Metrics
 from illada.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
+
+
+TRIM_SECONDS = 5.0
+"""Of work between two returns of freed memory to the system."""
+
+
+def _give_back_memory() -> None:
+    """Return what is free inside glibc's heaps: passes of ever other sizes leave holes that would add up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class DrainingError(Exception):
@@ -220,6 +233,7 @@ class Worker:
         self._steps[event.row].append(Step(event, row.forwards))
 
     def _work(self) -> None:
+        trimmed = time.monotonic()
         while True:
             with self._changed:
                 while not (self._orders or self.engine.busy or self._closing):
@@ -233,6 +247,9 @@ class Worker:
                     self._fail()
                     return
                 self._pass()
+                if time.monotonic() - trimmed > TRIM_SECONDS:
+                    _give_back_memory()
+                    trimmed = time.monotonic()
             except Exception:
                 # Whatever went wrong (memory, a kernel), the requests under way are lost and the server goes on.
                 log.exception("a forward pass failed; the answers under way are given up")
