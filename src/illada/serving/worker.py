@@ -22,8 +22,8 @@ from illada.serving.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 
-TRIM_SECONDS = 5.0
-"""Of work between two returns of freed memory to the system."""
+TRIM_SECONDS = 1.0
+"""Of work between two returns of freed memory to the system, each of about 10 ms."""
 
 
 def _give_back_memory() -> None:
