@@ -103,6 +103,8 @@ def test_the_word_exact_undoes_what_the_server_was_started_with(serve_model, alo
     with serve_model(threshold=0.3, cache="prefix") as (address, _):
         usual = post(address, max_tokens=16).json()["usage"]["forwards"]
         exact = post(address, max_tokens=16, decoding="exact").json()["usage"]["forwards"]
+        undone = {"threshold": None, "cache": None}
+        assert post(address, max_tokens=16, decoding=undone).json()["usage"]["forwards"] == exact
     assert exact == alone(max_new_tokens=16).forwards > usual
 
 
@@ -369,7 +371,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(server, path, body, said):
 
 
 def test_other_refusals(server):
-    assert post(server, model="gpt").status_code == 404
+    for unknown in (post(server, model="gpt"), httpx.get(server + "/v1/models/gpt")):
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert post(server, model="tiny", max_tokens=8).status_code == 200
     text = httpx.post(server + CHAT, content="{}", headers={"content-type": "text/plain"})
     assert (text.status_code, text.json()["error"]["type"]) == (415, "invalid_request_error")

@@ -22,6 +22,13 @@ READING = 30.0
 """Seconds beyond an answer's time in which a client may read the last of its stream."""
 
 
+class UnknownModelError(Exception):
+    """A request for a model that is not served."""
+
+    def __init__(self, asked: str, served: str):
+        super().__init__(f"there is no model {asked[:80]!r} here, only {served!r}")
+
+
 class TimeoutPassedError(Exception):
     """An answer was not finished in time."""
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 
 from illada.commands.generate import SLOT_SIGN, encode_plain, encode_template
 from illada.data.chat import encode_prompt
@@ -28,6 +27,7 @@ from illada.serving.answers import (
     EventStream,
     LostError,
     TimeoutPassedError,
+    UnknownModelError,
     unless_gone,
 )
 from illada.serving.forms import ChatForm, Form, TextForm, usage
@@ -95,8 +95,7 @@ class Api:
     async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         """Answer a request of either kind."""
         if asked.model not in (None, self.name):
-            text = f"there is no model {asked.model[:80]!r} here: leave it out or write {self.name!r}"
-            raise HTTPException(404, text)
+            raise UnknownModelError(asked.model, self.name)
         end = time.monotonic() + min(asked.timeout or self._server.request_timeout, self._server.request_timeout)
         with self.worker.entering():
             loop = asyncio.get_running_loop()

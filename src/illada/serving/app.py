@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from illada.errors import IlladaError
 from illada.generation import GenerationSettings
 from illada.model import IlladaForMaskedLM
-from illada.serving.answers import LostError, TimeoutPassedError
+from illada.serving.answers import LostError, TimeoutPassedError, UnknownModelError
 from illada.serving.api import Api
 from illada.serving.guard import Guard, read_keys
 from illada.serving.protocol import ChatRequest, CompletionRequest, error, refusal
@@ -106,7 +106,7 @@ def create_app(
     async def one_model(model_id: str) -> dict[str, Any]:
         """Describe a model."""
         if model_id != name:
-            raise HTTPException(404, f"there is no model {model_id[:80]!r} here, only {name!r}")
+            raise UnknownModelError(model_id, name)
         return api.describe()
 
     @app.get("/health")
@@ -148,6 +148,10 @@ def _add_refusals(app: FastAPI) -> None:
     @on(IlladaError)
     async def bad(_: Request, problem: IlladaError) -> Response:
         return JSONResponse(error(str(problem), "invalid_request_error"), 400)
+
+    @on(UnknownModelError)
+    async def unknown(_: Request, problem: UnknownModelError) -> Response:
+        return JSONResponse(error(str(problem), "invalid_request_error", "model", "model_not_found"), 404)
 
     @on(HTTPException)
     async def refused(_: Request, problem: HTTPException) -> Response:

@@ -51,7 +51,7 @@ FAST = {"threshold": 0.95, "cache": "adaptive"}
 
 
 class Decoding(BaseModel):
-    """How to decode, where it should differ from the server's way; the names are those of `illada generate`."""
+    """How to decode, where not as the server does, in the names of `illada generate`; null is the default there."""
 
     model_config = STRICT
     block_length: Annotated[int, Field(ge=1)] | None = None
@@ -144,7 +144,9 @@ class Asked(BaseModel):
                 kept |= {"think_boost": defaults.think_boost, "think_boost_power": defaults.think_boost_power}
                 values |= ours | kept | asked
             else:
-                asked = self.decoding.model_dump(exclude_none=True)
+                # null undoes what the server was started with.
+                given = self.decoding.model_dump(exclude_unset=True)
+                asked = {name: ours[name] if value is None else value for name, value in given.items()}
                 if {"steps_per_block", "threshold", "entropy_bound"} & asked.keys():
                     values |= {"steps_per_block": None, "threshold": None, "entropy_bound": None}
                 if asked.get("cache", values["cache"]) != "adaptive":
