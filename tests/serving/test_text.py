@@ -66,6 +66,18 @@ def test_what_may_begin_a_stop_string_is_kept_back(tiny_tokenizer):
     assert text.add([], [], last=True)[0] == "n"
 
 
+@pytest.mark.parametrize(("end", "wanted"), [("!", ""), ("?", "!"), ("", "!")])
+def test_of_stop_strings_that_overlap_the_first_counts(tiny_tokenizer, end, wanted):
+    text = AnswerText(tiny_tokenizer, ['!"!', '"'])
+    pieces = []
+    for character in '!"' + end:
+        ids = tiny_tokenizer.encode(character, add_special_tokens=False)
+        pieces.append(text.add(ids, [0.0] * len(ids))[0])
+    pieces.append(text.add([], [], last=True)[0])
+    assert "".join(pieces) == wanted
+    assert text.stopped
+
+
 @pytest.mark.parametrize("character", ["é", "語", "🙂"])
 def test_a_character_of_several_tokens_stands_at_the_last(tiny_tokenizer, character):
     ids = tiny_tokenizer.encode(character, add_special_tokens=False)

@@ -70,10 +70,12 @@ class AnswerText:
             self._settle(whole[len(self._raw) :] if whole.startswith(self._raw) else "")
         reach = max(map(len, self._stop), default=0)
         cuts = [self._raw.find(stop, max(0, before - reach + 1)) for stop in self._stop]
-        if found := [cut for cut in cuts if cut >= 0]:
+        sure = len(self._raw) if last else len(self._raw) - self._held()
+        # Another stop string that begins before the one found may still be completed.
+        if (found := [cut for cut in cuts if cut >= 0]) and min(found) <= sure:
             self.stopped = True
             return self._give(min(found))
-        return self._give(len(self._raw) if last else len(self._raw) - self._held())
+        return self._give(sure)
 
     def _settle(self, piece: str) -> None:
         """Append the text of the tokens that wait for it; it stands at the last of them."""
