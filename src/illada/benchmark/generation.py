@@ -110,7 +110,7 @@ def bench_generate(
         "refused": refused,
     }
     if output is not None:
-        write_results(Path(output), results)
+        write_results(Path(output), results, table(results), "frontier.png", frontier)
     return results
 
 
@@ -301,17 +301,19 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    """Write results.json, table.md and, where matplotlib is installed, frontier.png into a folder."""
+def write_results(
+    output: Path, results: dict[str, Any], text: str, picture: str, draw: Callable[[Sequence[dict[str, Any]]], bytes]
+) -> None:
+    """Write results.json, table.md and, where matplotlib is installed, a picture of the rows into a folder."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
-    (output / "table.md").write_text(table(results) + "\n")
+    (output / "table.md").write_text(text + "\n")
     try:
-        picture = frontier(results["rows"])
+        drawn = draw(results["rows"])
     except ImportError:
-        print("no frontier.png: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
+        print(f"no {picture}: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
         return
-    (output / "frontier.png").write_bytes(picture)
+    (output / picture).write_bytes(drawn)
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> bytes:

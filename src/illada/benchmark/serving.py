@@ -1,7 +1,6 @@
 """`illada bench serve`: load on a server from this process, beside one request at a time on the same weights."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from illada.benchmark.generation import aligned, environment_of
+from illada.benchmark.generation import aligned, environment_of, write_results
 from illada.benchmark.load import (
     Request,
     Run,
@@ -26,7 +25,6 @@ from illada.benchmark.outside import outside_samplers
 from illada.benchmark.samplers import PLAIN, Sampler, plain_sampler
 from illada.commands.generate import encode_plain, read_prompts, settings_for
 from illada.data.chat import encode_prompt
-from illada.data.shards import write_json
 from illada.demo.tasks import TASKS, held_out
 from illada.errors import IlladaError
 from illada.generation import GenerationSettings
@@ -160,7 +158,7 @@ def bench_serve(
         "rows": rows,
     }
     if output is not None:
-        write_results(Path(output), results)
+        write_results(Path(output), results, table(results), "load.png", draw)
     return results
 
 
@@ -354,19 +352,6 @@ def _times(found: dict[str, Any]) -> str:
 
 def _shown(values: dict[str, float] | None, *names: str) -> str:
     return "" if values is None else " / ".join(f"{values[name]:.3f}" for name in names)
-
-
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    """Write results.json, table.md and, where matplotlib is installed, load.png into a folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "results.json", results)
-    (output / "table.md").write_text(table(results) + "\n")
-    try:
-        picture = draw(results["rows"])
-    except ImportError:
-        print("no load.png: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
-        return
-    (output / "load.png").write_bytes(picture)
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -192,7 +192,9 @@ class Engine:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         return _start(self.model, name, prompt, settings, self.tokenizer)
 
-    def request_template(self, template: Sequence[int | None], settings: GenerationSettings, name: str = "it") -> Row:
+    def request_template(
+        self, template: Sequence[int | None], settings: GenerationSettings, name: str = "the template"
+    ) -> Row:
         """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         return _open(self.model, name, template, settings)
 

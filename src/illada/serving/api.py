@@ -31,7 +31,7 @@ from illada.serving.answers import (
     unless_gone,
 )
 from illada.serving.forms import ChatForm, Form, TextForm, usage
-from illada.serving.protocol import Asked, ChatRequest, CompletionRequest, error
+from illada.serving.protocol import FAILED, LATE, Asked, ChatRequest, CompletionRequest
 from illada.serving.settings import ServerSettings
 from illada.serving.text import AnswerText, Pieces
 from illada.serving.worker import Step, Worker
@@ -214,9 +214,9 @@ class Api:
                 log.info("answered %s", json.dumps([choice.content for choice in call.choices], ensure_ascii=False))
             yield "data: [DONE]\n\n"
         except TimeoutPassedError:
-            yield _event(error("the answer was not finished in time: ask for fewer tokens", "timeout"))
+            yield _event(LATE)
         except LostError:
-            yield _event(error("the server failed while it answered: try again", "server_error"))
+            yield _event(FAILED)
 
     def _picture(self, choice: Choice, step: Step) -> dict[str, Any]:
         """Return one step as the page draws it: the active block, or the whole of a text with slots."""

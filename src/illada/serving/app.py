@@ -20,7 +20,7 @@ from illada.model import IlladaForMaskedLM
 from illada.serving.answers import LostError, TimeoutPassedError, UnknownModelError
 from illada.serving.api import Api
 from illada.serving.guard import Guard, read_keys
-from illada.serving.protocol import ChatRequest, CompletionRequest, error, refusal
+from illada.serving.protocol import FAILED, LATE, ChatRequest, CompletionRequest, error, refusal
 from illada.serving.settings import ServerSettings
 from illada.serving.worker import BusyError, DrainingError
 
@@ -170,10 +170,8 @@ def _add_refusals(app: FastAPI) -> None:
     @on(TimeoutPassedError)
     async def late(_: Request, __: TimeoutPassedError) -> Response:
         # The same request would take as long again, so clients should not repeat it by themselves.
-        body = error("the answer was not finished in time: ask for fewer tokens", "timeout")
-        return JSONResponse(body, 504, {"x-should-retry": "false"})
+        return JSONResponse(LATE, 504, {"x-should-retry": "false"})
 
     @on(LostError)
-    @on(Exception)
-    async def lost(_: Request, __: Exception) -> Response:
-        return JSONResponse(error("the server failed while it answered: try again", "server_error"), 500)
+    async def lost(_: Request, __: LostError) -> Response:
+        return JSONResponse(FAILED, 500)

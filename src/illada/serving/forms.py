@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +28,7 @@ def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
     }
 
 
-class Form:
+class Form(ABC):
     """What both kinds share.
 
     Args:
@@ -49,21 +50,18 @@ class Form:
             "system_fingerprint": f"illada-{version('illada')}",
         }
 
+    @abstractmethod
     def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:
         """Return the fields of an answer, or of a piece of it."""
-        raise NotImplementedError
+
+    def _choice(self, choice: Choice, body: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        fills = {"fills": choice.fills()} if choice.slot and finish else {}
+        return {"index": choice.index, **body, "finish_reason": finish, **fills}
 
     def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
         """Return all answers at once."""
-        each = [
-            {
-                "index": choice.index,
-                **self.body(choice, choice.content, choice.tokens, chunk=False),
-                "finish_reason": choice.finish,
-                **({"fills": choice.fills()} if choice.slot else {}),
-            }
-            for choice in choices
-        ]
+        bodies = [self.body(choice, choice.content, choice.tokens, chunk=False) for choice in choices]
+        each = [self._choice(choice, body, choice.finish) for choice, body in zip(choices, bodies, strict=True)]
         return {**self._head, "choices": each, "usage": used}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:  # noqa: ARG002
@@ -72,15 +70,11 @@ class Form:
 
     def chunk(self, choice: Choice, text: str, tokens: Told) -> dict[str, Any]:
         """Return a piece of an answer."""
-        return self._chunk(
-            [{"index": choice.index, **self.body(choice, text, tokens, chunk=True), "finish_reason": None}]
-        )
+        return self._chunk([self._choice(choice, self.body(choice, text, tokens, chunk=True), None)])
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """Return the chunk behind an answer."""
-        fills = {"fills": choice.fills()} if choice.slot else {}
-        body = self.body(choice, "", [], chunk=True)
-        return self._chunk([{"index": choice.index, **body, "finish_reason": choice.finish, **fills}])
+        return self._chunk([self._choice(choice, self.body(choice, "", [], chunk=True), choice.finish)])
 
     def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
         """Return the chunk behind all answers."""
@@ -122,8 +116,8 @@ class ChatForm(Form):
 
     def opening(self, choice: Choice) -> dict[str, Any]:
         """Return the chunk that says who speaks."""
-        delta = {"role": "assistant", "content": ""}
-        return self._chunk([{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}])
+        body = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return self._chunk([self._choice(choice, body, None)])
 
     def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return message or delta, and log-probabilities."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from illada.errors import IlladaError
 from illada.serving.metrics import Metrics
-from illada.serving.protocol import error
+from illada.serving.protocol import FAILED, error
 from illada.serving.settings import ServerSettings
 
 log = logging.getLogger("illada.serving")
@@ -110,8 +110,7 @@ class Guard:
             if status:  # the answer has begun: all that is left is to close the connection
                 raise
             log.exception("a request failed")
-            text = "the server failed while it answered: try again"
-            await _no(500, text, "server_error")(scope, receive, send_guarded)
+            await JSONResponse(FAILED, 500)(scope, receive, send_guarded)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()

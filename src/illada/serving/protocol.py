@@ -243,6 +243,10 @@ def error(message: str, kind: str, param: str | None = None, code: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+FAILED = error("the server failed while it answered: try again", "server_error")
+LATE = error("the answer was not finished in time: ask for fewer tokens", "timeout")
+
+
 def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what pydantic found wrong as one line: its first finding, the most exact where several forms would do."""
     found = max(errors, key=lambda one: (one["loc"][:2] == errors[0]["loc"][:2], len(one["loc"])))
