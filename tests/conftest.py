@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from illada.data.shards import Shards, ShardWriter, write_index
-from illada.data.tokenizer import tokenizer_sha256, train_tokenizer
 from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.preparation.train_tokenizer import train_tokenizer
+from illada.text.tokenizer import tokenizer_sha256
 
 
 def build(tie: bool, seed: int, **changes: object) -> IlladaForMaskedLM:

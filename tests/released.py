@@ -1,7 +1,7 @@
 """Write model folders as the authors released them: configurations, tokenizer files, shards and their index.
 
 Independent of the package's own reading and writing: names and fields are spelled out here a second time, after spec §1
-and §8. `bench/full_size.py` uses it at the size of 8B.
+and §8. `benchmarks/full_size.py` uses it at the size of 8B.
 """
 
 import json

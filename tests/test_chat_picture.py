@@ -1,7 +1,7 @@
 """The picture of an answer that is forming, as `illada chat` draws it."""
 
 from illada.commands.generate import MASK_SIGN, draw
-from illada.generation import StepEvent
+from illada.generation.engine import StepEvent
 
 
 class Letters:

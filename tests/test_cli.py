@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from illada import cli
-from illada.commands.generate import encode_plain
-from illada.data.tokenizer import load_tokenizer
-from illada.training import DivergedError
-from illada.training.report import read_metrics
+from illada.errors import DivergedError
+from illada.text.prompts import encode_plain
+from illada.text.tokenizer import load_tokenizer
+from illada.weights.runs import read_metrics
 
 TEXT = "one two three four five six seven\n"
 SHAPE = ["--model.hidden_size", "32", "--model.intermediate_size", "48", "--model.num_hidden_layers", "2"]
@@ -97,7 +97,7 @@ def test_a_recipe_file_and_overrides_make_the_run(work):
 def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "illada.training.train",
+        "illada.training.trainer.train",
         lambda recipe, title: seen.update({title: recipe}) or SimpleNamespace(interrupted=None, model="x"),
     )
     for command in ("sft", "pretrain"):
@@ -255,7 +255,7 @@ def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):
     def diverge(recipe, title):
         raise DivergedError("loss nan at step 3")
 
-    monkeypatch.setattr("illada.training.train", diverge)
+    monkeypatch.setattr("illada.training.trainer.train", diverge)
     assert "loss nan" in fails("pretrain", work.recipe, "--output", str(tmp_path / "run"), code=1)
 
 
@@ -268,7 +268,7 @@ def test_a_loss_that_is_nan_exits_with_1(work, fails, tmp_path, monkeypatch, cap
 
 
 def test_an_error_of_ours_is_not_hidden(monkeypatch, work):
-    monkeypatch.setattr("illada.loading.load_model", lambda *_: {}["a bug"])
+    monkeypatch.setattr("illada.weights.load.load_model", lambda *_: {}["a bug"])
     with pytest.raises(KeyError):
         cli.main(["generate", "--model", work.run, "--prompt", "one"])
 

@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from illada.errors import IlladaError
 
 if TYPE_CHECKING:
-    from illada.generation import GenerationSettings
+    from illada.generation.settings import GenerationSettings
 
 SETTINGS_FROM_MODEL = {"eos_token_id"}
 
@@ -34,7 +34,7 @@ def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
     """
-    from illada.data.tokenizer import train_tokenizer_from_files
+    from illada.preparation.train_tokenizer import train_tokenizer_from_files
 
     train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
     print(f"tokenizer of {vocab_size} tokens written to {output}")
@@ -70,7 +70,7 @@ def score(
             nf4 bitsandbytes'.
     """
     from illada.commands.score import read_items, score_items
-    from illada.loading import load_model
+    from illada.weights.load import load_model
 
     items = read_items(context, candidates, file)
     network, text_tokenizer = load_model(model, dtype, device, quantize)
@@ -165,7 +165,7 @@ def export(
         layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads.
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
-    from illada.commands.export import export_model
+    from illada.weights.export import export_model
 
     export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
@@ -188,7 +188,7 @@ def convert(
         dtype: of the weights written; auto is the checkpoint's own.
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
-    from illada.commands.convert import convert_model
+    from illada.weights.convert import convert_model
 
     print(convert_model(source, output, mask_token, dtype, max_shard_size))
 
@@ -203,7 +203,7 @@ def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
         quick: 3 to 4 minutes instead of 10 to 15, with a model that has learned less.
         seed: of everything random.
     """
-    from illada.demo import run_demo
+    from illada.demo.stages import run_demo
 
     run_demo(Path(output), quick, seed)
 
@@ -245,7 +245,7 @@ def bench_generate(
         device: to run on; auto takes a GPU where there is one.
     """
     arguments: dict[str, Any] = dict(locals())
-    from illada.benchmark import generation
+    from illada.bench import generation
 
     results = generation.bench_generate(**arguments, on_run=_show)
     _show("")
@@ -298,7 +298,7 @@ def bench_serve(
         device: to run on; auto takes a GPU where there is one.
     """
     arguments: dict[str, Any] = dict(locals())
-    from illada.benchmark import serving
+    from illada.bench import serving
 
     results = serving.bench_serve(**arguments, on_run=_show)
     _show("")
@@ -316,7 +316,8 @@ def _show(name: str) -> None:
 def _train(command: str, arguments: Namespace) -> None:
     import signal
 
-    from illada.training import Recipe, train
+    from illada.training.recipe import Recipe
+    from illada.training.trainer import train
 
     recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
     result = train(recipe, title=command)
@@ -330,8 +331,8 @@ def _estimate(arguments: Namespace) -> None:
     """Say what a recipe will need."""
     import json
 
-    from illada.estimate import estimate, table
-    from illada.training import Recipe
+    from illada.training.estimate import estimate, table
+    from illada.training.recipe import Recipe
 
     recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
     names = ("gpus", "gpu", "mfu", "price", "vocab_size", "data_tokens")
@@ -341,8 +342,9 @@ def _estimate(arguments: Namespace) -> None:
 
 def _generate(arguments: Namespace) -> None:
     """Complete prompts."""
-    from illada.commands.generate import generate_text, read_prompts
-    from illada.loading import load_model
+    from illada.commands.generate import generate_text
+    from illada.text.prompts import read_prompts
+    from illada.weights.load import load_model
 
     prompts = read_prompts(arguments.prompt, arguments.file)
     settings = _settings(arguments)
@@ -355,7 +357,7 @@ def _generate(arguments: Namespace) -> None:
 def _chat(arguments: Namespace) -> None:
     """Talk to a tuned model in the terminal and watch each answer form."""
     from illada.commands.generate import chat
-    from illada.loading import load_model
+    from illada.weights.load import load_model
 
     settings = _settings(arguments)
     model, text_tokenizer = load_model(arguments.model, arguments.dtype, arguments.device, arguments.quantize)
@@ -389,7 +391,7 @@ def _convert(arguments: Namespace) -> None:
 
 
 def _settings(arguments: Namespace) -> "GenerationSettings":
-    from illada.generation import GenerationSettings
+    from illada.generation.settings import GenerationSettings
 
     names = [f.name for f in dataclasses.fields(GenerationSettings) if f.name not in SETTINGS_FROM_MODEL]
     values: dict[str, Any] = {name: arguments[name] for name in names}
@@ -466,10 +468,10 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 
 def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     """Return the parser and what each command does; with `sft`, estimates are of a recipe of that command."""
-    from illada.data.prepare import prepare
-    from illada.estimate import estimate
-    from illada.generation import GenerationSettings
+    from illada.generation.settings import GenerationSettings
+    from illada.preparation.prepare import prepare
     from illada.serving.settings import Copies, ServerSettings
+    from illada.training.estimate import estimate
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
     parser = _Parser(
@@ -663,7 +665,7 @@ def main(words: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     except RuntimeError as error:
-        from illada.training import DivergedError
+        from illada.errors import DivergedError
 
         if isinstance(error, DivergedError):
             sys.exit(_fail(error, 1))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from illada.data import stores as module
+from illada.data import storage as module
 from illada.data.shards import ShardInfo, Shards, ShardWriter, write_index
 from illada.errors import IlladaError
 

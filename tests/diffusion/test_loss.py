@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import illada
-from illada import keyed
+from illada import rng
 from illada.diffusion import loss as module
 from illada.diffusion.loss import chunked_cross_entropy, diffusion_loss, masked_loss
 from illada.diffusion.noise import EPSILON, masking_probability, stratified_times
@@ -76,9 +76,7 @@ def test_diffusion_loss_is_the_reference(untied, cu_seqlens, key):
     seed, first, epoch = key
     samples = torch.arange(len(lengths)) + first
     t = stratified_times(seed, first, samples, samples * 0, samples * 0 + epoch).tolist()
-    u = [
-        reference_uniform(seed, keyed.MASK, first + n, epoch, i) for n, size in enumerate(lengths) for i in range(size)
-    ]
+    u = [reference_uniform(seed, rng.MASK, first + n, epoch, i) for n, size in enumerate(lengths) for i in range(size)]
     with torch.no_grad():
         got = float(illada.diffusion_loss(untied, ids, cu_seqlens=cu_seqlens, key=key))
     assert got == pytest.approx(reference_loss(untied, ids.flatten().tolist(), lengths, t, u), rel=1e-5)

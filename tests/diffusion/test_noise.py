@@ -4,11 +4,11 @@ from collections import Counter
 import pytest
 import torch
 
-from illada import keyed
+from illada import rng
 from illada.data.batches import Batches
+from illada.data.collate import noisy_batches
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
-from illada.diffusion.noisy import noisy_batches
 from reference import reference_uniform
 
 
@@ -26,7 +26,7 @@ def test_probability_rises_from_epsilon_to_one():
 
 def test_masks_are_keyed_by_sample_epoch_and_position():
     sample, epoch, position = torch.tensor([4, 4, 9]), torch.tensor([0, 1, 0]), torch.tensor([2, 2, 5])
-    numbers = [reference_uniform(11, keyed.MASK, s, e, i) for s, e, i in [(4, 0, 2), (4, 1, 2), (9, 0, 5)]]
+    numbers = [reference_uniform(11, rng.MASK, s, e, i) for s, e, i in [(4, 0, 2), (4, 1, 2), (9, 0, 5)]]
     for shift, expected in ((1e-12, True), (-1e-12, False)):
         p = torch.tensor(numbers, dtype=torch.float64) + shift
         assert masked_positions(11, sample, epoch, position, p).tolist() == [expected] * 3
@@ -126,7 +126,7 @@ def test_masks_follow_their_sample_into_another_step(shards):
         place = 0
         for segment, p in pairs:
             for i in range(segment.length):
-                u = reference_uniform(4, keyed.MASK, segment.sample, segment.epoch, segment.offset + i)
+                u = reference_uniform(4, rng.MASK, segment.sample, segment.epoch, segment.offset + i)
                 assert bool(made.masked_T[place]) == (u < p)
                 assert float(made.weight_T[place]) == pytest.approx(1 / (p * 64))
                 place += 1

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from lm_eval.api.instance import Instance
 
-from illada.commands.generate import show_ids
 from illada.errors import IlladaError
 from illada.evaluation import command
 from illada.evaluation.harness import IlladaLM, Scorable
-from illada.generation import GenerationSettings, generate
+from illada.generation.engine import generate
+from illada.generation.settings import GenerationSettings
+from illada.text.prompts import show_ids
 from reference import reference_causal_score
 
 TASKS = Path(__file__).parent / "tasks"

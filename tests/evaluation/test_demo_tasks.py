@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
-from illada.commands.score import Item, score_candidates
-from illada.data.chat import encode_prompt
-from illada.demo import harness
+from illada.demo import evaluation
 from illada.demo.report import _harness
-from illada.demo.tasks import Choice, Example
-from illada.generation import GenerationSettings, generate
-from illada.loading import load_model
+from illada.generation.engine import generate
+from illada.generation.settings import GenerationSettings
+from illada.scoring.candidates import Item, score_candidates
+from illada.text.chat import encode_prompt
+from illada.toy_tasks import Choice, Example
+from illada.weights.load import load_model
 
 CHOICES = [Choice("One?", (" two", " three four", "five"), 1), Choice("Six\nor seven?", ("six", "seven"), 0)]
 
@@ -27,7 +28,7 @@ def demo(tmp_path_factory, model_folder):
     settings = GenerationSettings(max_new_tokens=8, block_length=4, eos_token_id=2)
     said = [tokenizer.decode(a.ids, skip_special_tokens=True) for a in generate(model, prompts, settings, tokenizer)]
     problems = {"shift": [Example("shift", asked[0], said[0]), Example("shift", asked[1], "12")]}
-    rows = harness.evaluate(output, problems, CHOICES, {"max_new_tokens": 8, "block_length": 4}, 0)
+    rows = evaluation.evaluate(output, problems, CHOICES, {"max_new_tokens": 8, "block_length": 4}, 0)
     return output, said, rows
 
 
@@ -41,12 +42,12 @@ def test_answers_and_scores_are_the_demo_s_own(demo):
     model, tokenizer = load_model(str(output / "model"))
     items = [Item(choice.prompt, list(choice.candidates)) for choice in CHOICES]
     scores = score_candidates(model, tokenizer, items, "confidence", 1, 0, chat=True)
-    for sample, want in zip(samples(output, harness.CHOICES), scores, strict=True):
+    for sample, want in zip(samples(output, evaluation.CHOICES), scores, strict=True):
         assert [float(score) for score, _ in sample["filtered"]] == pytest.approx(want, abs=1e-4)
     right = [max(range(len(s)), key=s.__getitem__) == c.answer for s, c in zip(scores, CHOICES, strict=True)]
     assert [(row["task"], row["metric"], row["value"], row["documents"]) for row in rows] == [
         ("shift", "exact_match", 0.5, 2),
-        (harness.CHOICES, "acc", sum(right) / 2, 2),
+        (evaluation.CHOICES, "acc", sum(right) / 2, 2),
     ]
     assert rows[0]["standard_error"] == pytest.approx(0.5)
     assert (output / "tasks" / ".cache").is_dir()
@@ -56,7 +57,7 @@ def test_the_report_has_a_table_or_says_why_not(demo, monkeypatch, tmp_path):
     kind, table = _harness(demo[2])[1]
     assert kind == "table"
     assert table[1][:4] == ["shift", "exact_match", "50.0% ± 50.0%", "2"]
-    monkeypatch.setattr(harness, "find_spec", lambda _: None)
-    assert harness.evaluate(tmp_path, {}, [], {}, 0) is None
+    monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    assert evaluation.evaluate(tmp_path, {}, [], {}, 0) is None
     assert not list(tmp_path.iterdir())
     assert "pip install 'illada[eval]'" in _harness(None)[0][1]

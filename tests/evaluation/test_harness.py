@@ -14,13 +14,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from illada.commands.generate import settings_for, show_ids
-from illada.data.chat import encode_prompt
 from illada.errors import IlladaError
 from illada.evaluation import harness
 from illada.evaluation.harness import IlladaLM, Scorable
-from illada.generation import Generation, GenerationSettings, generate
+from illada.generation.engine import Generation, generate
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.scoring import confidence_scores, likelihood_scores, score_layout
+from illada.text.chat import encode_prompt
+from illada.text.prompts import show_ids
 
 TASKS = Path(__file__).parent / "tasks"
 

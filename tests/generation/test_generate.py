@@ -13,8 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.generation import Engine, GenerationSettings, generate, infill, propose
-from illada.generation.row import Proposals, Row
+from illada.generation import sampling
+from illada.generation.engine import Engine, generate, infill
+from illada.generation.request import Proposals, Request
+from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit, quota
 from illada.model import Packing, attention
 from illada.model.attention import eager_attention
@@ -629,7 +631,7 @@ def test_the_boost_writes_the_end_of_thinking_once(tied, power):
 
 
 def test_the_end_of_thinking_counts_once_it_is_committed():
-    row = Row(np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
+    row = Request(np.array([9]), 4, GenerationSettings(4, 4, think_boost=8.0, think_boost_power=1.0), THINK)
     row.ids_G[:] = THINK
     for masked, boost in (
         ([0, 1, 2, 3], (13, 2.0)),
@@ -763,7 +765,7 @@ def proposals(first, scores, ids=(6, 7, 8, 9), probabilities=None):
 
 
 def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
-    row = Row(np.array([9]), 8, GenerationSettings(8, 4, **change))
+    row = Request(np.array([9]), 8, GenerationSettings(8, 4, **change))
     row.commit(proposals(0, [0.9, 0.8, 0.7, 0.6], ids, probabilities))
     return row
 
@@ -861,8 +863,8 @@ def test_the_memory_of_caches_is_bounded(tied):
     while engine.busy:
         engine.step()
     assert sorted(engine.pool.free) == list(range(engine.pool.pages))
-    assert Row(np.array([9]), 8, settings).kept == 9
-    assert Row(np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
+    assert Request(np.array([9]), 8, settings).kept == 9
+    assert Request(np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
 
 
 def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):
@@ -879,15 +881,15 @@ def test_the_vocabulary_in_pieces_is_the_vocabulary(build_model, monkeypatch, ma
     model = build_model(tie=True, seed=3, mask_token_id=mask_id)
     hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     hidden[0] = 10 * model.lm_head.weight[mask_id].detach()  # certain of MASK
-    monkeypatch.setattr(propose, "NARROWEST", narrowest)
-    monkeypatch.setattr(propose, "IN_CACHE", 1)
+    monkeypatch.setattr(sampling, "NARROWEST", narrowest)
+    monkeypatch.setattr(sampling, "IN_CACHE", 1)
     with torch.inference_mode():
         logits = model.lm_head(hidden)
         log_p = logits.log_softmax(-1)
         logits[:, mask_id] = -math.inf
         want = logits.argmax(-1, keepdim=True)
         for held in (1, 60, 200, 7 * 64, 2**24):
-            ids, log_prob, score = propose.most_probable(model, hidden, held)
+            ids, log_prob, score = sampling.most_probable(model, hidden, held)
             assert ids.tolist() == want[:, 0].tolist()
             torch.testing.assert_close(log_prob, log_p.gather(1, want)[:, 0], atol=1e-4, rtol=1e-5)
             torch.testing.assert_close(score, log_prob.exp())

@@ -4,9 +4,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from illada.data.chat import CHAT_TEMPLATE
-from illada.generation import GenerationSettings
+from illada.generation.settings import GenerationSettings
 from illada.serving.settings import ServerSettings
+from illada.text.chat import CHAT_TEMPLATE
 
 uvicorn = pytest.importorskip("uvicorn", reason="serving needs the extra: pip install 'illada[serve]'")
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from illada import GenerationSettings
-from illada.commands.generate import encode_plain, encode_template
-from illada.data.chat import encode_prompt
-from illada.generation import generate, infill
-from illada.serving.answers import Call, Choice, EventStream
+from illada.generation.engine import generate, infill
+from illada.serving.detokenize import AnswerText
 from illada.serving.protocol import CompletionRequest
 from illada.serving.settings import ServerSettings
-from illada.serving.text import AnswerText
-from illada.serving.worker import DrainingError, News, Ticket, Worker
+from illada.serving.streams import Call, Choice, EventStream
+from illada.serving.worker import DrainingError, Ticket, Update, Worker
+from illada.text.chat import encode_prompt
+from illada.text.prompts import encode_plain, encode_template
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -497,7 +497,7 @@ def test_names_of_openais_fields(server):
 
 
 def test_a_body_that_does_not_come_and_paths_that_are_not_there(server, monkeypatch):
-    monkeypatch.setattr("illada.serving.guard.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("illada.serving.middleware.BODY_SECONDS", 0.05)
     host, port = server.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         head = f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
@@ -510,7 +510,7 @@ def test_a_body_that_does_not_come_and_paths_that_are_not_there(server, monkeypa
 
 
 def test_a_silent_stream_says_that_it_is_there(serve_model, monkeypatch):
-    monkeypatch.setattr("illada.serving.answers.SIGN_OF_LIFE", 0.01)
+    monkeypatch.setattr("illada.serving.streams.SIGN_OF_LIFE", 0.01)
     with serve_model() as (address, app):
         gate = Gate(app)
         with httpx.stream("POST", address + CHAT, json={"messages": HELLO, "stream": True, "max_tokens": 4}) as answer:
@@ -658,7 +658,7 @@ def test_requests_that_are_being_encoded_have_a_place_too(serve_model, monkeypat
         assert go.wait(60)
         return encode_prompt(*arguments)
 
-    monkeypatch.setattr("illada.serving.api.encode_prompt", slow)
+    monkeypatch.setattr("illada.serving.handlers.encode_prompt", slow)
     with serve_model(ServerSettings(max_requests=1, max_choices=1)) as (address, _):
         found = []
         thread = threading.Thread(target=lambda: found.append(post(address, max_tokens=4)))
@@ -765,7 +765,7 @@ def test_a_stop_string_ends_an_answer_before_the_engine_sees_it(still, served_mo
         choices = [Choice(at, copy.copy(row), AnswerText(tokenizer, ("tw",)), 8) for at in range(2)]
         call = Call(still, choices, True, 60.0)
         for ticket in call._tickets.values():
-            ticket.tell(News(ids, [0.0] * len(ids), 1, []))
+            ticket.tell(Update(ids, [0.0] * len(ids), 1, []))
         await call.finish()
         assert [(choice.content, choice.finish) for choice in choices] == [("one ", "stop")] * 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from illada.benchmark.load import started_server
+from illada.bench.load import started_server
 from illada.errors import IlladaError
 from illada.serving.settings import ServerSettings
 from illada.serving.worker import BusyError, DrainingError

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings
+from illada.generation.settings import GenerationSettings
 from illada.serving import cluster
 from illada.serving.server import open_socket
 from illada.serving.settings import Copies, ServerSettings

@@ -1,6 +1,6 @@
 """The load generator against a server that misbehaves on purpose, and the real server under load.
 
-The full forms: `python bench/serve_soak.py` (200 clients, two minutes) and `illada bench serve`.
+The full forms: `python benchmarks/serve_soak.py` (200 clients, two minutes) and `illada bench serve`.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from fastapi import Request as Received
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from illada import cli
-from illada.benchmark import serving
-from illada.benchmark.load import Request, drive, get_json, mixed_up, percentiles, poisson, queued
+from illada.bench import serving
+from illada.bench.load import Request, drive, get_json, mixed_up, percentiles, poisson, queued
 
-SOAK = Path(__file__).parents[2] / "bench" / "serve_soak.py"
+SOAK = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 

@@ -19,7 +19,7 @@ WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 @pytest.fixture(scope="session")
 def data(make_data, tiny_tokenizer, tmp_path_factory) -> Path:
     """Folders train, held_out, chat and other (another tokenizer): counting words, which a tiny model can learn."""
-    from illada.data.tokenizer import train_tokenizer
+    from illada.preparation.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("data")
     picks = random.Random(0)

@@ -18,9 +18,9 @@ from triton.runtime import interpreter
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.model import Packing
 from illada.model.transformer import RMSNorm
-from illada.training import train
-from illada.training.fused import _norm, cut_cross_entropy, use_liger
+from illada.training.kernels import _norm, cut_cross_entropy, use_liger
 from illada.training.parallel import recompute
+from illada.training.trainer import train
 
 convert = interpreter._implicit_cvt
 

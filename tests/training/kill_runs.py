@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 from illada import cli
 from illada.training import checkpoint
-from illada.training.report import Report
+from illada.training.log import Report
+from illada.weights import runs
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SETTINGS = {"steps": 400, "samples_per_step": 4, "samples_per_batch": 2, "learning_rate": 3e-3, "warmup_steps": 10}
@@ -72,7 +73,7 @@ def before_the_name(step):
 
 def while_finishing():
     """Die when the finished model is half written."""
-    checkpoint.save_torch_state_dict = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    runs.save_torch_state_dict = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start(world, words, folder, patch=lambda: None, on=0):
@@ -120,7 +121,7 @@ def make_data(folder, _):
     """Prepare counting words; in a process of its own, as tokenizers start threads."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import write_data
-    from illada.data.tokenizer import train_tokenizer
+    from illada.preparation.train_tokenizer import train_tokenizer
 
     words = ("one", "two", "three", "four", "five", "six", "seven")
     tokenizer = train_tokenizer([" ".join(words)] * 3, 280)
@@ -155,7 +156,7 @@ def at_random(kills, worlds, seed, folder):
 
         end = start(world, [*words, f"{folder}/killed"], folder, die, victim)
         done += 1
-        seen = [int(path.name[5:]) for path in checkpoint.checkpoints(folder / "killed")]
+        seen = [int(path.name[5:]) for path in runs.checkpoints(folder / "killed")]
         print(
             f"{done:3d}: {world} process(es), {delay:5.2f} s, exit codes {end['codes']}, checkpoints {seen}", flush=True
         )

@@ -13,8 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from test_trainer import MACHINE
 
-from illada.training.checkpoint import checkpoints
-from illada.training.report import read_metrics
+from illada.weights.runs import checkpoints, read_metrics
 
 CODES = {
     "whole": [0],

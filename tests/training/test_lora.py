@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from test_trainer import MACHINE, Killed, held, kill_after, refused, same, train_killed_at
 from transformers import AutoModelForMaskedLM
 
-from illada import adapters, cli
-from illada.adapters import CONFIG, WEIGHTS, adapter_base, attach
+from illada import cli
 from illada.data.shards import Shards
-from illada.diffusion.bound import validation_bound
 from illada.errors import IlladaError
-from illada.loading import model_folder
 from illada.model import IlladaForMaskedLM
-from illada.training import train, trainer
-from illada.training.checkpoint import checkpoints
+from illada.training import trainer
 from illada.training.recipe import LORA_TARGETS, LoraRecipe
-from illada.training.report import read_metrics
+from illada.training.trainer import train
+from illada.training.validation import validation_bound
+from illada.weights import adapters
+from illada.weights.adapters import CONFIG, WEIGHTS, adapter_base, attach
+from illada.weights.runs import checkpoints, model_folder, read_metrics
 
 peft = pytest.importorskip("peft")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from illada.diffusion.noisy import noisy_batches
+from illada.data.collate import noisy_batches
 from illada.errors import IlladaError
-from illada.training import train
-from illada.training.report import read_metrics
+from illada.training.trainer import train
+from illada.weights.runs import read_metrics
 
 GROUPS = (str(Path(__file__).with_name("groups.py")),)
 

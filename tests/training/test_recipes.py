@@ -8,7 +8,7 @@ import pytest
 
 from illada import cli
 from illada.model import IlladaConfig
-from illada.training import Recipe
+from illada.training.recipe import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -20,7 +20,9 @@ SIZES = {"150m-pretrain": 145, "1b-pretrain": 973, "8b-pretrain": 6980}
 def read(monkeypatch):
     """Return the recipe that a command would train."""
     found = []
-    monkeypatch.setattr("illada.training.train", lambda recipe, title: found.append(recipe) or pytest.skip.Exception)
+    monkeypatch.setattr(
+        "illada.training.trainer.train", lambda recipe, title: found.append(recipe) or pytest.skip.Exception
+    )
 
     def read(*words):
         with pytest.raises(AttributeError):  # of what stands for the result

@@ -10,13 +10,14 @@ import torch
 
 from illada import cli
 from illada.data.batches import Batches
+from illada.data.collate import noisy_batches
 from illada.data.shards import Shards
-from illada.diffusion.noisy import noisy_batches
 from illada.errors import IlladaError
-from illada.loading import load_model
-from illada.training import train, trainer
+from illada.training import trainer
 from illada.training.recipe import LogRecipe
-from illada.training.report import read_metrics
+from illada.training.trainer import train
+from illada.weights.load import load_model
+from illada.weights.runs import read_metrics
 
 
 def test_the_loss_by_mask_ratio_is_the_mean_cross_entropy(make_recipe, data):

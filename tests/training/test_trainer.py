@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from illada.data.shards import Shards
-from illada.diffusion.bound import bits_per_byte, validation_bound
-from illada.errors import IlladaError
-from illada.training import DivergedError, parallel, train, trainer
-from illada.training.checkpoint import Checkpoints, checkpoints, export
-from illada.training.report import Report, read_metrics
+from illada.errors import DivergedError, IlladaError
+from illada.training import parallel, trainer
+from illada.training.checkpoint import Checkpoints
+from illada.training.log import Report
+from illada.training.trainer import train
+from illada.training.validation import bits_per_byte, validation_bound
+from illada.weights.runs import assemble, checkpoints, read_metrics
 
 
 class Killed(BaseException):
@@ -95,7 +97,7 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
     last = held(checkpoints(run)[-1])
     assert same(weights(run), {name: tensor for name, tensor in last.items() if "/" not in name})
     assert len(last) == 3 * len(weights(run))  # and two moments each
-    assert export(checkpoints(run)[-1], tmp_path) == tmp_path / "model"
+    assert assemble(checkpoints(run)[-1], tmp_path) == tmp_path / "model"
     assert same(weights(run), weights(tmp_path))
     for file in ("model/model.safetensors", "model/config.json", "model/tokenizer.json"):
         assert (run / file).stat().st_mode == (run / "recipe.yaml").stat().st_mode, file
@@ -466,7 +468,7 @@ def test_metrics_survive_a_half_written_line(tmp_path):
 def test_weights_change_only_when_the_checkpoint_has_its_copy(make_recipe, monkeypatch):
     """The order of events of a run: a checkpoint is begun, its copy is waited for, the weights change."""
     events = []
-    saving, waiting, step = Checkpoints.save, Checkpoints.settle, torch.optim.AdamW.step
+    saving, waiting, step = Checkpoints.save, Checkpoints.wait_for_copy, torch.optim.AdamW.step
 
     def save(self, state):
         events.append("begun")
@@ -475,12 +477,12 @@ def test_weights_change_only_when_the_checkpoint_has_its_copy(make_recipe, monke
         self._copied = SimpleNamespace(result=lambda: events.append("copied") or copied.result())
         return path
 
-    def settle(self):
+    def wait_for_copy(self):
         waiting(self)
         assert self._copied is None
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(Checkpoints, "settle", settle)
+    monkeypatch.setattr(Checkpoints, "wait_for_copy", wait_for_copy)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: events.append("changed") or step(*given))
     recipe = make_recipe(steps=5, checkpoint_every=2)
     train(recipe)

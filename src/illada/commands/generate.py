@@ -4,79 +4,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from illada.commands.files import read_lines
-from illada.data.chat import Message, encode_prompt
 from illada.errors import IlladaError
-from illada.generation import Generation, GenerationSettings, StepEvent, generate, infill
+from illada.generation.engine import Generation, StepEvent, generate, infill
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.model import IlladaForMaskedLM
+from illada.text.chat import Message, encode_prompt
+from illada.text.prompts import encode_plain, encode_template, show_ids
 
 MASK_SIGN = "░"
-SLOT_SIGN = "___"
-
-
-def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Return the prompts given, or those of a file: one a line, or the "prompt" of each jsonl record.
-
-    Raises:
-        IlladaError: when neither or both are given, or the file cannot be used.
-    """
-    if (prompts is None) == (file is None):
-        raise IlladaError("give --prompt TEXT (once or more) or --file FILE")
-    if prompts is not None:
-        return list(prompts)
-    assert file is not None
-    found = []
-    for number, line in read_lines(file):
-        if not file.endswith(".jsonl"):
-            found.append(line)
-            continue
-        try:
-            found.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise IlladaError(f'{file} line {number} is not {{"prompt": ...}}') from error
-    return found
-
-
-def settings_for(model: IlladaForMaskedLM, settings: GenerationSettings) -> GenerationSettings:
-    """Return the settings with the model's own end-of-sequence ids."""
-    eos = model.config.eos_token_id
-    return replace(settings, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
-
-
-def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Return BOS (where the tokenizer has one) and the text's ids, as a pre-training document begins."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def encode_template(tokenizer: Any, text: str, slot_tokens: int) -> list[int | None]:
-    """Return a document's ids, from BOS to EOS where the tokenizer has them, with slots in place of each `___`.
-
-    Raises:
-        IlladaError: when there is no slot in the text or none in a slot.
-    """
-    pieces = text.split(SLOT_SIGN)
-    if len(pieces) == 1:
-        raise IlladaError(f"there is no {SLOT_SIGN} to fill in {text[:40]!r}: write one, or leave out slot_tokens")
-    if slot_tokens < 1:
-        raise IlladaError(f"slot_tokens is {slot_tokens}: it must be at least 1")
-    ids: list[int | None] = [*encode_plain(tokenizer, pieces[0])]
-    for piece in pieces[1:]:
-        ids += [None] * slot_tokens
-        ids += tokenizer.encode(piece, add_special_tokens=False)
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-
-
-def show_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the text of generated ids, special tokens left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def generate_text(

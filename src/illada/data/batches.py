@@ -4,8 +4,8 @@ A *sample* is a window of the token stream (iLLaDA's rule) or one example (the o
 *segments*, between which there is no attention. What step n holds is a pure function of (seed, n): nothing has to be
 saved to resume except n, and every process of a run can see the plan of the whole step while loading only its part.
 
-Of a mixture, sample k of a run comes from the source whose turn it is (`keyed.dealt`): over any stretch of the run the
-sources have their shares, and each goes through its own epochs, every one in a new order with new noise.
+In a mixture, `rng.pick_source` says which source sample k of a run comes from: over any stretch of the run the sources
+have their shares, and each goes through its own epochs, every one in a new order with new noise.
 """
 
 from bisect import bisect_right
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from illada import keyed
+from illada import rng
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 
@@ -104,9 +104,9 @@ class Batches:
         shares = [source.share for source in self.shards.sources]
         samples = []
         for number in range(first, first + self.samples_per_step):
-            source, turn = keyed.dealt(number, shares, self.seed, keyed.TURN)
+            source, turn = rng.pick_source(number, shares, self.seed, rng.TURN)
             epoch, place = divmod(turn, self._counts[source])
-            place = keyed.shuffled_index(place, self._counts[source], self.seed, keyed.ORDER, epoch)
+            place = rng.shuffled_index(place, self._counts[source], self.seed, rng.ORDER, epoch)
             sample = self._first_sample[source] + place
             samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
         if self.rule == "llada":
@@ -119,8 +119,8 @@ class Batches:
         start = self.shards.sources[source].first_token + (sample - self._first_sample[source]) * self.window
         end = start + self.window
         cuts = set(self.shards.document_ends_within(start, end)) if self.boundaries == "document" else set()
-        if self.window > 1 and keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 0) < self.split_probability:
-            cuts.add(start + 1 + int(keyed.uniform_int(self.seed, keyed.SPLIT, sample, epoch, 1) * (self.window - 1)))
+        if self.window > 1 and rng.uniform_int(self.seed, rng.SPLIT, sample, epoch, 0) < self.split_probability:
+            cuts.add(start + 1 + int(rng.uniform_int(self.seed, rng.SPLIT, sample, epoch, 1) * (self.window - 1)))
         edges = [start, *sorted(cuts), end]
         return [
             Segment(sample, epoch, part, edges[part], edges[part + 1] - edges[part], edges[part] - start)

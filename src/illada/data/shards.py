@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from illada.data.stores import Folder, Range, Remote, open_store
+from illada.data.storage import Folder, Range, Remote, open_store
 from illada.errors import IlladaError
+from illada.files import write_bytes, write_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -367,7 +368,7 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        _write_durably(self._temporary("documents"), np.asarray(self._rows, dtype="<i8").tobytes())
+        write_bytes(self._temporary("documents"), np.asarray(self._rows, dtype="<i8").tobytes())
         for suffix in ("tokens", "documents"):
             os.replace(self._temporary(suffix), self.folder / f"{self._name()}.{suffix}")
         self._shards.append(ShardInfo(self._name(), self._tokens, len(self._rows) // 2, self._bytes))
@@ -414,17 +415,3 @@ def write_index(
         "shards": [asdict(shard) for shard in shards],
     }
     write_json(Path(folder) / INDEX, index)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or absent, whatever happens meanwhile."""
-    temporary = file.with_name(file.name + ".partial")
-    _write_durably(temporary, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-    os.replace(temporary, file)
-
-
-def _write_durably(file: Path, content: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())

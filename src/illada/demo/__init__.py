@@ -1,5 +1,1 @@
-"""The whole road on one machine, on text found on the machine."""
-
-from illada.demo.road import run_demo
-
-__all__ = ["run_demo"]
+"""The demo: the whole road on one machine, from this Python's standard library to a talking model and its report."""

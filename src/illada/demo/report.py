@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError
-from illada.training.report import read_metrics
+from illada.reporting import ACCENT, COLOURS, INK, MUTED
+from illada.weights.runs import read_metrics
 
-INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
 EOS_TEXT = "<|eos|>"
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
 
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
@@ -49,8 +48,6 @@ Part = tuple[str, Any]
 
 
 def _parts(output: Path, results: dict[str, Any]) -> list[Part]:
-    from illada.demo.road import best_accuracies
-
     settings, text, choice = results["settings"], results["text"], results["choice"]
     bits, best = text["bits_per_byte"], best_accuracies(results)
     weak = [task for task, row in best.items() if row["accuracy"] < 0.5]
@@ -373,3 +370,9 @@ def _sign(token: str) -> str:
     """Return a token short enough for its cell; a dollar sign would be read as mathematics."""
     short = {"\n": "↵", EOS_TEXT: "END"}.get(token, token.strip().strip("<|>") or "␣")
     return short[:5].replace("$", "\\$")
+
+
+def best_accuracies(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return each task's row at one token a pass, the paper's setting."""
+    most = max(row["steps_per_block"] for row in results["frontier"])
+    return {row["task"]: row for row in results["frontier"] if row["steps_per_block"] == most}

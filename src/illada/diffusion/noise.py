@@ -7,7 +7,7 @@ nothing. Shape letters: S segments · T packed tokens.
 import torch
 from torch import Tensor
 
-from illada import keyed
+from illada import rng
 
 EPSILON = 1e-3
 """Smallest masking probability (LLaDA's public code); it bounds the weight 1/p by 1000."""
@@ -31,8 +31,8 @@ def stratified_times(seed: int, step: int, sample_S: Tensor, part_S: Tensor, epo
         float64 [S].
     """
     count = sample_S.numel()
-    within_S = keyed.uniform(seed, keyed.TIME, sample_S, part_S, epoch_S, dtype=torch.float64)
-    return (keyed.permutation(count, seed, keyed.STRATUM, step, device=sample_S.device) + within_S) / count
+    within_S = rng.uniform(seed, rng.TIME, sample_S, part_S, epoch_S, dtype=torch.float64)
+    return (rng.permutation(count, seed, rng.STRATUM, step, device=sample_S.device) + within_S) / count
 
 
 def masking_probability(time: Tensor, epsilon: float = EPSILON) -> Tensor:
@@ -50,4 +50,4 @@ def masked_positions(seed: int, sample_T: Tensor, epoch_T: Tensor, position_T: T
         position_T: position of the token inside its sample (not inside its segment).
         probability_T: p of each token.
     """
-    return keyed.uniform(seed, keyed.MASK, sample_T, epoch_T, position_T, dtype=torch.float64) < probability_T
+    return rng.uniform(seed, rng.MASK, sample_T, epoch_T, position_T, dtype=torch.float64) < probability_T

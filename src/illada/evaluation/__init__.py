@@ -1,8 +1,6 @@
 """Evaluation: models in lm-evaluation-harness, the paper's tables, ablations and comparisons (spec §6, §7)."""
 
-from illada.errors import IlladaError
+from illada.errors import needs
 
-try:
+with needs("eval", "evaluation"):
     import lm_eval as _lm_eval  # noqa: F401
-except ImportError as error:
-    raise IlladaError("evaluation needs lm-evaluation-harness: pip install 'illada[eval]'") from error

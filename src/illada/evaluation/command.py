@@ -9,7 +9,7 @@ from typing import Any
 from illada.errors import IlladaError
 from illada.evaluation.results import Row
 from illada.evaluation.run import Evaluation, Variant, ablation, chosen, evaluate_models, paper_rows, task_manager
-from illada.training.checkpoint import checkpoints
+from illada.weights.runs import checkpoints
 
 OF_MODEL = ("scoring", "samples", "seed", "dtype", "device", "quantize", "max_batch_tokens")
 

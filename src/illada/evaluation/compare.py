@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from illada.errors import IlladaError
-from illada.evaluation.tables import aligned
+from illada.reporting import aligned
 
 RESAMPLES, SEED = 10_000, 0
 

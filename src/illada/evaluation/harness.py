@@ -19,17 +19,16 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from torch import distributed
 
-from illada.commands.generate import encode_plain, settings_for
-from illada.data.chat import without_system
 from illada.errors import IlladaError, first_line
 from illada.evaluation.journal import Found, Journal, fingerprint, request_key
-from illada.generation import Engine, GenerationSettings, generate
-from illada.generation.engine import MAX_BATCH_TOKENS
-from illada.generation.settings import OF_DIFFUSION
-from illada.loading import Dtype, load_model
-from illada.quantize import Quantization
+from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
+from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
 from illada.scoring import confidence_scores, likelihood_scores, score_layout
 from illada.scoring.layout import Pair
+from illada.text.chat import without_system
+from illada.text.prompts import encode_plain
+from illada.weights.load import load_model
+from illada.weights.options import Dtype, Quantization
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)

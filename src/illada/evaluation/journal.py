@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from illada import adapters
 from illada.errors import IlladaError
-from illada.loading import model_folder
+from illada.weights import adapters
+from illada.weights.runs import model_folder
 
 OF_TRAINING = ("state.json", "optimizer.safetensors")
 PIECES, PIECE_BYTES = 64, 4096

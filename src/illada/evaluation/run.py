@@ -16,13 +16,13 @@ from huggingface_hub import constants
 from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
-from illada.benchmark.generation import environment_of
-from illada.data.shards import write_json
 from illada.errors import IlladaError, first_line
 from illada.evaluation.harness import IlladaLM
 from illada.evaluation.results import Result, Row
 from illada.evaluation.tables import draw, markdown
+from illada.files import write_json
 from illada.generation.settings import refuse_masks
+from illada.reporting import environment_of
 
 HERE = Path(__file__).parent
 FAST = {"threshold": 0.95, "cache": "adaptive"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.evaluation.results import Result, Row
+from illada.reporting import COLOURS
 
 AVERAGES = {"base": 63.9, "instruct": 67.1}
 """iLLaDA's, of the paper's tables (spec §7)."""
@@ -77,8 +78,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
     except ImportError:
         print(f"no {path.name}: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
         return
-    from illada.demo.report import COLOURS
-
     labels = list(dict.fromkeys(result.variant for result in results))
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes: Any = figure.subplots()

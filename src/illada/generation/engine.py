@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from illada.errors import IlladaError
-from illada.generation.row import Proposals, Row
+from illada.generation.denoise import denoise
+from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings
-from illada.generation.step import denoise
-from illada.model import IlladaForMaskedLM, Pool
+from illada.model import IlladaForMaskedLM, PagePool
 
 MAX_BATCH_TOKENS = 2048
 """Most positions of one forward pass unless told otherwise."""
@@ -175,10 +175,10 @@ class Engine:
                 raise IlladaError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer, self.on_step = model, tokenizer, on_step
         self.max_batch_tokens, self.max_logits, self.max_past_tokens = max_batch_tokens, max_logits, max_past_tokens
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
         self.submitted = 0
-        self.pool = Pool()
+        self.pool = PagePool()
 
     def submit(self, prompt: Sequence[int], settings: GenerationSettings) -> int:
         """Add a prompt and return its index: 0, 1, 2, ...; errors as in `generate`."""
@@ -188,17 +188,17 @@ class Engine:
         """Add a template and return its index; errors as in `infill`."""
         return self.enter(self.request_template(template, settings, f"template {self.submitted}"))
 
-    def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Row:
+    def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Request:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         return _start(self.model, name, prompt, settings, self.tokenizer)
 
     def request_template(
         self, template: Sequence[int | None], settings: GenerationSettings, name: str = "the template"
-    ) -> Row:
+    ) -> Request:
         """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         return _open(self.model, name, template, settings)
 
-    def enter(self, row: Row) -> int:
+    def enter(self, row: Request) -> int:
         """Add a request that was checked before and return its index."""
         row.index = self.submitted
         self.waiting.append(row)
@@ -251,7 +251,7 @@ class Engine:
                 row.release()
         self.running = [row for row in self.running if row.index not in indices]
 
-    def _next_pass(self) -> list[Row]:
+    def _next_pass(self) -> list[Request]:
         """Let requests in and return those of the next pass, with drafts where there is room for them."""
         held, kept = sum(row.size for row in self.running), sum(row.kept for row in self.running)
         while self.waiting:
@@ -271,7 +271,7 @@ class Engine:
             room -= row.expect(room)
         return rows
 
-    def _advance(self, row: Row, each: Sequence[Proposals]) -> Generation | None:
+    def _advance(self, row: Request, each: Sequence[Proposals]) -> Generation | None:
         """Commit a step, and one more for every draft that came true; return the answer when the row has ended."""
         states = (row, *row.drafts)
         row.forwards += row.passes
@@ -305,7 +305,7 @@ def _start(
     prompt: Sequence[int],
     settings: GenerationSettings,
     tokenizer: Tokenizer | None,
-) -> Row:
+) -> Request:
     """Check one request and mask its answer."""
     prompt_P = _checked_ids(model, name, prompt)
     causal = model.config.causal
@@ -328,10 +328,10 @@ def _start(
     think: tuple[int, ...] = ()
     if settings.think_boost and tokenizer is not None:
         think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
-    return Row(prompt_P, room // block * block, settings, think, causal=causal)
+    return Request(prompt_P, room // block * block, settings, think, causal=causal)
 
 
-def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], settings: GenerationSettings) -> Row:
+def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], settings: GenerationSettings) -> Request:
     """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
     model.config.refuse_causal("infilling is", "it can only go on from a prompt")
     if settings.think_boost:
@@ -351,7 +351,7 @@ def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], s
         stop=(),
         later_masks=False,
     )
-    row = Row(ids_L[:first], budget, whole, template=True)
+    row = Request(ids_L[:first], budget, whole, template=True)
     row.ids_G[:] = ids_L[first:]
     row.masked_G[:] = row.slot_G[:] = slot_L[first:]
     return row
@@ -370,7 +370,7 @@ def _checked_ids(model: IlladaForMaskedLM, name: str, ids: Sequence[int]) -> NDA
     return ids_L
 
 
-def _ended(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
+def _ended(row: Request, tokenizer: Tokenizer | None) -> Generation | None:
     """Return the answer if the block that has just been finished ends it."""
     if (stopped := _cut(row, tokenizer)) is not None or row.block_end < row.budget:
         return stopped
@@ -378,7 +378,7 @@ def _ended(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
     return _generation(row, ids, "length", None if tokenizer is None else tokenizer.decode(ids))
 
 
-def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
+def _cut(row: Request, tokenizer: Tokenizer | None) -> Generation | None:
     """Return the answer cut before the first end-of-sequence id or stop string, or None when there is neither."""
     ids: list[int] = row.ids_G[: row.block_end].tolist()
     # Earlier blocks were looked at when they ended.
@@ -398,12 +398,12 @@ def _cut(row: Row, tokenizer: Tokenizer | None) -> Generation | None:
     return _generation(row, ids, "stop", text) if ends or cuts else None
 
 
-def _generation(row: Row, ids: list[int], reason: Literal["stop", "length"], text: str | None) -> Generation:
+def _generation(row: Request, ids: list[int], reason: Literal["stop", "length"], text: str | None) -> Generation:
     log_probs = row.log_prob_G[row.slot_G] if row.template else row.log_prob_G[: len(ids)]
     return Generation(ids, reason, row.forwards, log_probs.tolist(), text, row.positions)
 
 
-def _event(row: Row, block: int, block_end: int, step: int, done: bool) -> StepEvent:
+def _event(row: Request, block: int, block_end: int, step: int, done: bool) -> StepEvent:
     return StepEvent(
         row.index,
         block,

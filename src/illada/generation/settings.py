@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from illada.errors import IlladaError
+
+if TYPE_CHECKING:
+    from illada.model import IlladaForMaskedLM
 
 MOST = 1e6
 """Largest temperature, guidance, boost and penalty."""
@@ -181,3 +184,9 @@ def refuse_masks(values: Mapping[str, Any]) -> None:
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise IlladaError(f"{name} must be {wanted}, got {value}")
+
+
+def settings_for(model: "IlladaForMaskedLM", settings: GenerationSettings) -> GenerationSettings:
+    """Return the settings with the model's own end-of-sequence ids."""
+    eos = model.config.eos_token_id
+    return replace(settings, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)

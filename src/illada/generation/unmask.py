@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada import keyed
+from illada import rng
 from illada.generation.settings import GenerationSettings
 
 REMASK = 17
@@ -50,5 +50,5 @@ def positions_to_commit(
     priority_M: NDArray[np.floating] = score_M
     if settings.remasking == "random":
         key = (settings.seed, REMASK, answer_step, torch.from_numpy(position_M))
-        priority_M = keyed.uniform(*key, dtype=torch.float64).numpy()
+        priority_M = rng.uniform(*key, dtype=torch.float64).numpy()
     return np.argsort(-priority_M, kind="stable")[:count]

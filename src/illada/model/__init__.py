@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from illada.model.attention import Packing
 from illada.model.config import PRESETS, IlladaConfig, LladaConfig
-from illada.model.past import Past, Pool
+from illada.model.kv_cache import KVCache, PagePool
 from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
 AutoConfig.register("illada", IlladaConfig, exist_ok=True)
@@ -14,4 +14,4 @@ AutoConfig.register("llada", LladaConfig, exist_ok=True)
 for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
     auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
 
-__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "Packing", "Past", "Pool"]
+__all__ = ["PRESETS", "IlladaConfig", "IlladaForMaskedLM", "IlladaModel", "KVCache", "Packing", "PagePool"]

@@ -17,17 +17,17 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from illada.errors import IlladaError
-from illada.model.past import Past, Place
+from illada.model.kv_cache import CacheView, KVCache
 
 
-class Run(NamedTuple):
+class SegmentGroup(NamedTuple):
     """Neighbouring segments that one batched kernel call serves."""
 
     segments: int
     queries: int
     """Of each segment, how many positions ask."""
     length: int
-    pasts: tuple[Past, ...] = ()
+    pasts: tuple[KVCache, ...] = ()
     """One for each segment, or none."""
 
     @property
@@ -35,14 +35,14 @@ class Run(NamedTuple):
         """How many positions each segment sees."""
         return [past.start + self.length for past in self.pasts] or [self.length] * self.segments
 
-    def takes(self, queries: int, length: int, past: Past | None) -> bool:
+    def takes(self, queries: int, length: int, past: KVCache | None) -> bool:
         """Return whether a segment may join: alike, and at most half of what the run then sees is padding."""
         if (queries, length, past is None) != (self.queries, self.length, not self.pasts):
             return False
         seen = [*self.seen, length + (past.start if past else 0)]
         return len(seen) * max(seen) <= 2 * sum(seen)
 
-    def joined(self, past: Past | None) -> "Run":
+    def joined(self, past: KVCache | None) -> "SegmentGroup":
         """Return the run with one more segment."""
         return self._replace(segments=self.segments + 1, pasts=self.pasts if past is None else (*self.pasts, past))
 
@@ -52,7 +52,7 @@ class Packing:
     """How T tokens divide into segments. Lengths live on the host: no device synchronisation is needed to use them."""
 
     lengths: tuple[int, ...]
-    pasts: tuple[Past | None, ...] = ()
+    pasts: tuple[KVCache | None, ...] = ()
     """What each segment continues; empty when none of them continues anything."""
     queries: tuple[int, ...] = ()
     """How many positions of each segment ask; empty when all do."""
@@ -72,9 +72,9 @@ class Packing:
         return sum(self.lengths)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[SegmentGroup, ...]:
         """Neighbouring segments that are alike: one batched kernel call each."""
-        runs: list[Run] = []
+        runs: list[SegmentGroup] = []
         pasts = self.pasts or (None,) * len(self.lengths)
         for queries, length, past in zip(self.queries or self.lengths, self.lengths, pasts, strict=True):
             if length == 0:
@@ -82,13 +82,13 @@ class Packing:
             if runs and runs[-1].takes(queries, length, past):
                 runs[-1] = runs[-1].joined(past)
             else:
-                runs.append(Run(1, queries, length, () if past is None else (past,)))
+                runs.append(SegmentGroup(1, queries, length, () if past is None else (past,)))
         return tuple(runs)
 
-    def places(self, device: torch.device, causal: bool) -> list[Place | None]:
+    def places(self, device: torch.device, causal: bool) -> list[CacheView | None]:
         """Return for each run where in the pool it writes and reads; None for one without pasts."""
         if ("places", device) not in self._on_device:
-            places = [Place.of(run.pasts, run.length, device, causal) if run.pasts else None for run in self.runs]
+            places = [CacheView.of(run.pasts, run.length, device, causal) if run.pasts else None for run in self.runs]
             self._on_device["places", device] = places
         return self._on_device["places", device]
 
@@ -153,7 +153,7 @@ def packed_attention(
     Returns [M, H, D]. `layer` is that of the past. In causal attention all positions ask.
 
     Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
-    so a batch whose segments are sorted by length needs few calls and no copy (`bench/attention.py` compares this with
+    so a batch whose segments are sorted by length needs few calls and no copy (`benchmarks/attention.py` compares this with
     nested tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed
     sequences, on CUDA in half precision. Heads of one group share their key and value.
 
@@ -165,7 +165,7 @@ def packed_attention(
     # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
     sizes = [run.segments * run.length for run in runs]
     pairs = list(zip(key_TGD.split(sizes), value_TGD.split(sizes), strict=True))
-    places: list[Place | None] = [None] * len(runs)
+    places: list[CacheView | None] = [None] * len(runs)
     if packing.pasts:
         places = packing.places(query_MHD.device, causal)
         pairs = [

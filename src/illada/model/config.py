@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from illada.errors import IlladaError
-from illada.model.formats import FAMILY_IDS, read_config
+from illada.model.released import FAMILY_IDS, read_config
 
 _SIZES = (
     "vocab_size",

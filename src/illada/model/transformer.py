@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from illada.errors import IlladaError
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
-from illada.model.formats import LLADA_TENSORS
+from illada.model.released import LLADA_TENSORS
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the halves of a head share them, but for the sign."""

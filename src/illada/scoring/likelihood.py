@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada import keyed
+from illada import rng
 from illada.errors import IlladaError
 from illada.model import IlladaForMaskedLM
 from illada.scoring.layout import Pair, Query, checked_pairs, target_log_probs
@@ -23,7 +23,7 @@ def masked_counts(length: int, samples: int, seed: int) -> list[int]:
 
     One u for all: each l_i is uniform on 1..L, and together they cover it evenly (ours; LLaDA's code does alike).
     """
-    shift = keyed.uniform_int(seed, COUNT)
+    shift = rng.uniform_int(seed, COUNT)
     return [min(length, 1 + int(length * ((i / samples + shift) % 1.0))) for i in range(samples)]
 
 
@@ -33,7 +33,7 @@ def masked_tokens(length: int, samples: int, seed: int) -> NDArray[np.bool_]:
     Sample and position are the whole key, so candidates of equal length are compared under the same masks.
     """
     sample_N1, position_L = torch.arange(samples)[:, None], torch.arange(length)
-    rank_NL = keyed.uniform(seed, CHOICE, sample_N1, position_L, dtype=torch.float64).argsort(1).argsort(1)
+    rank_NL = rng.uniform(seed, CHOICE, sample_N1, position_L, dtype=torch.float64).argsort(1).argsort(1)
     return (rank_NL < torch.tensor(masked_counts(length, samples, seed))[:, None]).numpy()
 
 

@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -15,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings
+from illada.generation.settings import GenerationSettings
 from illada.model import IlladaForMaskedLM
-from illada.serving.answers import LostError, TimeoutPassedError, UnknownModelError
-from illada.serving.api import Api
-from illada.serving.guard import Guard, read_keys
+from illada.serving.handlers import Api
+from illada.serving.middleware import Guard, read_keys
 from illada.serving.protocol import FAILED, LATE, ChatRequest, CompletionRequest, error, refusal
 from illada.serving.settings import ServerSettings
+from illada.serving.streams import LostError, TimeoutPassedError, UnknownModelError
 from illada.serving.worker import BusyError, DrainingError
 
 PAGE = Path(__file__).parent / "page"
@@ -88,12 +89,12 @@ def create_app(
     app.state.worker = worker
 
     @app.post("/v1/chat/completions", responses=ANSWER, response_model=None)
-    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    async def chat_completions(request: HttpRequest, asked: ChatRequest) -> Response:
         """Answer a conversation."""
         return await api.answer(request, asked)
 
     @app.post("/v1/completions", responses=ANSWER, response_model=None)
-    async def completions(request: Request, asked: CompletionRequest) -> Response:
+    async def completions(request: HttpRequest, asked: CompletionRequest) -> Response:
         """Go on with a text, or fill its gaps."""
         return await api.answer(request, asked)
 
@@ -142,36 +143,36 @@ def _add_refusals(app: FastAPI) -> None:
         return app.exception_handler(kind)
 
     @on(RequestValidationError)
-    async def invalid(_: Request, problem: RequestValidationError) -> Response:
+    async def invalid(_: HttpRequest, problem: RequestValidationError) -> Response:
         return JSONResponse(refusal([*problem.errors()]), 400)
 
     @on(IlladaError)
-    async def bad(_: Request, problem: IlladaError) -> Response:
+    async def bad(_: HttpRequest, problem: IlladaError) -> Response:
         return JSONResponse(error(str(problem), "invalid_request_error"), 400)
 
     @on(UnknownModelError)
-    async def unknown(_: Request, problem: UnknownModelError) -> Response:
+    async def unknown(_: HttpRequest, problem: UnknownModelError) -> Response:
         return JSONResponse(error(str(problem), "invalid_request_error", "model", "model_not_found"), 404)
 
     @on(HTTPException)
-    async def refused(_: Request, problem: HTTPException) -> Response:
+    async def refused(_: HttpRequest, problem: HTTPException) -> Response:
         return JSONResponse(error(str(problem.detail), "invalid_request_error"), problem.status_code, problem.headers)
 
     @on(BusyError)
-    async def busy(_: Request, problem: BusyError) -> Response:
+    async def busy(_: HttpRequest, problem: BusyError) -> Response:
         headers = {"retry-after": str(problem.retry_after)}
         return JSONResponse(error(str(problem), "rate_limit_error", code="busy"), 429, headers)
 
     @on(DrainingError)
-    async def ending(_: Request, __: DrainingError) -> Response:
+    async def ending(_: HttpRequest, __: DrainingError) -> Response:
         body = error("the server is about to end: ask another one, or later", "server_error", code="draining")
         return JSONResponse(body, 503, {"retry-after": "5"})
 
     @on(TimeoutPassedError)
-    async def late(_: Request, __: TimeoutPassedError) -> Response:
+    async def late(_: HttpRequest, __: TimeoutPassedError) -> Response:
         # The same request would take as long again, so clients should not repeat it by themselves.
         return JSONResponse(LATE, 504, {"x-should-retry": "false"})
 
     @on(LostError)
-    async def lost(_: Request, __: LostError) -> Response:
+    async def lost(_: HttpRequest, __: LostError) -> Response:
         return JSONResponse(FAILED, 500)

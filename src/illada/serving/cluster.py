@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings
+from illada.generation.settings import GenerationSettings
 from illada.hub import ban_network
-from illada.loading import Dtype, check_shards, load_model, model_folder
-from illada.quantize import Quantization
+from illada.serving.app import create_app
+from illada.serving.middleware import read_keys
 from illada.serving.server import model_name, open_socket, show_log
 from illada.serving.settings import Copies, ServerSettings
+from illada.weights.load import check_shards, load_model
+from illada.weights.options import Dtype, Quantization
+from illada.weights.runs import model_folder
 
 APPLICATION, DEPLOYMENT = "illada", "model"
 BUSY = 16
@@ -49,8 +52,6 @@ class Replica:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         network, tokenizer = load_model(model, dtype, device, quantize)
-        from illada.serving.app import create_app
-
         # Here and not in the caller: threads and locks cannot be sent to another process.
         self.served = create_app(network, tokenizer, name, server, defaults)
         self.gauges: dict[str, Any] = {}
@@ -114,8 +115,6 @@ def serve(
             check_shards(folder)
         model = str(folder.resolve())
     ray = _ray(copies)
-    from illada.serving.guard import read_keys
-
     read_keys(server)
     resources = _start_ray(ray, copies, device)
     served = ray.serve.deployment(

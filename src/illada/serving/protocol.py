@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from illada.errors import IlladaError
-from illada.generation import GenerationSettings
+from illada.generation.settings import GenerationSettings
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -77,7 +77,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class Asked(BaseModel):
+class GenerationRequest(BaseModel):
     """What both kinds of request share."""
 
     model_config = STRICT
@@ -114,7 +114,7 @@ class Asked(BaseModel):
         return {name: value for name, value in data.items() if name not in NEUTRAL}
 
     @model_validator(mode="after")
-    def _check(self) -> "Asked":
+    def _check(self) -> "GenerationRequest":
         if self.diffusion and not self.stream:
             raise ValueError("diffusion needs stream: true")
         if self.stream_options is not None and not self.stream:
@@ -194,7 +194,7 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     """A conversation to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -215,7 +215,7 @@ class ChatRequest(Asked):
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     """A text to go on with, or one with gaps to fill."""
 
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[TokenId] | list[list[TokenId]]

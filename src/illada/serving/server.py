@@ -7,11 +7,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from illada.errors import IlladaError
-from illada.generation import GenerationSettings
-from illada.loading import Dtype, load_model
-from illada.quantize import Quantization
+from illada.errors import IlladaError, needs
+from illada.generation.settings import GenerationSettings
+from illada.serving.app import create_app
+from illada.serving.middleware import read_keys
 from illada.serving.settings import ServerSettings
+from illada.weights.load import load_model
+from illada.weights.options import Dtype, Quantization
+
+with needs("serve", "serving"):
+    import uvicorn
 
 
 def model_name(path: str) -> str:
@@ -70,14 +75,6 @@ def serve(
     Raises:
         IlladaError: when the model or the keys cannot be read or the address cannot be had.
     """
-    try:
-        import uvicorn
-
-        from illada.serving.app import create_app
-        from illada.serving.guard import read_keys
-    except ModuleNotFoundError as missing:
-        raise IlladaError("serving needs more packages: pip install 'illada[serve]'") from missing
-
     read_keys(server)  # before the model is loaded, which takes longer
     show_log()
     listening = open_socket(server.host, server.port)

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from illada.generation import Engine, Generation, GenerationSettings, StepEvent
-from illada.generation.row import Row
+from illada.generation.engine import Engine, Generation, StepEvent
+from illada.generation.request import Request
+from illada.generation.settings import GenerationSettings
 from illada.model import IlladaForMaskedLM
 from illada.serving.metrics import Metrics
 from illada.serving.settings import ServerSettings
@@ -55,7 +56,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class News:
+class Update:
     """What has become of an answer since the last news."""
 
     ids: list[int]
@@ -82,8 +83,8 @@ class Ticket:
         lead: ids of given text to tell before those of the answer.
     """
 
-    row: Row
-    tell: Callable[[News], None]
+    row: Request
+    tell: Callable[[Update], None]
     limit: int
     stream: bool
     lead: Sequence[int] = ()
@@ -261,7 +262,7 @@ class Worker:
             return
         before = {index: (ticket.row.forwards, ticket.row.positions) for index, ticket in self._live.items()}
         ended = self.engine.step()
-        news: list[tuple[Ticket, News]] = []
+        news: list[tuple[Ticket, Update]] = []
         for index, ticket in list(self._live.items()):
             row = ticket.row
             forwards, positions = row.forwards - before[index][0], row.positions - before[index][1]
@@ -280,7 +281,7 @@ class Worker:
         self.metrics.passes.inc()
         self._tell(news)
 
-    def _look(self, ticket: Ticket, generation: Generation | None) -> News | None:
+    def _look(self, ticket: Ticket, generation: Generation | None) -> Update | None:
         """Return what is new about an answer after a pass, if its client is to know now."""
         row = ticket.row
         steps = self._steps.pop(row.index, []) if row.watched else []
@@ -303,24 +304,24 @@ class Worker:
         each: list[float | None] = [None] * len(lead)
         each += [value if slot else None for value, slot in zip(log_probs, given, strict=True)]
         ticket.seen += count
-        return News([*lead, *ids], each, row.forwards, steps, finish)
+        return Update([*lead, *ids], each, row.forwards, steps, finish)
 
     def _fail(self) -> None:
-        news = [(ticket, News([], [], ticket.row.forwards, [], "error")) for ticket in self._live.values()]
+        news = [(ticket, Update([], [], ticket.row.forwards, [], "error")) for ticket in self._live.values()]
         for ticket, _ in news:
             ticket.row.release()
         self._live.clear()
         self._steps.clear()
         self._tell(news)
 
-    def _tell(self, news: list[tuple[Ticket, News]]) -> None:
+    def _tell(self, news: list[tuple[Ticket, Update]]) -> None:
         if news:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._hear, news)
 
     # Back in the event loop.
 
-    def _hear(self, news: list[tuple[Ticket, News]]) -> None:
+    def _hear(self, news: list[tuple[Ticket, Update]]) -> None:
         for ticket, found in news:
             if ticket not in self._open:  # cancelled meanwhile
                 continue

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -29,15 +27,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from illada import adapters
-from illada.data.shards import write_json
 from illada.errors import IlladaError, first_line
-from illada.loading import read_json
-from illada.training.evaluations import Evaluations
+from illada.files import read_json, write_json
+from illada.training.checkpoint_hook import Evaluations
 from illada.training.parallel import Processes
 from illada.training.recipe import TrainingRecipe
-
-STATE, ABOUT = "state.json", "about"
+from illada.weights.runs import ABOUT, STATE, checkpoints
 
 # A run of one process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -65,11 +60,6 @@ class RunState:
     """Steps left out since the last update."""
     returns: list[int] = field(default_factory=list)
     """Steps to which the run went back after a spike, in the order in which it did."""
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run folder, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file())
 
 
 class Checkpoints:
@@ -118,7 +108,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint, on all processes the one that the first sees."""
-        return self.processes.told(lambda: (checkpoints(self.run) or [None])[-1])  # type: ignore[list-item]
+        return self.processes.from_first(lambda: (checkpoints(self.run) or [None])[-1])  # type: ignore[list-item]
 
     def save(self, state: RunState) -> Path:
         """Begin to write checkpoints/step-NNNNNNNN and return its path; the one before is finished first.
@@ -143,7 +133,7 @@ class Checkpoints:
         self._written = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
         return target
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Return when the weights may change: the checkpoint being written has its copy of them."""
         if self._copied is not None:
             self._copied.result()
@@ -158,7 +148,7 @@ class Checkpoints:
         written, self._written, self._copied = self._written, None, None
         if written is None:
             return
-        with self.processes.agreed():
+        with self.processes.raise_together():
             try:
                 written.result()
             except (Exception, CheckpointException) as error:
@@ -171,7 +161,7 @@ class Checkpoints:
             IlladaError: when the checkpoint does not fit the model or is damaged.
         """
         hint = "delete it to continue from the one before"
-        with self.processes.agreed():
+        with self.processes.raise_together():
             try:
                 state = RunState(**read_json(path / STATE))
                 found = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
@@ -181,7 +171,7 @@ class Checkpoints:
                 raise IlladaError(
                     f"checkpoint {path} has another shape than the recipe: {', '.join(odd[:5])} do not match"
                 )
-        with self.processes.agreed():
+        with self.processes.raise_together():
             try:
                 load(
                     self.tensors,
@@ -213,39 +203,6 @@ class Checkpoints:
                 continue
             if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
                 shutil.rmtree(old)
-
-
-def export(checkpoint: Path, parent: Path) -> Path:
-    """Put the shards together to a folder that transformers or PEFT loads: parent/model or parent/adapter.
-
-    Complete or not at all; the weights pass through memory once.
-    """
-    about = checkpoint / ABOUT
-    adapter = (about / adapters.CONFIG).is_file()
-    target = parent / ("adapter" if adapter else "model")
-    partial = parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(about, partial)
-    found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    tensors: dict[str, Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for name, entry in sorted(found.items())
-        if "/" not in name
-    }
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    if adapter:
-        save_file(tensors, partial / adapters.WEIGHTS, metadata={"format": "pt"})
-    else:
-        save_torch_state_dict(tensors, partial, max_shard_size="5GB", metadata={"format": "pt"})
-    for path in partial.glob("*.safetensors"):
-        path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
-    if not target.exists():
-        partial.rename(target)
-        return target
-    for path in partial.iterdir():
-        path.replace(target / path.name)
-    partial.rmdir()
-    return target
 
 
 def _sync(path: Path) -> None:

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from illada.devices import choose_device
 from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
-from illada.loading import choose_device
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
-from illada.training.fused import cut_cross_entropy
+from illada.training.kernels import cut_cross_entropy
 from illada.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -71,10 +71,10 @@ class Processes:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def told(self, action: Callable[[], T]) -> T:
+    def from_first(self, action: Callable[[], T]) -> T:
         """Let the first process act; all return its result or fail with its error (see `agreed`)."""
         box: list[Any] = [None]
-        with self.agreed():
+        with self.raise_together():
             if self.first:
                 box[0] = action()
         if self.count > 1:
@@ -82,7 +82,7 @@ class Processes:
         return box[0]
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """When the block is bad input to any process, end it on all: the first says so, the others end in silence.
 
         Raises:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError
-from illada.training.report import read_metrics
+from illada.weights.runs import read_metrics
 
 
 def draw_run(run: str, output: str | None = None) -> Path:

@@ -7,7 +7,7 @@ seed and of the state that checkpoints keep, so a killed run decides alike when 
 import math
 from collections.abc import Sequence
 
-from illada import keyed
+from illada import rng
 from illada.training.checkpoint import RunState
 
 MEMORY = 100
@@ -54,5 +54,5 @@ def data_step(step: int, seed: int, returns: Sequence[int]) -> int:
     for number in reversed(range(len(returns))):
         place = step - returns[number]
         if 0 <= place < REORDERED:
-            step = returns[number] + keyed.shuffled_index(place, REORDERED, seed, keyed.REORDER, number)
+            step = returns[number] + rng.shuffled_index(place, REORDERED, seed, rng.REORDER, number)
     return step

@@ -18,35 +18,34 @@ from typing import Any
 
 import torch
 
-from illada.adapters import adapter_tensors, base_fingerprint, is_adapted, save_adapter_config
-from illada.data.ahead import Ahead
+from illada.data.collate import Batch, noisy_batches
+from illada.data.prefetch import Prefetch
 from illada.data.shards import Shards
-from illada.data.tokenizer import load_tokenizer
-from illada.diffusion.bound import bits_per_byte, validation_batches
-from illada.diffusion.noisy import Batch, noisy_batches
-from illada.keyed import DROPOUT, bits
-from illada.loading import model_folder
+from illada.devices import peak_memory
+from illada.errors import DivergedError
+from illada.files import write_text
 from illada.model import IlladaForMaskedLM
-from illada.training.build import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
-from illada.training.checkpoint import Checkpoints, RunState, checkpoints, export
-from illada.training.evaluations import Evaluations
-from illada.training.folder import DECAY, claimed, decay_asked, write_whole
-from illada.training.fused import fuse
-from illada.training.optimizers import make_optimizers, moments, set_updates, update
+from illada.rng import DROPOUT, bits
+from illada.text.tokenizer import load_tokenizer
+from illada.training.checkpoint import Checkpoints, RunState
+from illada.training.checkpoint_hook import Evaluations
+from illada.training.flops import flops_per_token, peak_flops
+from illada.training.kernels import fuse
+from illada.training.log import Report
+from illada.training.optim import make_optimizers, moments, set_updates, update
 from illada.training.parallel import Objective, Processes, before_pass, clip, distribute, gradient_norm, join, release
 from illada.training.recipe import Recipe
-from illada.training.report import Report
+from illada.training.run_folder import DECAY, claimed, decay_asked
 from illada.training.schedule import on_plateau
-from illada.training.speed import flops_per_token, peak_flops, peak_memory
+from illada.training.setup import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.trackers import make_trackers
+from illada.training.validation import bits_per_byte, validation_batches
+from illada.weights.adapters import adapter_tensors, base_fingerprint, is_adapted, save_adapter_config
+from illada.weights.runs import assemble, checkpoints, model_folder
 
 BUCKETS = 5
 """Parts of the mask ratio by which the loss is reported."""
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient stopped being finite; the message names the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,15 @@ def train(recipe: Recipe, title: str = "train") -> Result:
 
 def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
     settings, run = recipe.training, Path(recipe.output)
-    with processes.agreed():
+    with processes.raise_together():
         shards = Shards.open(recipe.data.train)
         held_out = None if recipe.data.validation is None else open_validation(recipe.data.validation, shards)
         tokenizer = load_tokenizer(shards.path / "tokenizer")
         evaluations = Evaluations(run, recipe.log.evaluate)
     # Once: it may be a hub name, or a run whose newest checkpoint changes.
     given = recipe.model.start
-    start = None if given is None else processes.told(lambda: model_folder(given))
-    with processes.agreed():
+    start = None if given is None else processes.from_first(lambda: model_folder(given))
+    with processes.raise_together():
         config = shape_of(recipe.model, start, shards, tokenizer)
         eos = config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id
         batches = make_batches(recipe, shards, config, eos)
@@ -126,11 +125,11 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
         evaluations,
         Checkpoints(run, processes, kept, partial(_describe, model, tokenizer), settings, evaluations) as saved,
         _signals() as caught,
-        Ahead(make) as ahead,
+        Prefetch(make) as ahead,
     ):
         state = go_back() or state
         schedule = schedule_of(recipe, batches, state)
-        with processes.agreed():
+        with processes.raise_together():
             trackers = make_trackers(run, recipe.log, state.step + 1, asdict(recipe)) if processes.first else []
         with Report(run, title, schedule.steps, state.step, quiet=not processes.first, trackers=trackers) as report:
             for line in notes:
@@ -182,7 +181,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                 else:
                     if settings.gradient_clip:
                         clip(trained, settings.gradient_clip, norm)
-                    saved.settle()
+                    saved.wait_for_copy()
                     update(optimizers, rate)
                     remember(state, loss)
                     state.tokens += sum(segment.size for sample in plan for segment in sample)
@@ -206,7 +205,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
                     waiting = settings.decay_when == "plateau" and state.step < schedule.decay_start
                     flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
                     if waiting and flat and processes.first:
-                        write_whole(run / DECAY, f"{state.step}\n")
+                        write_text(run / DECAY, f"{state.step}\n")
                 report.log(state.step, **record)
                 for line in evaluations.news():
                     report.say(f"{title}: {line}")
@@ -219,7 +218,7 @@ def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
             if processes.first:
                 for line in evaluations.finish(checkpoints(run)[-1]):
                     report.say(f"{title}: {line}")
-        return Result(processes.told(lambda: export(checkpoints(run)[-1], run)), None)
+        return Result(processes.from_first(lambda: assemble(checkpoints(run)[-1], run)), None)
 
 
 def _gradients(
@@ -320,7 +319,7 @@ def _describe(model: IlladaForMaskedLM, tokenizer: Any, folder: Path) -> None:
 def _claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None, processes: Processes) -> Iterator[None]:
     """Let the first process hold the run folder for all."""
     with ExitStack() as held:
-        processes.told(lambda: held.enter_context(claimed(run, recipe, shards, base)))
+        processes.from_first(lambda: held.enter_context(claimed(run, recipe, shards, base)))
         yield
 
 

@@ -1,0 +1,212 @@
+"""What does quantising cost and give? Memory of loading, seconds of a forward pass and agreement with the unquantised
+model, each way in a process of its own, in markdown.
+
+    OMP_NUM_THREADS=2 python benchmarks/quantize.py --shape illada-8b --layers 4
+    OMP_NUM_THREADS=2 python benchmarks/quantize.py --model FOLDER --text FILE
+
+Random weights (--shape) tell nothing about agreement. Linux only: memory is read from /proc.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illada import IlladaConfig, IlladaForMaskedLM, rng
+from illada.devices import choose_device
+from illada.text.tokenizer import load_tokenizer
+from illada.weights.load import load_config, settle_ids
+from illada.weights.quantize import check_shapes, quantized_loading
+
+PLAIN = "unquantised"
+WAYS = (PLAIN, "int8", "int4", "int8-bnb", "nf4")
+BLOCK = 32  # rows that the head sees in a step of generation
+
+
+def status(field: str) -> float:
+    """A field of /proc/self/status in GB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise KeyError(field)
+
+
+@contextmanager
+def anonymous_peak(peak: dict[str, float], name: str) -> Iterator[None]:
+    """Note the most anonymous memory in GB added inside; unlike mapped files it cannot be dropped."""
+    before = status("RssAnon")
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[name] = max(peak[name], status("RssAnon") - before)
+
+    peak[name] = 0.0
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        peak[name] = max(peak[name], status("RssAnon") - before)
+
+
+def stored_gigabytes(model: IlladaForMaskedLM) -> float:
+    """Weights as they are stored, scales included; a tied tensor once."""
+    parts: dict[int, int] = {}
+
+    def count(tensor: Any) -> None:
+        names = getattr(tensor, "tensor_data_names", None)  # torchao's tensors hold others
+        if names is not None:
+            for name in (*names, *getattr(tensor, "optional_tensor_data_names", ())):
+                if getattr(tensor, name) is not None:
+                    count(getattr(tensor, name))
+            return
+        parts[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            count(state.absmax)
+
+    for parameter in model.parameters():
+        count(parameter)
+    for module in model.modules():
+        if hasattr(module, "state") and module.state.SCB is not None:  # LLM.int8()
+            count(module.state.SCB)
+    return sum(parts.values()) / 1e9
+
+
+def sample(config: IlladaConfig, folder: str, text: str | None, length: int) -> tuple[Tensor, Tensor]:
+    """Ids [L] of a text, or random ones, every second one masked at random; and where."""
+    if text is None:
+        ids = torch.tensor([int(rng.uniform_int(0, i) * (config.vocab_size - 10)) + 9 for i in range(length)])
+    else:
+        tokenizer = load_tokenizer(Path(folder))
+        settle_ids(config, Path(folder), tokenizer)
+        ids = torch.tensor(tokenizer.encode(Path(text).read_text(encoding="utf-8"))[:length])
+        if len(ids) < length:
+            raise SystemExit(f"{text} has {len(ids)} tokens, fewer than {length}")
+    masked = torch.tensor([rng.uniform_int(1, i) < 0.5 for i in range(length)])
+    return torch.where(masked, config.mask_token_id, ids), masked
+
+
+@torch.no_grad()
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Load one way here, time forward passes, compare with the log-probabilities of the unquantised model."""
+    device = choose_device(given.device)
+    config = load_config(given.model)
+    ids, masked = sample(config, given.model, given.text, max(given.lengths))
+    found: dict[str, Any] = {}
+    start = time.perf_counter()
+    with anonymous_peak(found, "load_peak"):
+        extra = {} if given.way == PLAIN else quantized_loading(given.way, config, device)
+        model = IlladaForMaskedLM.from_pretrained(given.model, config=config, dtype="auto", **extra).eval()
+        if extra:
+            check_shapes(model)
+        else:
+            model = model.to(device)
+    found["load_seconds"] = time.perf_counter() - start
+    with anonymous_peak(found, "run_peak"):
+        for length in given.lengths:
+            times = []
+            for _ in range(given.repeats + 1):
+                start = time.perf_counter()
+                hidden = model.model(ids[None, :length].to(device)).last_hidden_state[0]
+                model.lm_head(hidden[-BLOCK:]).cpu()
+                times.append(time.perf_counter() - start)
+            found[f"seconds_{length}"] = times[1:]
+    logits = model.lm_head(model.model(ids[None].to(device)).last_hidden_state[0, masked.to(device)])
+    log_p = logits.float().log_softmax(-1).cpu()
+    if given.way == PLAIN:
+        torch.save(log_p, given.reference)
+    plain = torch.load(given.reference, mmap=True)
+    found["top1"] = float((plain.argmax(-1) == log_p.argmax(-1)).float().mean())
+    found["kl"] = float((plain.exp() * (plain - log_p)).sum(-1).mean())
+    found["weights"], found["peak"] = stored_gigabytes(model), status("VmHWM")
+    found["gpu_peak"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return found
+
+
+def random_model(shape: str, layers: int | None, folder: str) -> None:
+    """Write a bf16 model of that shape with random weights."""
+    config = IlladaConfig.preset(shape, **({} if layers is None else {"num_hidden_layers": layers}), dtype="bfloat16")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    IlladaForMaskedLM(config).save_pretrained(folder)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--model", help="folder with config.json and safetensors")
+    arguments.add_argument("--shape", default="illada-8b", help="preset to fill with random weights, without --model")
+    arguments.add_argument("--layers", type=int, help="fewer layers of that preset")
+    arguments.add_argument("--text", help="file whose beginning is the input; random ids without it")
+    arguments.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    arguments.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 256])
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=2, help="times that all ways are run, one after another")
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--way", choices=WAYS, help="measure one way here, print JSON")
+    arguments.add_argument("--reference", help="file of the unquantised log-probabilities, with --way")
+    given = arguments.parse_args()
+    if given.way:
+        print(json.dumps(measure(given)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        name = given.model
+        if name is None:
+            given.model, name = f"{work}/model", f"random {given.shape}"
+            random_model(given.shape, given.layers, given.model)
+        ways = [PLAIN, *(way for way in given.ways if way != PLAIN)]
+        words = ["--model", given.model, "--repeats", str(given.repeats), "--device", given.device]
+        words += ["--lengths", *map(str, given.lengths), "--reference", f"{work}/reference.pt"]
+        words += ["--text", given.text] if given.text else []
+        rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        failed: dict[str, str] = {}
+        for _ in range(given.rounds):
+            for way in (way for way in ways if way not in failed):
+                print(way, file=sys.stderr)
+                command = [sys.executable, __file__, "--way", way, *words]
+                done = subprocess.run(command, check=False, capture_output=True, text=True)
+                if done.returncode:
+                    failed[way] = done.stderr.strip().splitlines()[-1].partition(": ")[2]
+                else:
+                    rows[way].append(json.loads(done.stdout.splitlines()[-1]))
+    config = load_config(given.model) if os.path.isdir(given.model) else None
+    layers = given.layers if config is None else config.num_hidden_layers
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    print(f"torch {torch.__version__}, {given.device}, {machine}, load {os.getloadavg()[0]:.1f}; {name}", end="")
+    print(f"{'' if layers is None else f', {layers} layers'}, ", end="")
+    print(f"median of {given.repeats}, the best of {given.rounds} rounds\n")
+    print("| weights | GB | load (s) | anonymous peak of loading (GB) | of running | VmHWM |", end="")
+    print("".join(f" s at {length} |" for length in given.lengths), "top-1 | KL (nats) |")
+    print("|---" * (8 + len(given.lengths)) + "|")
+    for way, found in rows.items():
+        if way in failed:
+            print(f"| {way} | {failed[way]} |")
+            continue
+        cells = [
+            f"{statistics.median(run[key] for run in found):.2f}" for key in ("weights", "load_seconds", "load_peak")
+        ]
+        cells += [f"{max(run['run_peak'] for run in found):.2f}", f"{max(run['peak'] for run in found):.1f}"]
+        for length in given.lengths:
+            # The quieter round: others may use the machine.
+            cells.append(f"{min(statistics.median(run[f'seconds_{length}']) for run in found):.3f}")
+        print("|", " | ".join([way, *cells, f"{found[0]['top1']:.3f}", f"{found[0]['kl']:.2g}"]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Do 200 clients at once all get their own answers, and does the server's memory stay flat? Numbers for RESULTS.md:
+
+    OMP_NUM_THREADS=1 python benchmarks/serve_soak.py --model FOLDER [--clients 200] [--seconds 120]
+
+Clients ask in turns for problems of many kinds: whole, streaming or with diffusion events, and some go away before the
+end. Before, every problem was answered alone; every answer under load must be that one. --model is a trained demo's.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from illada.bench.load import Request, Run, drive, get_json, mixed_up, started_server
+from illada.rng import uniform_int
+from illada.toy_tasks import TASKS, held_out
+
+LEAVING = 0.2
+"""Share of the clients that may go away before the end, at any moment of about an answer's time."""
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"decoding": "fast"},
+    {"temperature": 0.8, "seed": 5},
+    {"temperature": 1.0, "seed": 2**40, "top_p": 0.9, "n": 3},
+    {"decoding": {"steps_per_block": 2}},
+    {"decoding": {"cache": "frozen", "entropy_bound": 0.2}, "n": 2, "temperature": 0.5, "seed": 1},
+    {"decoding": {"speculate": 2}},
+    {"stop": ["3", "e"]},
+)
+"""How problems are answered: one token a step and several, drawn, cached, speculative, several answers at once."""
+
+
+def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
+    """Return every text under every second way, as a question, as a text to go on with and as one with gaps."""
+    most, found = card["defaults"]["max_new_tokens"], []
+    for (number, text), (place, way) in itertools.product(enumerate(texts), enumerate(WAYS)):
+        if (number + place) % 2:
+            continue
+        body: dict[str, Any] = {"model": card["id"], "temperature": 0, **way}
+        form = (number // 2 + place) % 4
+        if form < 2 and card["chat"]:
+            body |= {"messages": [{"role": "user", "content": text}], "max_tokens": most // (1 + form)}
+        elif form < 3 or "stop" in way:
+            body |= {"prompt": [text, text[::-1]], "max_tokens": most // 3}
+        else:
+            body |= {"prompt": f"{text} ___ and ___", "slot_tokens": 3 + number % 5}
+        found.append(Request(f"/v1/{'chat/' if 'messages' in body else ''}completions", body, len(found)))
+    return found
+
+
+def asked(of: Sequence[Request], stay: float, seed: int) -> Iterator[Request]:
+    """Yield what clients send, without end."""
+    for number in itertools.count():
+        problem, kind, leaving = (uniform_int(seed, number, word) for word in range(3))
+        stream = {"stream": True, "stream_options": {"include_usage": True}, "diffusion": kind > 0.7}
+        request = of[int(problem * len(of))]
+        hang_up = stay * leaving / LEAVING if leaving < LEAVING else None
+        yield replace(request, body=request.body | (stream if kind > 0.3 else {}), hang_up=hang_up)
+
+
+def memory(run: Run) -> tuple[list[float], float]:
+    """Return the server's mean memory in each quarter of the time in MB, and its growth behind the first, in MB/minute.
+
+    In the first, buffers and the allocator's pools fill.
+    """
+    at, size = np.array([(sample["at"], sample["memory"] / 1e6) for sample in run.watched if "memory" in sample]).T
+    quarter = np.minimum(4 * at // run.seconds, 3)
+    growth = 60 * np.polyfit(at[quarter > 0], size[quarter > 0], 1)[0]
+    return [size[quarter == place].mean() for place in range(4)], growth
+
+
+def main() -> None:
+    """Print what was found; exit with 1 where it is not as it should be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--texts", type=int, default=21)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    texts = [example.prompt for task in TASKS for example in held_out(task, -(-given.texts // len(TASKS)))]
+    # A request may ask for six answers, each of which counts.
+    flags = ["--block_length", "16", "--max_new_tokens", "48", "--max_requests", str(6 * given.clients)]
+    with started_server(given.model, flags) as url:
+        pool = problems(texts[: given.texts], get_json(f"{url}/v1/models")["data"][0])
+        alone = drive(url, pool)
+        # So many share the server that an answer takes about so many times as long.
+        stay = given.clients * alone.seconds / len(pool)
+        run = drive(url, asked(pool, stay, given.seed), clients=given.clients, seconds=given.seconds)
+    found, wrong = run.summary(), mixed_up(run.outcomes, alone.outcomes)
+    quarters, growth = memory(run)
+    print(f"{len(pool)} problems alone: {alone.summary()['statuses']}, p50 {alone.summary()['latency']['p50']:.3f} s")
+    print(f"{given.clients} clients, {run.seconds:.0f} s: {found['sent']} requests, {found['statuses']}")
+    print(f"{found['answers_per_second']:.1f} answers/s, {found['tokens_per_second']:.0f} tokens/s")
+    print(f"latency {found['latency']}\nfirst committed {found['first_committed']}\nfirst text {found['first_text']}")
+    cpu = found["cpu"]["last"] - found["cpu"]["first"]
+    print(f"server: {cpu / run.seconds:.2f} of a core, {found['statuses']['ok'] / cpu:.1f} requests a second of it")
+    print(f"waiting at most {found['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
+    print(f"memory {' '.join(f'{size:.1f}' for size in quarters)} MB in each quarter, {growth:+.2f} MB a minute")
+    right = {outcome.request.problem: outcome.answer for outcome in alone.outcomes}
+    for outcome in wrong[:5]:
+        print(f"{outcome.request}\n  alone {right[outcome.request.problem]}\n  now   {outcome.answer}")
+    statuses = found["statuses"].keys() | alone.summary()["statuses"].keys()
+    sys.exit(bool(wrong) or not statuses <= {"ok", "cancelled"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Samplers of others, as their files are: what `--outside` names, and our network behind the calls that they make.
+
+Shape letters: P prompt tokens · G answer budget · L tokens put in · K tokens with keys · H key/value heads ·
+D head width · V vocabulary.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from illada.bench.samplers import Answer, Prompts, Sampler, cut
+from illada.errors import IlladaError, first_line
+from illada.generation.settings import GenerationSettings
+from illada.model import IlladaForMaskedLM
+from illada.model.transformer import Block, rotary_angles
+
+SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
+
+CALLS_PER_TOKEN = 8
+"""Forwards for each token of the budget after which a sampler is taken to go on for ever: those that commit MASK do."""
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class OutsideModel:
+    """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own.
+
+    A key's position is its place among the keys. Fast-dLLM's model code turns keys at each use and this once, when they
+    are made: the same as long as nobody moves them.
+    """
+
+    def __init__(self, model: IlladaForMaskedLM, most_calls: int):
+        self.model = model
+        self.most_calls = most_calls
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        past_key_values: Pairs | None = None,
+        use_cache: bool = False,
+        replace_position: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        """Return an object with `logits` [1, L, V], and with `past_key_values` where the call has to do with them.
+
+        Args:
+            input_ids: [1, L]; without a cache any number of rows.
+            past_key_values: (keys, values) of each layer, [1, H, K, D] each. The tokens stand behind these K.
+            use_cache: return the keys and values of the tokens and of those before.
+            replace_position: true [1, K] where the tokens stand instead: one stretch, whose keys and values they renew.
+            more: as in `IlladaForMaskedLM.forward`, without a cache only.
+
+        Raises:
+            IlladaError: when there are too many calls for one answer, or a call is not like these.
+        """
+        self.calls += 1
+        if self.calls > self.most_calls:
+            raise IlladaError(
+                f"it was ended after {self.most_calls} forwards for one answer: it seems to repeat itself"
+            )
+        if past_key_values is None and replace_position is not None:
+            raise IlladaError("replace_position needs past_key_values: there is nothing to replace")
+        if past_key_values is None and not use_cache:
+            return self.model(input_ids, **more)
+        if odd := [name for name, value in more.items() if value is not None]:
+            raise IlladaError(f"a call with a cache cannot have {odd[0]}")
+        if len(input_ids) != 1:
+            raise IlladaError(f"a call with a cache takes one row, got {len(input_ids)}")
+        replaced = None if replace_position is None else _stretch(replace_position, input_ids.shape[1])
+        hidden_LD, pairs = self._continue(input_ids[0], past_key_values, replaced)
+        kept: Any = pairs if use_cache else None
+        return CausalLMOutputWithPast(logits=self.model.lm_head(hidden_LD)[None], past_key_values=kept)
+
+    def _continue(
+        self, ids_L: Tensor, given: Pairs | None, replaced: slice | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return final states [L, D], and the keys and values that the tokens saw.
+
+        Layer by layer and not through our own caches, which know no keys behind the tokens. New keys and values go
+        behind those given or, as in Fast-dLLM, into them: into the caller's own tensors.
+        """
+        config, trunk = self.model.config, self.model.model
+        start = replaced.start if replaced else given[0][0].shape[2] if given else 0
+        positions_L = torch.arange(start, start + len(ids_L), device=ids_L.device)
+        rotary = rotary_angles(positions_L, config.head_dim, config.rope_theta)
+        hidden_LD, pairs = trunk.embed_tokens(ids_L), []
+        for layer, block in enumerate(trunk.layers):
+            assert isinstance(block, Block)
+            asked = block.before(hidden_LD, rotary, None)
+            query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in asked)
+            if given is not None:
+                old_key, old_value = given[layer]
+                if replaced is None:
+                    key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+                else:
+                    old_key[:, :, replaced], old_value[:, :, replaced] = key, value
+                    key, value = old_key, old_value
+            pairs.append((key, value))
+            attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+            hidden_LD = block.behind(hidden_LD, attended[0].transpose(0, 1).flatten(1))
+        return trunk.norm(hidden_LD), pairs
+
+
+def _stretch(replace_position: Tensor, length: int) -> slice:
+    places = replace_position[0].nonzero()[:, 0].tolist()
+    if not places or places != list(range(places[0], places[0] + length)):
+        raise IlladaError(f"replace_position must mark one stretch of {length} places, as many as there are tokens")
+    return slice(places[0], places[-1] + 1)
+
+
+def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: GenerationSettings) -> list[Sampler]:
+    """Return the samplers that Python files of the user's define, which are run: each request alone.
+
+    A spec is `FILE.py`, `FILE.py:FUNCTION` (else `generate`), either followed by `,OPTION=VALUE` any number of times,
+    where a VALUE is a Python literal or a string. The function is called as LLaDA's and Fast-dLLM's are, with
+    `(model, prompt [1, P], steps=, gen_length=, block_length=, ...)`: those that it accepts, and the options. It
+    returns ids [1, P + G], alone or first in a tuple. The model it gets is an `OutsideModel`.
+
+    Raises:
+        IlladaError: when a spec is none, when there is no such file, function or option, or when one fails.
+    """
+    files: dict[Path, ModuleType] = {}
+    samplers = []
+    for spec in specs:
+        parts = SPEC.fullmatch(spec)
+        if parts is None:
+            raise IlladaError(f"{spec!r} does not say what to run: write FILE.py, FILE.py:FUNCTION or ...,OPTION=VALUE")
+        file = Path(parts["file"])
+        if not file.is_file():
+            raise IlladaError(f"no Python file {file}: --outside takes one that defines generate(model, prompt, ...)")
+        if file not in files:
+            files[file] = _load(file)
+        name = parts["function"] or "generate"
+        function = getattr(files[file], name, None)
+        if not callable(function):
+            raise IlladaError(f"{file} defines no function {name}(model, prompt, ...)")
+        options = dict(pair.split("=", 1) for pair in parts["options"].split(",")[1:])
+        title = "outside " + re.sub(r"(^|=)[^,=]*/", r"\1", spec)  # paths without their folders
+        samplers.append(_outside_sampler(title, function, options, model, exact))
+    return samplers
+
+
+def _load(file: Path) -> ModuleType:
+    """Run a file; what its top imports is found beside it first, and is not left for others to find."""
+    spec = importlib.util.spec_from_file_location(f"outside_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder, known = str(file.parent.resolve()), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise IlladaError(f"{file} cannot be run: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - known:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
+    return module
+
+
+def _outside_sampler(
+    title: str,
+    function: Callable[..., Any],
+    options: dict[str, str],
+    model: IlladaForMaskedLM,
+    exact: GenerationSettings,
+) -> Sampler:
+    wanted: dict[str, Any] = {
+        "steps": exact.max_new_tokens,
+        "gen_length": exact.max_new_tokens,
+        "block_length": exact.block_length,
+        "temperature": 0.0,
+        "cfg_scale": 0.0,
+        "remasking": "low_confidence",
+        "mask_id": model.config.mask_token_id,
+    }
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        wanted = {name: value for name, value in wanted.items() if name in parameters}
+        if odd := [name for name in options if name not in parameters]:
+            raise IlladaError(f"{title}: {odd[0]} is none of its options: {', '.join(list(parameters)[2:])}")
+    wanted |= {name: _value(text) for name, text in options.items()}
+
+    @torch.inference_mode()
+    def answer_one(prompt: Sequence[int]) -> Answer:
+        theirs = OutsideModel(model, CALLS_PER_TOKEN * exact.max_new_tokens)
+        try:
+            out = function(theirs, torch.tensor([prompt], dtype=torch.long, device=model.device), **wanted)
+            ids: list[int] = (out[0] if isinstance(out, tuple) else out)[0, len(prompt) :].tolist()
+        except Exception as error:
+            raise IlladaError(f"{title} failed: {first_line(error)}") from error
+        return Answer(cut(ids, exact.eos_ids), theirs.calls)
+
+    def answer(prompts: Prompts) -> list[Answer]:
+        return [answer_one(prompt) for prompt in prompts]
+
+    threshold = wanted.get("threshold")
+    rule = isinstance(threshold, int | float) and 0 < threshold <= 1
+    return Sampler(title, answer, threshold if rule else None)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

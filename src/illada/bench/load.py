@@ -1,0 +1,374 @@
+"""A load generator: requests sent over HTTP at their times or by so many clients, and what became of each.
+
+On aiohttp, which costs a tenth of httpx a request: what the generator takes, the server beside it does not have.
+"""
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from illada.errors import IlladaError, first_line
+from illada.rng import uniform_int
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+PATIENCE = 600.0
+"""Seconds after which a client gives up an answer."""
+WATCH_EVERY = 0.5
+"""Seconds between two looks at the server's /metrics."""
+GAUGES = {
+    "memory": "process_resident_memory_bytes",
+    "waiting": "illada_waiting",
+    "cpu": "process_cpu_seconds_total",
+}
+"""What is watched, and its name in /metrics."""
+DONE, DIFFUSION = b"data: [DONE]", b"event: diffusion"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client sends, and whether it stays to the end."""
+
+    path: str
+    body: dict[str, Any]
+    problem: int
+    """Requests for the same problem have the same answer, streamed or not."""
+    hang_up: float | None = None
+    """Seconds after which the client goes away; None to stay."""
+
+
+@dataclass
+class Outcome:
+    """What became of a request; times are seconds since the run began."""
+
+    request: Request
+    due: float
+    """When it should have been sent: what it waited for its turn in the generator counts as latency too."""
+    ended: float = math.nan
+    committed: float | None = None
+    """When the first token was committed, known from diffusion events."""
+    text: float | None = None
+    """When the first piece of text came, of a stream."""
+    status: str = "lost"
+    """"ok", "cancelled" by the client, an HTTP status, "error TYPE" in a stream, or "lost" with the reason."""
+    answer: tuple[tuple[str, str | None], ...] = ()
+    """Text and finish_reason of each choice."""
+    tokens: int = 0
+    forwards: int = 0
+
+    @property
+    def latency(self) -> float:
+        """Seconds from when it was due to its end."""
+        return self.ended - self.due
+
+
+@dataclass
+class Run:
+    """A stretch of load."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+    """From the first request to the last answer."""
+    watched: list[dict[str, float]] = field(default_factory=list)
+    """The server's `GAUGES`, each time with "at", seconds since the run began."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts, rates and percentiles, the latter of answers that came whole."""
+        whole = [outcome for outcome in self.outcomes if outcome.status == "ok"]
+        found: dict[str, Any] = {
+            "sent": len(self.outcomes),
+            "statuses": dict(sorted(Counter(outcome.status for outcome in self.outcomes).items())),
+            "seconds": self.seconds,
+            "answers_per_second": len(whole) / self.seconds if self.seconds else 0.0,
+            "tokens_per_second": sum(outcome.tokens for outcome in whole) / self.seconds if self.seconds else 0.0,
+            "tokens_per_forward": sum(o.tokens for o in whole) / max(1, sum(o.forwards for o in whole)),
+            "latency": percentiles([outcome.latency for outcome in whole]),
+            "first_committed": percentiles([o.committed - o.due for o in whole if o.committed is not None]),
+            "first_text": percentiles([o.text - o.due for o in whole if o.text is not None]),
+        }
+        for name in GAUGES:
+            values = [sample[name] for sample in self.watched if name in sample]
+            found[name] = {"first": values[0], "most": max(values), "last": values[-1]} if values else None
+        return found
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Return p50, p90 and p99, each a value that occurred; None of nothing."""
+    if not seconds:
+        return None
+    found = np.quantile(seconds, (0.5, 0.9, 0.99), method="inverted_cdf")
+    return dict(zip(("p50", "p90", "p99"), found.tolist(), strict=True))
+
+
+def poisson(rate: float, count: int, *key: int) -> list[float]:
+    """Return so many arrival times in seconds, `rate` a second on average and independent of one another."""
+    times, now = [], 0.0
+    for number in range(count):
+        now -= math.log(uniform_int(*key, number)) / rate
+        times.append(now)
+    return times
+
+
+def queued(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
+    """Return each request's latency when one worker answers them in order, one at a time (Lindley's recursion)."""
+    latencies, free = [], 0.0
+    for arrival, service in zip(arrivals, services, strict=True):
+        free = max(free, arrival) + service
+        latencies.append(free - arrival)
+    return latencies
+
+
+def drive(
+    url: str,
+    requests: Iterable[Request],
+    *,
+    clients: int | None = None,
+    arrivals: Sequence[float] | None = None,
+    seconds: float = math.inf,
+    watch: bool = True,
+) -> Run:
+    """Send requests to a server and wait for all that were sent.
+
+    Args:
+        url: of the server, without the path.
+        requests: in this order, each once; without end where `seconds` bounds them.
+        clients: closed loop: each of so many sends its next request when it has its answer.
+        arrivals: open loop: when each is due, in seconds, however the server fares.
+        seconds: after so many no request is sent any more.
+        watch: look at the server's metrics meanwhile.
+
+    Raises:
+        IlladaError: when aiohttp is missing.
+    """
+    try:
+        import aiohttp
+    except ImportError as error:
+        raise IlladaError("a load generator needs aiohttp: pip install 'illada[serve]'") from error
+
+    async def run() -> Run:
+        no_limit = aiohttp.ClientTimeout(total=None, sock_connect=60)
+        connections = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(
+            connector=connections, timeout=no_limit, headers=_key(), read_bufsize=2**20
+        ) as session:
+            return await _drive(session, url.rstrip("/"), requests, clients, arrivals, seconds, watch)
+
+    return asyncio.run(run())
+
+
+async def _drive(
+    session: "ClientSession",
+    url: str,
+    requests: Iterable[Request],
+    clients: int | None,
+    arrivals: Sequence[float] | None,
+    seconds: float,
+    watch: bool,
+) -> Run:
+    found, started = Run(), time.perf_counter()
+
+    def now() -> float:
+        return time.perf_counter() - started
+
+    async def one(request: Request, due: float) -> None:
+        outcome = Outcome(request, due)
+        found.outcomes.append(outcome)
+        await _send(session, url, outcome, now)
+
+    left = iter(requests)
+
+    async def client() -> None:
+        while now() < seconds and (request := next(left, None)) is not None:
+            await one(request, now())
+
+    async def look() -> None:
+        values = await _gauges(session, url)
+        found.watched.append({"at": now(), **values})
+
+    async def keep_looking() -> None:
+        while True:
+            await asyncio.sleep(WATCH_EVERY)
+            await look()
+
+    if watch:
+        await look()
+        started = time.perf_counter()
+    watcher = asyncio.create_task(keep_looking()) if watch else None
+    async with asyncio.TaskGroup() as group:
+        if arrivals is None:
+            for _ in range(clients or 1):
+                group.create_task(client())
+        else:
+            for request, due in zip(requests, arrivals, strict=True):
+                if due >= seconds:
+                    break
+                await asyncio.sleep(due - now())
+                group.create_task(one(request, due))
+    found.seconds = now() - min((outcome.due for outcome in found.outcomes), default=0.0)
+    if watcher is not None:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        await look()
+    return found
+
+
+async def _gauges(session: "ClientSession", url: str) -> dict[str, float]:
+    """Return the server's `GAUGES`, those that it tells."""
+    import aiohttp
+
+    try:
+        async with session.get(f"{url}/metrics") as response:
+            text = await response.text() if response.status == 200 else ""
+    except aiohttp.ClientError:
+        text = ""
+    return {name: value for name, gauge in GAUGES.items() if (value := _gauge(text, gauge)) is not None}
+
+
+def _gauge(text: str, name: str) -> float | None:
+    """Return the value of a gauge, or the sum over its labels, in Prometheus' text; None when it is not there."""
+    values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+    return sum(values) if values else None
+
+
+async def _send(session: "ClientSession", url: str, outcome: Outcome, now: Callable[[], float]) -> None:
+    import aiohttp
+
+    request = outcome.request
+    try:
+        async with (
+            asyncio.timeout(PATIENCE if request.hang_up is None else request.hang_up),
+            session.post(url + request.path, json=request.body) as response,
+        ):
+            if response.status != 200:
+                outcome.status = str(response.status)
+            elif request.body.get("stream"):
+                await _read_stream(response, outcome, now)
+            else:
+                answer = await response.json()
+                outcome.answer = tuple(_choice(choice) for choice in sorted(answer["choices"], key=_index))
+                _use(outcome, answer["usage"])
+                outcome.status = "ok"
+    except TimeoutError:
+        outcome.status = "lost: no end" if request.hang_up is None else "cancelled"
+    except (aiohttp.ClientError, OSError, LookupError, TypeError, ValueError) as error:
+        outcome.status = f"lost: {type(error).__name__}"
+    outcome.ended = now()
+
+
+def _index(choice: dict[str, Any]) -> int:
+    return int(choice["index"])
+
+
+def _choice(choice: dict[str, Any]) -> tuple[str, str | None]:
+    return (choice["message"]["content"] if "message" in choice else choice["text"]), choice["finish_reason"]
+
+
+def _use(outcome: Outcome, usage: dict[str, int]) -> None:
+    outcome.tokens, outcome.forwards = usage["completion_tokens"], usage["forwards"]
+
+
+async def _read_stream(response: "ClientResponse", outcome: Outcome, now: Callable[[], float]) -> None:
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    diffusion = False
+    async for line in response.content:
+        if line.startswith(DONE):
+            outcome.answer = tuple((texts.get(index, ""), reasons[index]) for index in sorted(reasons))
+            outcome.status = "ok"
+        elif not line.startswith(b"data: "):
+            diffusion = line.startswith(DIFFUSION) or (diffusion and bool(line.strip()))
+        elif diffusion:
+            # Taking every event apart would cost the generator more than all else.
+            if outcome.committed is None and "c" in json.loads(line[6:])["states"]:
+                outcome.committed = now()
+        else:
+            event = json.loads(line[6:])
+            if "error" in event:
+                outcome.status = f"error {event['error']['type']}"
+                return
+            if event.get("usage"):
+                _use(outcome, event["usage"])
+            for choice in event["choices"]:
+                piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
+                if piece and outcome.text is None:
+                    outcome.text = now()
+                texts[choice["index"]] = texts.get(choice["index"], "") + (piece or "")
+                if choice.get("finish_reason"):
+                    reasons[choice["index"]] = choice["finish_reason"]
+
+
+def mixed_up(outcomes: Sequence[Outcome], alone: Sequence[Outcome]) -> list[Outcome]:
+    """Return the answers that are not those which the same problems got alone."""
+    right = {outcome.request.problem: outcome.answer for outcome in alone}
+    return [o for o in outcomes if o.status == "ok" and o.answer != right[o.request.problem]]
+
+
+def get_json(url: str) -> dict[str, Any]:
+    """Return what a server says, a JSON object.
+
+    Raises:
+        IlladaError: when it says nothing or no JSON.
+    """
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=_key()), timeout=30) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except (OSError, ValueError) as error:
+        hint = ": set ILLADA_API_KEYS to a key of it" if getattr(error, "code", None) == 401 else ""
+        raise IlladaError(f"no answer from {url} ({first_line(error)}){hint}") from error
+
+
+def _key() -> dict[str, str]:
+    key = os.environ.get("ILLADA_API_KEYS", "").split(",")[0].strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@contextmanager
+def started_server(model: str, flags: Sequence[str] = (), wait: float = 600.0) -> Iterator[str]:
+    """Run `illada serve` in a process of its own while the block runs; yields its URL once it is ready.
+
+    It listens on a free port of 127.0.0.1, with the keys of ILLADA_API_KEYS if there are any.
+
+    Raises:
+        IlladaError: when it ends before it is ready, with its last line, or is not ready in `wait` seconds.
+    """
+    words = [sys.executable, "-m", "illada", "serve", "--model", model, "--port", "0", *flags]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said)
+        try:
+            yield _ready(process, said, time.monotonic() + wait)
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ready(process: "subprocess.Popen[bytes]", said: TextIO, end: float) -> str:
+    """Return the URL that a starting server says."""
+    while True:
+        ended = process.poll() is not None
+        said.seek(0)
+        lines = said.read().splitlines()
+        if ready := [line.split()[1] for line in lines if line.startswith("ready: ") and "(" in line]:
+            return ready[0]
+        if ended or time.monotonic() > end:
+            last = lines[-1] if lines else "it said nothing"
+            raise IlladaError(f"the server did not start: {last.removeprefix('illada: error: ')}")
+        time.sleep(0.1)

@@ -1,0 +1,391 @@
+"""`illada demo`: raw text to a tuned, scored, talking model, stage after stage, each resumable."""
+
+import itertools
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from illada.data.shards import Shards
+from illada.demo.evaluation import evaluate
+from illada.demo.report import best_accuracies, write_report
+from illada.errors import IlladaError
+from illada.files import write_json
+from illada.generation.engine import generate
+from illada.generation.settings import GenerationSettings
+from illada.preparation.prepare import prepare
+from illada.preparation.train_tokenizer import train_tokenizer
+from illada.scoring.candidates import Item, score_candidates
+from illada.text.chat import encode_prompt
+from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
+from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
+from illada.training.trainer import train
+from illada.training.validation import bits_per_byte, ngram_baselines, validation_bound
+from illada.weights.load import load_model
+from illada.weights.runs import read_metrics
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything the demo does."""
+
+    tasks: tuple[str, ...]
+    vocab_size: int
+    window: int
+    samples_per_step: int
+    pretrain_steps: int
+    pretrain_learning_rate: float
+    sft_examples: int
+    warmup_steps: int
+    sft_steps: int
+    test_problems: int
+    steps_per_block: tuple[int, ...]
+    block_length: int = 16
+    max_new_tokens: int = 48
+    likelihood_samples: int = 64
+
+
+FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 3e-3, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
+QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 2e-3, 20_000, 1100, 700, 50, (1, 4, 16))
+SHAPE: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Walk the whole road and return the numbers of the report.
+
+    Raises:
+        IlladaError: when `output` holds something else, or a demo with other settings.
+        SystemExit: when a signal stops the training; the same command continues.
+    """
+    scale = QUICK if quick else FULL
+    console = Console(stderr=True)
+    started = time.monotonic()
+    _claim(output, {"quick": quick, "seed": seed, **asdict(scale)})
+
+    def stage(title: str) -> None:
+        console.rule(f"[bold]{title}", align="left")
+
+    stage("1/7  Tokenizer and token shards from this Python's standard library")
+    data = _prepare(output, scale, seed)
+    stage("2/7  Pre-training on text")
+    _train(_pretrain_recipe(output, data, scale, seed), "pre-training")
+    stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
+    _train(_warmup_recipe(output, data, scale, seed), "LLaDA's rule")
+    _train(_sft_recipe(output, data, scale, seed), "paper's rule")
+    if not (output / "model").exists():
+        shutil.copytree(output / "sft" / "model", output / "model")
+    stage("4/7  Text: bits per byte on held-out files")
+    results: dict[str, Any] = {"settings": {"quick": quick, "seed": seed, **asdict(scale)}}
+    results["text"] = _measure_text(output, data, scale)
+    stage("5/7  Answers: accuracy on held-out problems, and how few passes suffice")
+    results.update(_measure_answers(output, scale, seed, console))
+    stage("6/7  The same problems through lm-evaluation-harness")
+    results["harness"] = evaluate(
+        output,
+        {task: held_out(task, scale.test_problems, seed) for task in scale.tasks},
+        library_choices(scale.test_problems, seed),
+        {"max_new_tokens": scale.max_new_tokens, "block_length": scale.block_length},
+        seed,
+    )
+    stage("7/7  Report")
+    results["seconds"] = round(time.monotonic() - started)
+    write_report(output, results)
+    _print_summary(output, results)
+    return results
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    settings = json.loads(json.dumps(settings))
+    marker = output / "demo.json"
+    if marker.exists():
+        if json.loads(marker.read_text()) != settings:
+            raise IlladaError(f"{output} holds a demo with other settings: choose another --output or delete it")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise IlladaError(f"{output} is not empty and holds no demo: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(marker, settings)
+
+
+def _text_files() -> tuple[list[str], list[str]]:
+    """Return the library's files, without its tests, for training and for validation: every twelfth is held out."""
+    folder = standard_library()
+    skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".txt", ".rst") and path.is_file() and not skipped & set(path.parts)
+    )
+    chosen = [str(path) for path in files if path.stat().st_size > 500]
+    return [f for i, f in enumerate(chosen) if i % 12 != 7], [f for i, f in enumerate(chosen) if i % 12 == 7]
+
+
+def _write_examples(path: Path, examples_: Iterator[Any], count: int) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        for example in itertools.islice(examples_, count):
+            file.write(json.dumps({"messages": example.messages}) + "\n")
+    partial.rename(path)
+
+
+def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
+    training_files, validation_files = _text_files()
+    if not training_files:
+        raise IlladaError(f"no text in {standard_library()}: this Python has no standard library as files")
+    folder = output / "data"
+    folder.mkdir(exist_ok=True)
+    tokenizer = output / "tokenizer"
+    if not tokenizer.exists():
+        # A few hundred instructions, so that their words and letters become tokens.
+        some = itertools.islice(examples("train", seed, scale.tasks), 2000)
+        texts = itertools.chain(
+            (Path(f).read_text(encoding="utf-8", errors="replace") for f in training_files[::3]),
+            (f"{example.prompt}\n {example.answer}" for example in some),
+        )
+        partial = output / ".tokenizer.partial"
+        train_tokenizer(texts, scale.vocab_size).save_pretrained(partial)
+        partial.rename(tokenizer)
+    for split, count in (("train", scale.sft_examples), ("validation", 500)):
+        file = folder / f"chat-{split}.jsonl"
+        if not file.exists():
+            # Validation examples are training-split problems under another seed: the test split stays untouched.
+            _write_examples(file, examples("train", seed + (split != "train"), scale.tasks), count)
+    text = {"text-train": training_files, "text-validation": validation_files}
+    chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
+    for name, files in text.items():
+        prepare(files, str(folder / name), str(tokenizer))
+    for name, files in chat.items():
+        prepare(files, str(folder / name), str(tokenizer), kind="chat")
+    return {name: Shards.open(folder / name) for name in (*text, *chat)}
+
+
+def _recipe(
+    output: Path, name: str, data: dict[str, Shards], window: int, seed: int, model: ModelRecipe, **training: Any
+) -> Recipe:
+    return Recipe(
+        output=str(output / name),
+        model=model,
+        data=DataRecipe(
+            str(data["train"].path), str(data["validation"].path) if "validation" in data else None, window
+        ),
+        training=TrainingRecipe(
+            samples_per_batch=64,
+            warmup_steps=100,
+            final_learning_rate=2e-5,
+            beta2=0.98,
+            dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (benchmarks/RESULTS.md)
+            seed=seed,
+            keep_checkpoints=1,
+            **training,
+        ),
+    )
+
+
+def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
+    steps = scale.pretrain_steps
+    return _recipe(
+        output,
+        "pretrain",
+        {"train": data["text-train"], "validation": data["text-validation"]},
+        scale.window,
+        seed,
+        ModelRecipe(preset="1m", **SHAPE),
+        samples_per_step=scale.samples_per_step,
+        steps=steps,
+        learning_rate=scale.pretrain_learning_rate,
+        decay="cosine",
+        decay_steps=steps // 3,
+        validate_every=max(50, steps // 10),
+        validation_samples=128,
+        checkpoint_every=max(100, steps // 4),
+    )
+
+
+def _warmup_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
+    """Return a run by LLaDA's rule: prompts stay visible, so a tiny model learns the skills from far fewer tokens.
+
+    It learns to fill a canvas of known length; answers of any length are what the paper's rule then teaches
+    (docs/log.md).
+    """
+    steps = scale.warmup_steps
+    return _recipe(
+        output,
+        "warmup",
+        {"train": data["chat-train"]},
+        scale.window // 2,
+        seed,
+        ModelRecipe(start=str(output / "pretrain" / "model")),
+        samples_per_step=64,
+        steps=steps,
+        learning_rate=2e-3,
+        rule="llada",
+        decay="linear",
+        decay_steps=steps // 5,
+        checkpoint_every=max(100, steps // 4),
+    )
+
+
+def _sft_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
+    """Return the run by the paper's rule: windows of concatenated examples, everything may be masked."""
+    steps = scale.sft_steps
+    return _recipe(
+        output,
+        "sft",
+        {"train": data["chat-train"], "validation": data["chat-validation"]},
+        scale.window // 2,
+        seed,
+        ModelRecipe(start=str(output / "warmup" / "model")),
+        samples_per_step=2 * scale.samples_per_step,
+        steps=steps,
+        learning_rate=1e-3,  # lower than before, or what was learned is forgotten
+        decay="linear",
+        decay_steps=steps // 3,
+        validate_every=max(100, steps // 8),
+        validation_samples=64,
+        checkpoint_every=max(100, steps // 4),
+    )
+
+
+def _train(recipe: Recipe, title: str) -> None:
+    result = train(recipe, title)
+    if result.interrupted:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + signal.Signals(result.interrupted))
+
+
+def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[str, Any]:
+    """Return bits per byte of the pre-trained model and of the n-gram baselines on all held-out text."""
+    model, _ = load_model(str(output / "pretrain"))
+    shards = data["text-validation"]
+    bound = validation_bound(model, shards, scale.window, None, 64)
+    baselines = ngram_baselines(data["text-train"], shards)
+    nats = {"model": bound, "unigram": baselines.unigram, "bigram": baselines.bigram}
+    metrics = read_metrics(output / "pretrain" / "metrics.jsonl")
+    return {
+        "bits_per_byte": {k: round(bits_per_byte(v, shards.tokens, shards.bytes), 4) for k, v in nats.items()},
+        "nats_per_token": {k: round(v, 4) for k, v in nats.items()},
+        "parameters": model.num_parameters(),
+        "training_tokens": metrics[-1]["tokens"],
+        "validation_bytes": shards.bytes,
+        "bytes_per_token": round(shards.bytes / shards.tokens, 3),
+    }
+
+
+def _decoding(scale: Scale, tokenizer: Any) -> GenerationSettings:
+    """Return the paper's decoding: one token a pass."""
+    return GenerationSettings(
+        max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
+    )
+
+
+def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
+    model, tokenizer = load_model(str(output))
+    problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
+    prompts = {
+        task: [encode_prompt(tokenizer, example.messages[:1]) for example in tests] for task, tests in problems.items()
+    }
+    frontier: list[dict[str, Any]] = []
+    samples: dict[str, list[dict[str, Any]]] = {}
+    runs = [(steps, task) for steps in scale.steps_per_block for task in scale.tasks]
+    for steps, task in track(runs, description="answering", console=console, disable=not console.is_terminal):
+        settings = replace(_decoding(scale, tokenizer), steps_per_block=steps)
+        answers = generate(model, prompts[task], settings, tokenizer=tokenizer)
+        texts = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
+        right = [text == example.answer for text, example in zip(texts, problems[task], strict=True)]
+        share = sum(right) / len(right)
+        frontier.append(
+            {
+                "task": task,
+                "steps_per_block": steps,
+                "problems": len(right),
+                "accuracy": round(share, 4),
+                "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4),
+                "forwards_per_token": round(sum(a.forwards for a in answers) / sum(len(a.ids) + 1 for a in answers), 3),
+            }
+        )
+        if steps == max(scale.steps_per_block):
+            samples[task] = [
+                {"prompt": e.prompt, "expected": e.answer, "answer": t, "right": r, "forwards": a.forwards}
+                for e, t, r, a in zip(problems[task], texts, right, answers, strict=True)
+            ][:6]
+    return {
+        "frontier": frontier,
+        "samples": samples,
+        "choice": _measure_choices(model, tokenizer, scale, seed),
+        "denoising": _record_denoising(model, tokenizer, scale, seed),
+    }
+
+
+def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
+    """Return the accuracy of both scorers on held-out library questions with four candidates."""
+    choices = library_choices(scale.test_problems, seed)
+    items = [Item(choice.prompt, list(choice.candidates), choice.answer) for choice in choices]
+    found: dict[str, Any] = {"problems": len(items), "chance": 0.25}
+    for method in ("confidence", "likelihood"):
+        started = time.monotonic()
+        scores = score_candidates(model, tokenizer, items, method, scale.likelihood_samples, seed, chat=True)
+        chosen = [max(range(len(values)), key=values.__getitem__) for values in scores]
+        right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
+        share = sum(right) / len(right)
+        found[method] = {
+            "accuracy": round(share, 4),
+            "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+    return found
+
+
+def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
+    """Return every step of one right answer of the task with the longest ones, or of a wrong one if none is right."""
+    settings = _decoding(scale, tokenizer)
+    recorded: list[dict[str, Any]] = []
+    longest = [task for task in ("sudoku", "shift") if task in scale.tasks]
+    for task, example in [(name, example) for name in longest for example in held_out(name, 12, seed)]:
+        steps: list[dict[str, Any]] = []
+
+        def keep(event: Any, steps: list[dict[str, Any]] = steps) -> None:
+            tokens = [tokenizer.decode([i]) for i in event.ids]
+            steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
+
+        prompt = encode_prompt(tokenizer, example.messages[:1])
+        answer = generate(model, [prompt], settings, tokenizer=tokenizer, on_step=keep)[0]
+        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+        record = {"task": task, "prompt": example.prompt, "expected": example.answer, "answer": text, "steps": steps}
+        if text == example.answer:
+            return record
+        recorded.append(record)
+    return recorded[0]
+
+
+def _print_summary(output: Path, results: dict[str, Any]) -> None:
+    bits = results["text"]["bits_per_byte"]
+    lines: Sequence[str] = [
+        "",
+        f"held-out text     {bits['model']:.3f} bits/byte (bound)   unigram {bits['unigram']:.3f}   "
+        f"bigram {bits['bigram']:.3f}",
+        *(
+            f"{task:<17} {row['accuracy']:6.1%} ± {row['standard_error']:.1%} of {row['problems']} held-out problems"
+            for task, row in best_accuracies(results).items()
+        ),
+        f"library, 4 choices  confidence {results['choice']['confidence']['accuracy']:.1%}   "
+        f"likelihood {results['choice']['likelihood']['accuracy']:.1%}   chance 25%",
+        f"time              {results['seconds'] / 60:.1f} minutes",
+        "",
+        f"report            {output / 'report.html'}",
+        f"talk to it        illada chat --model {output / 'model'} --block_length 16 --max_new_tokens 48",
+    ]
+    print("\n".join(lines))

@@ -1,0 +1,39 @@
+"""Where tensors live: the device of a name, the types of weights, the memory in use."""
+
+import resource
+import sys
+
+import torch
+
+from illada.errors import IlladaError
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Types of the weights by name; auto is the checkpoint's own."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; auto takes a GPU where there is one.
+
+    Raises:
+        IlladaError: when it cannot be used here.
+    """
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except Exception as error:
+            raise IlladaError(f"device {name} cannot be used here: choose cpu or auto") from error
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # Apple's GPU has neither float64, which sampling needs, nor bf16 autocast for every operation used here.
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: allocated on a GPU, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

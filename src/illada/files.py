@@ -1,0 +1,66 @@
+"""Small files: whole or absent when written, one clear line when they cannot be read."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from illada.errors import IlladaError, first_line
+
+
+def read_lines(file: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line) of a UTF-8 text file, empty lines left out.
+
+    Raises:
+        IlladaError: when it is missing, is no text or holds nothing.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise IlladaError(f"no file {file}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise IlladaError(f"{file} is not UTF-8 text: {error}") from error
+    if not any(line.strip() for line in lines):
+        raise IlladaError(f"{file} is empty")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, line
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is either whole or absent, whatever happens meanwhile."""
+    temporary = file.with_name(file.name + ".partial")
+    write_bytes(temporary, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    os.replace(temporary, file)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file and return when the disk has it."""
+    with open(file, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        IlladaError: when it cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise IlladaError(f"{path} cannot be read: it is no JSON object")
+    return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent, whatever happens meanwhile."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)

@@ -1,0 +1,393 @@
+"""Reading documents from text files, JSON lines and parquet, whatever state they are in.
+
+A document arrives as one or more *pieces*, so that a file larger than memory can be one document. Broken UTF-8 becomes
+U+FFFD and is counted; what cannot be read at all is counted and skipped, unless it is all there is.
+"""
+
+import codecs
+import fnmatch
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from illada.errors import IlladaError
+from illada.text.chat import Message, check_messages
+
+# What is read from a folder unless the user says otherwise; a file named directly is always read. No *.json: one big
+# JSON document per file is rarely text worth learning, and a list of records would be taken for text.
+PATTERNS = ("*.txt", "*.text", "*.md", "*.rst", "*.py", "*.txt.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
+PIECE_CHARACTERS = 1_000_000
+
+_CHUNK = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE_AFTER_TEXT = re.compile(r"(?<=\S)[ \t\r\n]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read, with what tells one version of it from another."""
+
+    path: str
+    size: int
+    modified_ns: int
+
+    @property
+    def format(self) -> Literal["text", "jsonl", "parquet"]:
+        """How the file is read: its name decides."""
+        name = self.path.lower().removesuffix(".gz")
+        if name.endswith((".jsonl", ".ndjson")):
+            return "jsonl"
+        return "parquet" if name.endswith(".parquet") else "text"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Part of a file: the lines that begin in bytes start..end-1; formats that cannot be divided are one unit."""
+
+    path: str
+    start: int
+    end: int
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """How documents are found in files."""
+
+    kind: Literal["text", "chat"] = "text"
+    text_field: str = "text"
+    documents: Literal["file", "line"] = "file"
+    piece_characters: int = PIECE_CHARACTERS
+
+
+@dataclass
+class Piece:
+    """A stretch of a document, or (kind "chat") a conversation."""
+
+    text: str
+    last: bool
+    record: str
+    messages: list[dict[str, str]] | None = None
+
+
+@dataclass
+class ReadStats:
+    """What was odd in the units read so far."""
+
+    broken_utf8_documents: int = 0
+    replaced_characters: int = 0
+    empty_documents: int = 0
+    split_documents: int = 0
+    unusable_records: int = 0
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Files divided into units of which one held no usable record: what else the unit says of them."""
+    bytes_read: int = 0
+
+
+def find_files(sources: Sequence[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[SourceFile]:
+    """Return the files of `sources` in a fixed order: as given, and by name inside a folder.
+
+    Patterns match the name of a file or its path inside the folder; hidden files and folders are left out.
+
+    Raises:
+        IlladaError: when a source is missing, unreadable or holds no file to read.
+    """
+    if not sources:
+        raise IlladaError("no sources: give at least one file or folder")
+    found: list[SourceFile] = []
+    for source in sources:
+        root = Path(source)
+        if root.is_dir():
+            paths = sorted(_walk(root, patterns, exclude))
+            if not paths:
+                raise IlladaError(f"{source} holds no file that matches {' '.join(patterns)}: set patterns")
+        elif root.is_file():
+            if root.suffix.lower() == ".json":
+                raise IlladaError(f"{source} is JSON, one record per line is needed: convert it and name it .jsonl")
+            paths = [root]
+        else:
+            raise IlladaError(f"no such file or folder: {source}")
+        for path in paths:
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise IlladaError(f"cannot read {path}: {error.strerror}") from None
+            if not os.access(path, os.R_OK):
+                raise IlladaError(f"cannot read {path}: permission denied")
+            found.append(SourceFile(os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def _walk(root: Path, patterns: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+    def matches(relative: str, name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(relative, glob) for glob in globs)
+
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if name.startswith(".") or not path.is_file():
+                continue
+            if matches(relative, name, patterns) and not matches(relative, name, exclude):
+                yield path
+
+
+def fingerprint(files: Sequence[SourceFile]) -> str:
+    """Return a hash of paths, sizes and modification times."""
+    lines = "".join(f"{file.path}\0{file.size}\0{file.modified_ns}\n" for file in files)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def divide(file: SourceFile, options: Options, unit_bytes: int) -> list[Unit]:
+    """Divide a file into units of about `unit_bytes`, where its format allows to begin in the middle."""
+    by_line = file.format == "jsonl" or (file.format == "text" and options.documents == "line")
+    if not by_line or file.path.lower().endswith(".gz") or file.size <= unit_bytes:
+        return [Unit(file.path, 0, file.size)]
+    starts = range(0, file.size, unit_bytes)
+    return [Unit(file.path, start, min(start + unit_bytes, file.size), whole=False) for start in starts]
+
+
+def read_unit(unit: Unit, options: Options, odd: ReadStats) -> Iterator[Piece]:
+    """Yield the pieces of the documents of a unit and count in `odd` what was odd.
+
+    Raises:
+        IlladaError: when the file cannot be read, or not one of its records is usable.
+    """
+    format_ = SourceFile(unit.path, 0, 0).format
+    if options.kind == "chat" and format_ == "text":
+        raise IlladaError(f"{unit.path} is plain text: conversations come from .jsonl or .parquet files")
+    try:
+        if format_ == "text":
+            yield from _read_text(unit, options, odd)
+        else:
+            records = _jsonl_records(unit, odd) if format_ == "jsonl" else _parquet_records(unit, options, odd)
+            yield from _read_records(unit, records, options, odd)
+    except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
+        raise IlladaError(f"cannot read {unit.path}: {error}") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    if path.lower().endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile is a binary stream
+    return open(path, "rb")
+
+
+def _clean(text: str) -> tuple[str, int]:
+    """Replace what UTF-8 cannot express (half a surrogate pair, an escaped broken byte); return how many there were."""
+    if text.isascii():
+        return text, 0
+    return _SURROGATE.subn("\ufffd", text)
+
+
+def _pieces(chunks: Iterator[str], record: str, options: Options, odd: ReadStats) -> Iterator[Piece]:
+    """Turn one document, given in chunks, into pieces of bounded length, cut before white space where there is some."""
+    buffer, replaced, count, limit = "", 0, 0, options.piece_characters
+    slices = (chunk[i : i + _CHUNK] for chunk in chunks for i in range(0, len(chunk), _CHUNK))
+    for part in slices:
+        text, wrong = _clean(part)
+        replaced += wrong
+        buffer += text
+        while len(buffer) > limit:
+            spaces = [match.start() for match in _SPACE_AFTER_TEXT.finditer(buffer, limit - limit // 8, limit)]
+            # Never inside a run of white space, which may be one token.
+            cut = spaces[-1] if spaces else limit
+            piece, buffer = buffer[:cut], buffer[cut:]
+            # A document that begins with megabytes of white space loses them: it might hold nothing else.
+            if count or piece.strip():
+                count += 1
+                yield Piece(piece, False, record)
+    if replaced:
+        odd.broken_utf8_documents += 1
+        odd.replaced_characters += replaced
+    if count:
+        odd.split_documents += 1
+    elif not buffer.strip():
+        odd.empty_documents += 1
+        return
+    yield Piece(buffer, True, record)
+
+
+def _read_text(unit: Unit, options: Options, odd: ReadStats) -> Iterator[Piece]:
+    with _open(unit.path) as stream:
+        if options.documents == "file":
+            yield from _pieces(_decoded(iter(lambda: stream.read(_CHUNK), b""), odd), unit.path, options, odd)
+            return
+        for place, parts in _lines(stream, unit):
+            yield from _pieces(_decoded(parts, odd, end_of_line=True), f"{unit.path} at byte {place}", options, odd)
+
+
+def _lines(stream: IO[bytes], unit: Unit) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Yield (offset, parts) of every line that begins in the unit; the parts of a line must be used before the next."""
+    if unit.start:
+        # The line that began before belongs to the unit before; if it ended exactly here this reads its newline.
+        stream.seek(unit.start - 1)
+        while (part := stream.readline(_CHUNK)) and not part.endswith(b"\n"):
+            pass
+    compressed = isinstance(stream, gzip.GzipFile)
+
+    def parts(first: bytes) -> Iterator[bytes]:
+        part = first
+        yield part
+        while not part.endswith(b"\n") and (part := stream.readline(_CHUNK)):
+            yield part
+
+    while compressed or stream.tell() < unit.end:
+        place = stream.tell()
+        first = stream.readline(_CHUNK)
+        if not first:
+            return
+        yield place, parts(first)
+
+
+def _decoded(chunks: Iterator[bytes], odd: ReadStats, end_of_line: bool = False) -> Iterator[str]:
+    """Decode UTF-8, with broken bytes escaped as lone surrogates; drops a byte order mark and the end of the line."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    first = True
+    for chunk in chunks:
+        odd.bytes_read += len(chunk)
+        ending = (2 if chunk.endswith(b"\r\n") else 1) if end_of_line and chunk.endswith(b"\n") else 0
+        text = decoder.decode(chunk[: len(chunk) - ending])
+        yield text.removeprefix("\ufeff") if first else text
+        first = first and not text
+    yield decoder.decode(b"", final=True)
+
+
+def _jsonl_records(unit: Unit, odd: ReadStats) -> Iterator[tuple[str, Any]]:
+    """Yield (where, record); a record that cannot be parsed is the exception that says why."""
+    with _open(unit.path) as stream:
+        for number, (place, parts) in enumerate(_lines(stream, unit), start=1):
+            line = "".join(_decoded(parts, odd))
+            if not line.strip():
+                continue
+            where = f"line {number}" if unit.start == 0 else f"the line at byte {place}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield where, IlladaError(f"not JSON ({error})")
+
+
+def _parquet_records(unit: Unit, options: Options, odd: ReadStats) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise IlladaError("reading parquet needs pyarrow: pip install 'illada[data]'") from None
+    try:
+        with pq.ParquetFile(unit.path) as file:
+            names = set(file.schema_arrow.names)
+            wanted = (options.text_field,) if options.kind == "text" else ("messages", "prompt", "response")
+            columns = [name for name in wanted if name in names]
+            if not columns:
+                raise IlladaError(f"{unit.path} has no column {' or '.join(wanted)}: it has {', '.join(sorted(names))}")
+            row, rows = 0, file.metadata.num_rows
+            # Few rows at a time: a row may be a whole book.
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                for record in pa.Table.from_batches([batch]).cast(_as_bytes(pa, batch.schema)).to_pylist():
+                    row += 1
+                    yield f"row {row}", _from_bytes(record)
+                odd.bytes_read += (unit.end * row) // rows - (unit.end * (row - batch.num_rows)) // rows
+    except pa.ArrowException as error:
+        raise IlladaError(f"cannot read {unit.path}: {' '.join(str(error).split())}") from None
+
+
+def _as_bytes(pa: Any, schema: Any) -> Any:
+    """Return the schema with text as bytes: arrow refuses to hand over text that is broken UTF-8."""
+
+    def change(kind: Any) -> Any:
+        if pa.types.is_dictionary(kind):
+            return change(kind.value_type)
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return pa.large_list(change(kind.value_type))
+        if pa.types.is_struct(kind):
+            return pa.struct([(member.name, change(member.type)) for member in kind])
+        return pa.large_binary() if pa.types.is_string(kind) or pa.types.is_large_string(kind) else kind
+
+    return pa.schema([(column.name, change(column.type)) for column in schema])
+
+
+def _from_bytes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_bytes(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _from_bytes(item) for name, item in value.items()}
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _read_records(unit: Unit, records: Iterator[tuple[str, Any]], options: Options, odd: ReadStats) -> Iterator[Piece]:
+    good = bad = 0
+    first_failure = ""
+    for where, record in records:
+        try:
+            if isinstance(record, IlladaError):
+                raise record
+            if options.kind == "chat":
+                messages = conversation(record)
+            else:
+                text = _text(record, options.text_field)
+        except IlladaError as error:
+            bad += 1
+            first_failure = first_failure or f"{where}: {error}"
+            # Part of a file may be all bad by accident, but not if it is large.
+            if good == 0 and not unit.whole and bad >= 1000:
+                raise IlladaError(f"{unit.path}: none of the first {bad} records is usable; {first_failure}") from None
+            continue
+        good += 1
+        name = f"{unit.path} {where}"
+        if options.kind == "text":
+            yield from _pieces(iter((text,)), name, options, odd)
+            continue
+        cleaned = [(message["role"], *_clean(message["content"])) for message in messages]
+        replaced = sum(count for _, _, count in cleaned)
+        odd.broken_utf8_documents += bool(replaced)
+        odd.replaced_characters += replaced
+        messages = [{"role": role, "content": content} for role, content, _ in cleaned]
+        if not any(message["content"].strip() for message in messages if message["role"] == "assistant"):
+            odd.empty_documents += 1
+            continue
+        yield Piece("\n".join(message["content"] for message in messages), True, name, messages)
+    odd.unusable_records += bad
+    if bad and not good and unit.whole:
+        raise IlladaError(f"{unit.path}: none of its {bad} records is usable; {first_failure}")
+    if not unit.whole:
+        entry = odd.failures.setdefault(unit.path, {"good": 0, "bad": 0, "first": ""})
+        entry["good"] += good
+        entry["bad"] += bad
+        entry["first"] = entry["first"] or first_failure
+
+
+def _text(record: Any, text_field: str) -> str:
+    if not isinstance(record, dict):
+        raise IlladaError("not an object")
+    text = record.get(text_field)
+    if text_field not in record:
+        raise IlladaError(f"no field {text_field!r}; it has {', '.join(map(repr, list(record)[:8]))}: set text_field")
+    if not isinstance(text, str):
+        raise IlladaError(f"field {text_field!r} is not text")
+    return text
+
+
+def conversation(record: Any) -> list[dict[str, str]]:
+    """Return the messages of a record {"messages": [...]} or {"prompt": ..., "response": ...}.
+
+    Raises:
+        IlladaError: when it is neither.
+    """
+    if not isinstance(record, dict):
+        raise IlladaError("not an object")
+    messages: Sequence[Message] | None = record.get("messages")
+    if messages is None:
+        if "prompt" not in record or "response" not in record:
+            raise IlladaError("neither messages nor prompt and response")
+        messages = [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["response"]},
+        ]
+    return check_messages(messages, "assistant")

@@ -1,0 +1,54 @@
+"""How fast and how large: model FLOPs utilisation and peak memory, for the log."""
+
+from dataclasses import dataclass
+
+import torch
+
+from illada.diffusion.noise import EPSILON
+from illada.model import IlladaConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, by its vendor's data sheet."""
+
+    teraflops: float
+    """Dense bf16 with fp32 accumulation; the sheets' headline figures are mostly those with sparsity, twice as high."""
+    gigabytes: float
+
+
+GPUS = {
+    "a100": Gpu(312, 80),  # SXM, 80 GB
+    "h100": Gpu(989, 80),  # SXM
+    "h200": Gpu(989, 141),
+    "b200": Gpu(2250, 180),  # as in HGX B200
+    "l40s": Gpu(362, 48),
+    "rtx4090": Gpu(165, 24),
+}
+
+
+def flops_per_token(config: IlladaConfig, seen: float, adapter: int = 0) -> float:
+    """Return the FLOPs to learn from one token: 3·(2·P + 4·L·d·layers + 2·V·D·masked); recomputation is not counted.
+
+    P are the parameters of the blocks, L = `seen` is the mean length of the segment a token is in, d the width of all
+    query heads together. The head counts on masked tokens only. A causal model sees half of L and predicts all tokens.
+    A backward pass costs two forward ones; where the
+    weights are frozen beside an `adapter` of so many parameters, one for them.
+    """
+    masked, seen = (1.0, seen / 2) if config.causal else (EPSILON + (1 - EPSILON) / 2, seen)
+    attention = 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    products = 2 * (block_parameters(config) + config.vocab_size * config.hidden_size * masked)
+    return 3 * attention + (2 * products + 6 * adapter if adapter else 3 * products)
+
+
+def block_parameters(config: IlladaConfig) -> int:
+    """Return the parameters of all blocks, norms included."""
+    width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = 2 * width * config.head_dim * (heads + groups)
+    return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size + 2 * width)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 FLOPs a second of a GPU that is in `GPUS`, else None."""
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
+    return next((gpu.teraflops * 1e12 for part, gpu in GPUS.items() if part in name), None)

@@ -1,0 +1,105 @@
+"""The folder of a run: whose it is, that only one trainer writes to it, and what a person may put there."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from illada.data.shards import Shards
+from illada.errors import IlladaError
+from illada.files import write_text
+from illada.training.checkpoint import RunState
+from illada.training.recipe import Recipe
+from illada.training.schedule import Schedule
+
+RECIPE, LOCK, DECAY = "recipe.yaml", ".lock", "DECAY"
+FREE_TO_CHANGE = (
+    "training.samples_per_batch",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.keep_every",
+    "training.device",
+    "parallel.replicate",
+    "parallel.tensor",
+    "parallel.gather",
+    "parallel.recompute",
+    "parallel.compile",
+    "parallel.attention",
+    "parallel.kernels",
+)
+"""Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
+
+
+@contextmanager
+def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iterator[None]:
+    """Hold a run folder for one trainer; a new one gets the recipe, an old one must be a run of it.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        run: the folder.
+        recipe: of the run.
+        shards: its training data.
+        base: fingerprint of the frozen weights, which no checkpoint holds; None when all weights are trained.
+
+    Raises:
+        IlladaError: when it holds something else or another recipe's run, or another process trains in it.
+    """
+    sources = shards.index["provenance"].get("source_fingerprint")
+    data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
+    written = {**asdict(recipe), "data_fingerprint": data}
+    del written["output"], written["log"]
+    if base is None:
+        del written["lora"]
+    else:
+        written["base_fingerprint"] = base
+    path = run / RECIPE
+    if path.exists():
+        before = yaml.safe_load(path.read_text())
+        free = set(FREE_TO_CHANGE)
+        if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
+            free.discard("training.validate_every")
+        changed = [k for k in _differences(before, written) if k not in free]
+        if changed:
+            raise IlladaError(
+                f"{run} holds a run with another recipe ({', '.join(changed[:4])} differ): "
+                "choose another --output or restore the recipe"
+            )
+    elif run.exists() and (not run.is_dir() or any(p.suffix != ".partial" and p.name != LOCK for p in run.iterdir())):
+        raise IlladaError(f"{run} is not empty and holds no run: choose another --output")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise IlladaError(f"another process trains in {run}: wait for its end or choose another --output") from None
+        if not path.exists():
+            write_text(path, yaml.safe_dump(written, sort_keys=False))
+        yield
+
+
+def decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
+    """Return the step at which to begin the decay now, if the run folder asks for it.
+
+    The step is written into the file, so that a run killed after the switch switches at the same step again.
+    """
+    path = run / DECAY
+    if state.decay_start is not None or state.step >= schedule.decay_start or not path.exists():
+        return None
+    text = path.read_text().strip()
+    if not text.isdecimal():  # whatever a person put there, mostly nothing
+        write_text(path, f"{state.step}\n")
+        return state.step
+    return int(text) if int(text) <= state.step else None
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(dict.fromkeys([*a, *b]))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else str(k))]
+    return [] if a == b else [prefix]

@@ -1,0 +1,1 @@
+"""Models on disk: find, load, save, adapt, quantise, convert."""

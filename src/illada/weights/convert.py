@@ -1,0 +1,248 @@
+"""`illada convert`: a starting point for training out of a causal llama-like checkpoint.
+
+An extra: the paper trains from random weights; starting from a causal model is what others do. Every shared weight is
+kept bit for bit. What changes is attention (it sees both ways) and what a position predicts (itself, not the next one).
+
+Shape letters: V vocabulary · D width.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+import illada
+from illada.errors import IlladaError, first_line
+from illada.files import read_json
+from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.released import FAMILY_IDS, MASK_TOKENS
+from illada.text.tokenizer import load_tokenizer
+from illada.weights.export import card_head, card_use, on_hub
+from illada.weights.load import check_shards, settle_ids
+from illada.weights.options import Dtype
+from illada.weights.runs import model_folder
+from illada.weights.save import check_output, torch_dtype, write_model
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose network can be ours; what a checkpoint of them has besides is refused."""
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_SPARE = re.compile("reserved|unused", re.IGNORECASE)
+_NOT_A_MODEL = (
+    "a starting point for training, not a model: its weights learned to predict the next token from those before it; "
+    "here every position sees all others and predicts itself"
+)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    token: str
+    id: int
+    fresh: bool
+    """Whether its row was never trained, so that it gets the mean of the others."""
+    origin: str
+
+
+def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype, max_shard_size: str) -> str:
+    """Write the new folder `output` in our layout; return what was done and what to do next.
+
+    Args:
+        source: model folder or hub name.
+        output: folder to make.
+        mask_token: what stands for a masked token. None: the tokenizer's own, else an unused reserved special token,
+            else a new one. A token without a trained row starts as the mean of the others (ours).
+        dtype: of the weights written; auto keeps the checkpoint's own, bit for bit.
+        max_shard_size: largest file of weights, as "5GB".
+
+    Raises:
+        IlladaError: when the checkpoint is missing, damaged, or holds what our network does not have.
+    """
+    target = check_output(output, source, max_shard_size)
+    if mask_token is not None and not mask_token.strip():
+        raise IlladaError("mask_token is empty: name a token, for instance '<[MASK]>'")
+    folder = model_folder(source)
+    shape, values = _shape(folder)
+    tensors = _tensors(folder, shape)
+    tokenizer = load_tokenizer(folder)
+    rows, known = shape["vocab_size"], len(tokenizer)
+    if known > rows:
+        raise IlladaError(
+            f"the tokenizer in {folder} has {known} tokens but the model only {rows}: it belongs to another model"
+        )
+    ids = _special_ids(values, tokenizer)
+    mask = _mask(tokenizer, mask_token, ids)
+    shape["vocab_size"] = max(rows, mask.id + 1)
+    config = IlladaConfig(**shape, **ids, mask_token_id=mask.id)
+    settle_ids(config, folder, tokenizer)
+    if mask.fresh:
+        for name in (_EMBEDDING, _HEAD):
+            if name in tensors:
+                tensors[name] = _with_mask(tensors[name], mask.id, known)
+    kind = torch_dtype(dtype, functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}))
+    lines = [
+        f"{source}: a {values['model_type']} of {sum(tensor.numel() for tensor in tensors.values()):,} parameters; "
+        f"masks are {mask.token!r} (id {mask.id}, {mask.origin}"
+        + (", its row the mean of the others)" if mask.fresh else ")")
+    ]
+    if shape["vocab_size"] > rows:
+        lines[0] += f"; the vocabulary grew from {rows:,} to {shape['vocab_size']:,}"
+    write_model(target, folder, config, tensors, kind, _card(source, lines[0]), "illada", max_shard_size, tokenizer)
+    lines.append(
+        f"written to {output}: {_NOT_A_MODEL}. Next: illada prepare TEXTS --tokenizer {output} --output DATA; "
+        f"illada pretrain --model.start {output} --data.train DATA --output RUN"
+    )
+    return "\n".join(lines)
+
+
+def _shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the sizes as arguments of `IlladaConfig`, and the contents of config.json."""
+    path = folder / "config.json"
+    values = read_json(path)
+    family = values.get("model_type")
+    if family in FAMILY_IDS:
+        raise IlladaError(f"{folder} is a masked diffusion model already: train it with --model.start {folder}")
+    if family not in FAMILIES:
+        raise IlladaError(f"{folder} is a {family!r} model: only these can be converted: {', '.join(FAMILIES)}")
+    if quantised := values.get("quantization_config") or values.get("compression_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise IlladaError(f"the checkpoint in {folder} is quantised ({method}): take the bf16 or fp16 one")
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
+    rope = config.rope_parameters or {}
+    scaled = rope.get("rope_type", "default") != "default" or rope.get("factor", 1.0) != 1.0
+    turned = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+    window = getattr(config, "sliding_window", None)
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        window = window or "some layers"
+    lacks = {
+        f"rotary embedding scaled ({rope.get('rope_type')})": scaled,
+        f"rotary embedding on a part of each head ({turned})": turned != 1.0,
+        f"a sliding attention window ({window})": window is not None,
+        "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
+        f"activation {config.hidden_act}": config.hidden_act != "silu",
+    }
+    if found := [what for what, there in lacks.items() if there]:
+        raise IlladaError(f"{folder} has {' and '.join(found)}: this network has not, so it cannot be converted")
+    same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings"""
+    sizes = {name: getattr(config, name) for name in same.split()}
+    return {**sizes, "head_dim": getattr(config, "head_dim", None) or 0, "rope_theta": rope["rope_theta"]}, values
+
+
+def _tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return all weights, still on disk, in the order of our network.
+
+    Raises:
+        IlladaError: naming those that do not fit.
+    """
+    found: dict[str, Tensor] = {}
+    for file in check_shards(folder):
+        found |= load_file(file)
+    # Old checkpoints hold the rotary frequencies too, which follow from rope_theta.
+    found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    parts = {
+        "biases": [name for name in found if name.endswith(".bias")],
+        "norms of queries and keys": [name for name in found if re.search(r"\.[qk]_norm\.", name)],
+        "quantised weights": [name for name, tensor in found.items() if tensor.dtype not in _FLOATS],
+    }
+    for what, names in parts.items():
+        if names:
+            raise IlladaError(f"{folder} has {what} ({names[0]}, …): this network has not, so it cannot be converted")
+    with torch.device("meta"):
+        wanted = IlladaForMaskedLM(IlladaConfig(**shape, **dict.fromkeys(_ID_NAMES), mask_token_id=0)).state_dict()
+    if shape["tie_word_embeddings"]:
+        del wanted[_HEAD]
+        head = found.pop(_HEAD, None)
+        if head is not None and _EMBEDDING in found and not torch.equal(head, found[_EMBEDDING]):
+            raise IlladaError(f"{folder} ties its head to the embedding, but {_HEAD} differs: config.json is wrong")
+    odd = [f"{name} is missing" for name in wanted if name not in found]
+    odd += [f"{name} is not part of the model" for name in found if name not in wanted]
+    odd += [
+        f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if odd:
+        listed = "; ".join(odd[:5]) + ("; …" if len(odd) > 5 else "")
+        raise IlladaError(f"the weights in {folder} do not fit its config.json ({len(odd)} tensors): {listed}")
+    return {name: found[name] for name in wanted}
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _special_ids(values: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return bos, eos and pad as config.json has them, else the tokenizer; `settle_ids` adds further ends."""
+    ids = {name: values.get(name) for name in _ID_NAMES}
+    # Llama's first files have -1 for "none".
+    return {name: getattr(tokenizer, name) if i is None else None if i == -1 else i for name, i in ids.items()}
+
+
+def _mask(tokenizer: Any, asked: str | None, ids: Mapping[str, Any]) -> _Mask:
+    """Choose the mask token, and make it the tokenizer's."""
+    known, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    for value in ids.values():
+        taken |= set(value) if isinstance(value, list) else {value}
+    template = str(tokenizer.chat_template or "")
+    spare = [
+        token.content
+        for number, token in sorted(added.items())
+        if token.special and number not in taken and _SPARE.search(token.content) and token.content not in template
+    ]
+    named = next((token for token in MASK_TOKENS if token in known), None)
+    if asked is None:
+        asked = tokenizer.mask_token or named
+    if asked is None and spare:
+        token, origin = spare[0], "a reserved token of the tokenizer that nothing uses"
+    elif asked in known:
+        token, origin = asked, "in the tokenizer already"
+        if known[token] in taken or not (known[token] in added and added[known[token]].special):
+            raise IlladaError(f"mask_token {token!r} means something else to this tokenizer: choose another")
+    else:
+        token, origin = asked or MASK_TOKENS[0], "added to the tokenizer"
+    tokenizer.add_special_tokens({"mask_token": token})
+    return _Mask(token, tokenizer.mask_token_id, token not in known or token in spare, origin)
+
+
+def _with_mask(rows_VD: Tensor, mask_id: int, known: int) -> Tensor:
+    """Return the rows, more of them if it takes, with that of the mask as the mean of the tokenizer's `known` rows."""
+    total_D = torch.zeros(rows_VD.shape[1], dtype=torch.float64)
+    for part_CD in rows_VD[:known].split(4096):  # the whole in float64 would be large
+        total_D += part_CD.sum(0, dtype=torch.float64)
+    if mask_id < known:
+        total_D, known = total_D - rows_VD[mask_id], known - 1
+    mean_D = (total_D / known).to(rows_VD.dtype)
+    more_D = mean_D.expand(max(0, mask_id + 1 - len(rows_VD)), -1)
+    grown_VD = torch.cat((rows_VD, more_D))
+    grown_VD[mask_id] = mean_D
+    return grown_VD
+
+
+def _card(source: str, summary: str) -> str:
+    name = source if on_hub(source) else f"`{source}`"
+    return "\n".join(
+        [
+            *card_head(source),
+            f"Converted by illada {illada.__version__} from the causal language model {name}: **{_NOT_A_MODEL}.**",
+            "",
+            f"{summary}. All other weights are those of the source. Its licence applies.",
+            "",
+            "Next: `illada prepare` with this folder's tokenizer, then `illada pretrain --model.start` with this "
+            "folder. The paper (arXiv 2606.25331) trains from random weights instead.",
+            "",
+            "## Use",
+            "",
+            *card_use(),
+        ]
+    )

@@ -1,0 +1,149 @@
+"""Quantised inference (ours): the linear layers of the blocks in 8 or 4 bits, through torchao or bitsandbytes.
+
+transformers quantises each tensor as it is read, so no full-precision copy of the model is ever in memory. Norms,
+embedding and LM head keep their type: the head gives the confidences that decide what is committed, and it is 8 % of
+the 8B model's weights.
+
+    name      library       bits of a weight                      products
+    int8      torchao       8, a scale per output                 weights widened each time
+    int4      torchao       5, scale and offset per 32 inputs     a kernel of torch; bf16 only
+    int8-bnb  bitsandbytes  8, a scale per output                 LLM.int8(): activations in int8 too, outliers apart
+    nf4       bitsandbytes  4.5, normal float per 64 inputs       a kernel where the CPU has AVX-512 BF16
+
+With int8-bnb an outlier decides for all rows of a forward pass, so company can change a row by the rounding's error.
+"""
+
+import logging
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from illada.errors import IlladaError
+from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.weights.options import Quantization
+
+INT4_GROUP = 32
+"""Inputs that share a scale: 0.75 bits more than torchao's usual 128, for a fifth less error."""
+
+WIDTHS: dict[str, tuple[int, int]] = {"int4": (INT4_GROUP, 16), "nf4": (64, 32)}
+"""What the CPU's kernels demand of a layer: its inputs and outputs are multiples of these."""
+
+KEPT = ["lm_head"]
+"""Linear layers that keep their type; with the tied embedding it is one tensor."""
+
+
+def quantized_loading(
+    name: Quantization, config: IlladaConfig, device: torch.device, dtype: torch.dtype | str = "auto"
+) -> dict[str, Any]:
+    """Return the arguments of `IlladaForMaskedLM.from_pretrained` that quantise while loading, on `device`.
+
+    The model arrives on its device. Call `check_shapes` on it: transformers does not compare quantised shapes.
+
+    Args:
+        name: how to quantise.
+        config: of the model.
+        device: to load on.
+        dtype: of everything that is not quantised, and of the activations; auto is the checkpoint's own.
+
+    Raises:
+        IlladaError: when a library is missing, or the device, the type or the model's widths do not allow it.
+    """
+    if name not in get_args(Quantization):
+        raise IlladaError(f"no quantization {name!r}: choose one of {', '.join(get_args(Quantization))}")
+    if device.type == "cpu" and name in WIDTHS:
+        _check_widths(name, config)
+    computed = config.dtype if dtype == "auto" else dtype
+    chosen = _bitsandbytes(name, computed) if name in ("int8-bnb", "nf4") else _torchao(name, device, computed)
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def check_shapes(model: IlladaForMaskedLM) -> None:
+    """Check that every linear layer of the blocks is quantised and has the shape that it was built for.
+
+    Raises:
+        IlladaError: naming those of another shape.
+        RuntimeError: when a library passed over a layer.
+    """
+    odd, passed = [], []
+    for path, layer in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(layer, nn.Linear):
+            state = getattr(layer.weight, "quant_state", None)  # bitsandbytes' packed weights have lost their shape
+            shapes = [list((state or layer.weight).shape), [layer.out_features, layer.in_features]]
+            if shapes[0] != shapes[1]:
+                odd.append(f"{path}.weight is {shapes[0]}, not {shapes[1]}")
+            elif type(layer.weight) is nn.Parameter:
+                passed.append(path)
+    if odd:
+        raise IlladaError(f"the weights do not fit config.json ({len(odd)} tensors): {'; '.join(odd)}")
+    if passed:
+        raise RuntimeError(f"not quantised: {', '.join(passed)}")
+
+
+def _torchao(name: str, device: torch.device, dtype: torch.dtype | str | None) -> Any:
+    _require(name, ("torchao", "accelerate"), "pip install 'illada[quantize]'")
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    way: Any
+    if name == "int8":
+        way = Int8WeightOnlyConfig(set_inductor_config=False)
+    elif dtype != torch.bfloat16:
+        # A GPU's kernel knows no other type; the CPU's takes a hundred times longer in others.
+        raise IlladaError("int4 computes in bf16 only: load the model in bf16, or choose int8")
+    elif device.type == "cpu":
+        # torchao's public layouts of int4 all need a GPU; its CPU layout runs on a kernel of torch itself.
+        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+
+        way = PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP, set_inductor_config=False)
+    elif device.type == "cuda":
+        from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+        way = Int4WeightOnlyConfig(
+            group_size=INT4_GROUP,
+            int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,  # needs no library but torch
+            set_inductor_config=False,
+        )
+    else:
+        raise IlladaError(f"int4 runs on cpu and cuda, not on {device.type}: choose int8")
+    return TorchAoConfig(way, modules_to_not_convert=KEPT)
+
+
+def _bitsandbytes(name: str, dtype: torch.dtype | str | None) -> Any:
+    # It advises to fetch kernels when imported, and says at every product that activations are rounded.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _require(name, ("bitsandbytes", "accelerate"), "pip install bitsandbytes accelerate")
+    from transformers import BitsAndBytesConfig
+
+    if name == "int8-bnb":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+        llm_int8_skip_modules=KEPT,
+    )
+
+
+def _require(name: str, libraries: tuple[str, ...], command: str) -> None:
+    """Raise an error with the command to run when a library cannot be imported."""
+    for library in libraries:
+        try:
+            __import__(library)
+        except ImportError as error:
+            raise IlladaError(f"quantization {name} needs {' and '.join(libraries)}: {command}") from error
+
+
+def _check_widths(name: str, config: IlladaConfig) -> None:
+    """Compare the widths of the blocks' layers with what the kernels demand."""
+    inputs, outputs = WIDTHS[name]
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    odd = [f"{key} {value}" for key, value in {**widths, "query width": queries}.items() if value % inputs]
+    odd += [f"key width {keys}"] if keys % outputs else []
+    if odd:
+        raise IlladaError(
+            f"{name} on a CPU needs widths that are multiples of {inputs} (keys: {outputs}), but the model has "
+            f"{', '.join(odd)}: choose int8"
+        )

@@ -1,0 +1,353 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from illada.data.shards import Shards
+from illada.errors import IlladaError
+from illada.preparation import prepare as module
+from illada.preparation import readers as reading
+from illada.preparation.prepare import prepare
+from illada.preparation.train_tokenizer import train_tokenizer
+from illada.text.chat import encode_conversation
+from illada.text.tokenizer import encode_texts, load_tokenizer, tokenizer_sha256
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["some words of text, some other words\n"] * 9, 290).save_pretrained(folder)
+    return str(folder)
+
+
+def texts(shards: Shards) -> list[str]:
+    """What the documents say, after checking that each is <bos> … <eos>."""
+    tokenizer = load_tokenizer(shards.path / "tokenizer")
+    found = []
+    for i in range(shards.documents):
+        start, end, prompt = shards.document_span(i)
+        ids = shards.read(start, end - start).tolist()
+        assert (ids[0], ids[-1], prompt) == (0, 2, 0)
+        assert not set(ids[1:-1]) & set(range(8))
+        found.append(tokenizer.decode(ids[1:-1]))
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    index = json.loads(files["index.json"])
+    del index["provenance"]["date"]
+    return files | {"index.json": json.dumps(index).encode()}
+
+
+def odd(shards: Shards) -> dict[str, int]:
+    return {name: count for name, count in shards.index["odd"].items() if count}
+
+
+def write_jsonl(path: Path, *records: object) -> None:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+
+
+def test_every_kind_of_file_in_a_folder(tmp_path, tokenizer_folder):
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    (source / ".hidden").mkdir()
+    (source / ".hidden" / "x.txt").write_text("hidden")
+    (source / "a.txt").write_bytes(b"\xef\xbb\xbffirst\r\n <|eos|> text\n")
+    (source / "b.txt").write_bytes(b"broken \xff\xfe caf\xc3")
+    (source / "c.md").write_text(" \n\t")
+    (source / "d.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\nnot json\n{"text": 5}\n{"text": "two \\ud800"}')
+    with gzip.open(source / "e.jsonl.gz", "wt") as file:
+        file.write('{"text": "zipped"}\n')
+    pq.write_table(pa.table({"n": [1, 2], "text": ["row one", "row two"]}), source / "sub" / "f.parquet")
+    (source / "g.bin").write_text("not text")
+    (source / "sub" / "skipped.txt").write_text("excluded")
+    shards = prepare([str(source)], str(tmp_path / "out"), tokenizer_folder, exclude=["skip*"])
+    expected = [
+        "first\r\n <|eos|> text\n",
+        "broken \ufffd\ufffd caf\ufffd",
+        "one",
+        "two \ufffd",
+        "zipped",
+        "row one",
+        "row two",
+    ]
+    assert texts(shards) == expected
+    assert shards.bytes == sum(len(text.encode()) for text in expected)
+    assert odd(shards) == {
+        "broken_utf8_documents": 2,
+        "replaced_characters": 4,
+        "empty_documents": 2,
+        "unusable_records": 2,
+    }
+    assert shards.tokenizer_sha256 == tokenizer_sha256(load_tokenizer(tokenizer_folder))
+    assert shards.vocab_size == len(load_tokenizer(tokenizer_folder))
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_broken_utf8_in_parquet_is_replaced(tmp_path, tokenizer_folder):
+    text = pa.array([b"fine", b"bro\xffken", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": text.dictionary_encode()}), tmp_path / "a.parquet")
+    shards = prepare([str(tmp_path / "a.parquet")], str(tmp_path / "out"), tokenizer_folder)
+    assert texts(shards) == ["fine", "bro\ufffdken"]
+    assert odd(shards) == {"broken_utf8_documents": 1, "replaced_characters": 1, "unusable_records": 1}
+
+
+line = st.text("ab \r\ufffdé漢", max_size=12)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(line, max_size=8), st.booleans(), st.integers(1, 9), st.sampled_from(["line", "jsonl"]))
+def test_a_file_may_be_divided_anywhere(tmp_path_factory, lines, newline_at_end, unit_bytes, kind):
+    path = tmp_path_factory.mktemp("divide") / ("a.txt" if kind == "line" else "a.jsonl")
+    rows = lines if kind == "line" else [json.dumps({"text": text}, ensure_ascii=False) for text in lines]
+    path.write_bytes(("\n".join(rows) + "\n" * newline_at_end).encode())
+    options = reading.Options(documents="line")
+    (file,) = reading.find_files([str(path)], reading.PATTERNS)
+    units = reading.divide(file, options, unit_bytes)
+    assert len(units) == max(1, -(-file.size // unit_bytes))
+    found = [piece.text for unit in units for piece in reading.read_unit(unit, options, reading.ReadStats())]
+    wanted = [text[:-1] if kind == "line" and text.endswith("\r") and (i + 1 < len(lines) or newline_at_end) else text
+              for i, text in enumerate(lines)]  # fmt: skip
+    assert found == [text for text in wanted if text.strip()]
+
+
+def pieces(text: str, chunk: int, limit: int) -> tuple[list[reading.Piece], reading.ReadStats]:
+    odd_ = reading.ReadStats()
+    chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
+    return list(reading._pieces(chunks, "x", reading.Options(piece_characters=limit), odd_)), odd_
+
+
+# Words of at most 4 and gaps of at most 3 characters: the last eighth of 56 characters holds a gap.
+word = st.tuples(st.sampled_from(["some", "of", "text", "漢", "1'"]), st.sampled_from([" ", "   ", "\n\n\n", "\r\n"]))
+
+
+@pytest.fixture(scope="session")
+def merging():
+    """A tokenizer that has learned these words and gaps, so that a cut in the wrong place changes the ids."""
+    return train_tokenizer(["some of text   some of text\n\n\nsome\r\nof\r\ntext   of some\n\n\n"] * 9, 300)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(word.map("".join), min_size=20, max_size=80).map("".join), st.integers(56, 80), st.integers(1, 90))
+def test_pieces_of_a_huge_document_give_the_ids_of_the_whole(merging, text, limit, chunk):
+    found, odd_ = pieces(text, chunk, limit)
+    assert "".join(piece.text for piece in found) == text
+    assert all(len(piece.text) <= limit for piece in found)
+    assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+    assert odd_.split_documents == (len(found) > 1)
+    whole = encode_texts(merging, [text])[0]
+    assert [i for ids in encode_texts(merging, [piece.text for piece in found]) for i in ids] == whole
+
+
+def test_a_document_without_spaces_is_cut_and_one_of_spaces_only_is_empty():
+    assert [piece.text for piece in pieces("x" * 25, 7, 10)[0]] == ["x" * 10, "x" * 10, "x" * 5]
+    found, odd_ = pieces(" " * 99, 7, 10)
+    assert (found, odd_.empty_documents, odd_.split_documents) == ([], 1, 0)
+    assert "".join(piece.text for piece in pieces(" " * 99 + "x  ", 7, 10)[0]).strip() == "x"
+
+
+def test_a_huge_document_stays_one(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(reading, "_CHUNK", 50)
+    monkeypatch.setattr(reading.Options, "piece_characters", 100)
+    monkeypatch.setattr(reading.Options.__init__, "__defaults__", ("text", "text", "file", 100))
+    text = "some words of text " * 40
+    (tmp_path / "a.txt").write_text(text)
+    write_jsonl(tmp_path / "b.jsonl", {"text": text + "é"}, {"text": "short"})
+    shards = prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer_folder)
+    assert texts(shards) == [text, text + "é", "short"]
+    assert odd(shards) == {"split_documents": 2}
+    assert shards.bytes == 2 * len(text) + 2 + 5
+
+
+CHAT = [
+    {"messages": [{"role": "user", "content": "some?"}, {"role": "assistant", "content": "words"}] * 2},
+    {"prompt": "other", "response": "text <|eos|>"},
+]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_conversations(tmp_path, tokenizer_folder, split):
+    bad = {"messages": [{"role": "assistant", "content": "no"}]}
+    write_jsonl(
+        tmp_path / "a.jsonl", CHAT[0], bad, {"prompt": 1, "response": "x"}, {"prompt": "empty", "response": " "}
+    )
+    pq.write_table(pa.Table.from_pylist(CHAT[1:]), tmp_path / "b.parquet")
+    pq.write_table(pa.Table.from_pylist(CHAT[:1]), tmp_path / "c.parquet")
+    shards = prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer_folder, kind="chat", split_turns=split)
+    tokenizer, first = load_tokenizer(tokenizer_folder), CHAT[0]["messages"]
+    second = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "text <|eos|>"}]
+    conversations = [first[:2], first, second, first[:2], first] if split else [first, second, first]
+    assert shards.kind == "chat"
+    assert shards.documents == len(conversations)
+    for i, messages in enumerate(conversations):
+        start, end, prompt = shards.document_span(i)
+        assert (shards.read(start, end - start).tolist(), prompt) == encode_conversation(tokenizer, messages)
+    assert shards.bytes == sum(len(m["content"]) for messages in conversations for m in messages)
+    assert odd(shards) == {"empty_documents": 1, "unusable_records": 2}
+
+
+def corpus(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(f"some text number {i} " * 5)
+    write_jsonl(folder / "lines.jsonl", *({"text": f"line {i}"} for i in range(20)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, tokenizer_folder):
+    """The corpus prepared without interruption, in several tasks and shards."""
+    root = tmp_path_factory.mktemp("prepared")
+    settings = {"sources": [str(corpus(root / "in"))], "tokenizer": tokenizer_folder}
+    settings |= {"task_bytes": 150, "tokens_per_shard": 100}
+    shards = prepare(output=str(root / "out"), **settings)
+    assert len(shards.index["shards"]) > 6
+    assert texts(shards) == [f"some text number {i} " * 5 for i in range(6)] + [f"line {i}" for i in range(20)]
+    return settings, content(root / "out")
+
+
+def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
+    settings, _ = prepared
+    from illada.preparation import steps
+
+    # Unpickled in the worker, the step calls os._exit(9).
+    monkeypatch.setattr(steps.ReadDocuments, "__reduce__", lambda self: (os._exit, (9,)), raising=False)
+    with pytest.raises(IlladaError, match="a worker was killed"):
+        prepare(output=str(tmp_path / "out"), workers=2, **settings)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, prepared):
+    settings, expected = prepared
+    prepare(output=str(tmp_path / "out"), workers=2, **settings)
+    assert content(tmp_path / "out") == expected
+
+
+KILLED = """
+import json, os, signal, sys
+from illada.data import shards
+from illada.preparation import folder, prepare
+
+def die_at_call_9(original):
+    calls = []
+    def call(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+    return call
+
+def finish(output, original=prepare.finish):
+    folder.os.replace = die_at_call_9(os.replace)
+    return original(output)
+
+if sys.argv[1] == "document":
+    shards.ShardWriter.end_document = die_at_call_9(shards.ShardWriter.end_document)
+else:
+    prepare.finish = finish
+prepare.prepare(**json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("where", ["document", "finish"])
+def test_a_killed_preparation_continues(tmp_path, prepared, where, monkeypatch):
+    settings, expected = prepared
+    settings = {**settings, "output": str(tmp_path / "out")}
+    run = subprocess.run([sys.executable, "-c", KILLED, where, json.dumps(settings)], capture_output=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    with pytest.raises(IlladaError, match="interrupted"):
+        Shards.open(tmp_path / "out")
+    finished = list((tmp_path / "out" / "work").glob("task-*[0-9]/summary.json"))
+    assert finished
+    with pytest.raises(IlladaError, match="holds another preparation: add_eos was True, now False"):
+        prepare(**settings, add_eos=False)
+    made = {file.parent.name: file.stat().st_mtime_ns for file in finished}
+    read = []
+    original = module.finish
+
+    def finish(output: str) -> Shards:
+        for name, time in made.items():
+            summary = tmp_path / "out" / "work" / name / "summary.json"
+            read.append(summary.stat().st_mtime_ns == time)
+        return original(output)
+
+    monkeypatch.setattr(module, "finish", finish)
+    prepare(**settings)
+    assert content(tmp_path / "out") == expected
+    assert read == [True] * len(made)  # finished tasks were not done again
+
+
+def test_a_finished_preparation_returns_at_once_and_another_is_refused(tmp_path, prepared, monkeypatch):
+    settings, expected = prepared
+    settings = {**settings, "output": str(tmp_path / "out")}
+    prepare(**settings)
+    monkeypatch.setattr(module, "run_locally", None)
+    prepare(**settings)
+    assert content(tmp_path / "out") == expected
+    with pytest.raises(IlladaError, match="text_field was text, now body"):
+        prepare(**settings, text_field="body")
+    source = Path(settings["sources"][0], "0.txt")
+    os.utime(source, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns + 1))
+    try:
+        with pytest.raises(IlladaError, match="source_fingerprint"):
+            prepare(**settings)
+    finally:
+        os.utime(source, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns - 1))
+
+
+def _bad(path: Path, name: str, content: bytes = b"") -> str:
+    (path / name).write_bytes(content)
+    return str(path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "keywords", "message"),
+    [
+        (lambda p: str(p / "nowhere"), {}, "no such file or folder: .*nowhere"),
+        (str, {}, "holds no file that matches"),
+        (lambda p: _bad(p, "a.json"), {}, "name it .jsonl"),
+        (
+            lambda p: _bad(p, "a.jsonl", b"{}\n[1]\n"),
+            {},
+            "a.jsonl: none of its 2 records is usable; line 1: no field 'text'",
+        ),
+        (lambda p: _bad(p, "a.jsonl", b"\n{oops\n"), {}, "a.jsonl: none of its 1 records is usable; line 2: not JSON"),
+        (
+            lambda p: _bad(p, "a.jsonl", b"{\n" * 9),
+            {"task_bytes": 4},
+            "a.jsonl: none of its 9 records is usable; line 1",
+        ),
+        (lambda p: _bad(p, "a.txt", b"  "), {}, r"nothing to keep .*\(1 empty documents\)"),
+        (lambda p: _bad(p, "a.txt.gz", b"not gzip"), {}, "cannot read .*a.txt.gz"),
+        (lambda p: _bad(p, "b.txt.gz", gzip.compress(b"some text" * 99)[:-9]), {}, "cannot read .*b.txt.gz"),
+        (lambda p: _bad(p, "a.parquet", b"not parquet"), {}, "cannot read .*a.parquet"),
+        (lambda p: _bad(p, "a.txt", b"text"), {"kind": "chat"}, "is plain text"),
+        (lambda p: _bad(p, "a.txt", b"text"), {"split_turns": True}, "kind chat"),
+        (lambda p: _bad(p, "a.txt", b"text"), {"workers": 0}, "workers"),
+        (lambda p: _bad(p, "a.txt", b"text"), {"tokenizer": "nowhere"}, "no tokenizer folder at nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, tokenizer_folder, capfd, source, keywords, message):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(IlladaError, match=message) as caught:
+        prepare([source(tmp_path / "in")], str(tmp_path / "out"), **{"tokenizer": tokenizer_folder} | keywords)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    if "no such" in message:
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_ours_is_refused(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(IlladaError, match="is not empty"):
+        prepare([str(tmp_path / "a.txt")], str(tmp_path), tokenizer_folder)
+    assert (tmp_path / "a.txt").read_text() == "some text"
