@@ -1,64 +1,22 @@
-"""`illada generate` and `illada chat`: text in, text out, and an answer that forms before one's eyes."""
+"""A conversation in the terminal, where each answer is drawn while it forms."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from illada.errors import IlladaError
-from illada.generation.engine import Generation, StepEvent, generate, infill
+from illada.generation.engine import Generation, StepEvent, generate
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model import IlladaForMaskedLM
 from illada.text.chat import Message, encode_prompt
-from illada.text.prompts import encode_plain, encode_template, show_ids
+from illada.text.prompts import show_ids
 
 MASK_SIGN = "░"
-
-
-def generate_text(
-    model: IlladaForMaskedLM,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    settings: GenerationSettings,
-    chat: bool,
-    as_json: bool,
-    out: TextIO,
-    slot_tokens: int | None = None,
-) -> None:
-    """Answer every prompt, or fill in its slots, in one batch and print the answers in order."""
-    if slot_tokens is not None:
-        if chat:
-            raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
-        templates = [encode_template(tokenizer, prompt, slot_tokens) for prompt in prompts]
-        answers = infill(model, templates, settings, tokenizer=tokenizer)
-    else:
-        if chat:
-            ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-        else:
-            ids = [encode_plain(tokenizer, prompt) for prompt in prompts]
-        answers = generate(model, ids, settings_for(model, settings), tokenizer=tokenizer)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        text = show_ids(tokenizer, answer.ids)
-        if as_json:
-            record = {
-                "prompt": prompt,
-                "text": text,
-                "ids": list(answer.ids),
-                "finish_reason": answer.finish_reason,
-                "forwards": answer.forwards,
-                "positions": answer.positions,
-                "log_probs": answer.log_probs,
-            }
-            print(json.dumps(record, ensure_ascii=False), file=out)
-        else:
-            if len(prompts) > 1:
-                print(f"> {prompt}", file=out)
-            print(text, file=out)
 
 
 def draw(tokenizer: Any, event: StepEvent, eos_ids: Sequence[int]) -> Text:

@@ -1,0 +1,34 @@
+"""`illada tokenizer` and `illada prepare`."""
+
+from illada.lazy import lazily
+from illada.preparation.settings import PrepareSettings
+
+with lazily():
+    import illada.preparation.prepare as preparation
+    import illada.preparation.train_tokenizer as tokenizers
+
+
+def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000) -> None:
+    """Train a byte-level BPE tokenizer on text files, jsonl, parquet or folders of them.
+
+    Args:
+        sources: text files, jsonl, parquet, or folders of them.
+        output: folder to write the tokenizer to.
+        vocab_size: number of tokens, special ones included.
+        max_bytes: bytes of text to train on, from the first.
+    """
+    tokenizers.train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
+    print(f"tokenizer of {vocab_size} tokens written to {output}")
+
+
+def prepare(settings: PrepareSettings) -> None:
+    """Turn files and folders into a prepared data set; the same call continues where an interrupted one stopped."""
+    result = preparation.prepare(settings)
+    if isinstance(result, str):
+        print(f"Slurm job {result} completes {settings.output}; the same command continues what was interrupted")
+        return
+    odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.index["odd"].items() if count)
+    print(
+        f"{result.documents:,} documents, {result.tokens:,} tokens, {result.bytes:,} bytes of text in {result.path}"
+        + (f" ({odd})" if odd else "")
+    )

@@ -1,0 +1,21 @@
+"""`illada demo`."""
+
+from pathlib import Path
+
+from illada.lazy import lazily
+
+with lazily():
+    import illada.demo.stages as stages
+
+
+def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
+    """Walk the whole road on this machine: tokenizer, pre-training, SFT, generation, scoring, report.
+
+    The text is the standard library of this Python; nothing is downloaded. Interrupted, the same command continues.
+
+    Args:
+        output: run folder.
+        quick: 3 to 4 minutes instead of 10 to 15, with a model that has learned less.
+        seed: seed of everything random.
+    """
+    stages.run_demo(Path(output), quick, seed)

@@ -1,0 +1,86 @@
+"""`illada score`: which candidate does the model believe?"""
+
+import json
+from typing import Any, Literal
+
+from illada.errors import IlladaError
+from illada.files import read_lines
+from illada.lazy import lazily
+from illada.weights.options import ModelOptions
+
+with lazily():
+    import illada.scoring.candidates as scoring
+    import illada.weights.load as weights
+
+
+def score(
+    model: ModelOptions,
+    context: str | None = None,
+    candidates: list[str] | None = None,
+    file: str | None = None,
+    method: Literal["confidence", "likelihood", "both"] = "confidence",
+    samples: int = 128,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Score candidate continuations by confidence (paper Eq. 2) or Monte-Carlo likelihood (LLaDA Eq. 6), in nats.
+
+    Prints every item's scores and choice as a JSON line, then the accuracy where answers are known.
+
+    Args:
+        model: which model, and how to load it.
+        context: text before the candidates.
+        candidates: texts to compare.
+        file: jsonl with {"context": str, "candidates": [str], "answer": int (optional)} on each line, instead.
+        method: which scorer.
+        samples: Monte-Carlo samples of the likelihood.
+        seed: seed of the Monte-Carlo samples.
+        chat: wrap each context in the chat template as a user's question.
+    """
+    items = read_items(context, candidates, file)
+    network, tokenizer = weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    methods = ("confidence", "likelihood") if method == "both" else (method,)
+    scores = {
+        name: scoring.score_candidates(network, tokenizer, items, name, samples, seed, chat) for name in methods
+    }
+    for number, item in enumerate(items):
+        record: dict[str, Any] = {"context": item.context, "candidates": item.candidates}
+        for name in methods:
+            values = scores[name][number]
+            best = max(range(len(values)), key=values.__getitem__)
+            record[name] = {"scores": [round(value, 4) for value in values], "choice": item.candidates[best]}
+        print(json.dumps(record, ensure_ascii=False))
+    known = [number for number, item in enumerate(items) if item.answer is not None]
+    for name in methods if known else ():
+        right = sum(max(scores[name][n]) == scores[name][n][items[n].answer or 0] for n in known)
+        print(f"{name}: {right} of {len(known)} right ({right / len(known):.1%})")
+
+
+def read_items(context: str | None, candidates: list[str] | None, file: str | None) -> "list[scoring.Item]":
+    """Return the one item given, or those of a jsonl file.
+
+    Raises:
+        IlladaError: when neither or both are given, or a record is not of the form.
+    """
+    given = context is not None or candidates is not None
+    if given == (file is not None):
+        raise IlladaError("give --context and --candidates, or --file")
+    if file is None:
+        if not candidates:
+            raise IlladaError("--candidates is missing")
+        return [scoring.Item(context or "", list(candidates))]
+    items = []
+    for number, line in read_lines(file):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["candidates"], list):
+                raise TypeError("candidates must be a list")
+            item = scoring.Item(str(record["context"]), [str(c) for c in record["candidates"]], record.get("answer"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IlladaError(f'{file} line {number} is not {{"context": ..., "candidates": [...]}}') from error
+        if not item.candidates:
+            raise IlladaError(f"{file} line {number} has no candidates")
+        if item.answer is not None and item.answer not in range(len(item.candidates)):
+            raise IlladaError(f"{file} line {number}: answer {item.answer} is not the index of a candidate")
+        items.append(item)
+    return items

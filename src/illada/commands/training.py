@@ -1,0 +1,57 @@
+"""`illada pretrain`, `sft`, `estimate` and `report`."""
+
+import dataclasses
+import json as json_format
+import os
+import signal
+import sys
+
+from illada.lazy import lazily
+from illada.training.recipe import EstimateOptions, Recipe
+
+with lazily():
+    import illada.training.optional.estimate as estimates
+    import illada.training.optional.plots as plots
+    import illada.training.trainer as trainer
+
+
+def pretrain(recipe: Recipe) -> None:
+    """Pre-train a model from a recipe."""
+    _train(recipe, "pretrain")
+
+
+def sft(recipe: Recipe) -> None:
+    """Fine-tune a model from a recipe."""
+    _train(recipe, "sft")
+
+
+def _train(recipe: Recipe, title: str) -> None:
+    recipe.check()  # at once, before torch is loaded
+    result = trainer.train(recipe, title=title)
+    if result.interrupted:
+        sys.exit(128 + signal.Signals(result.interrupted))
+    if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks
+        print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+
+
+def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:
+    """Say what a recipe will need: memory by kind, speed, days and cost.
+
+    Args:
+        recipe: the run; its data need not exist yet.
+        options: the machine and what the recipe does not say.
+        json: print a JSON object instead.
+        sft: the recipe is for `illada sft`, whose defaults differ.
+    """
+    result = estimates.estimate(recipe, options)
+    print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else estimates.table(result))
+
+
+def report(run: str, /, output: str | None = None) -> None:
+    """Draw the curves of a training run: loss by mask ratio, speed and more.
+
+    Args:
+        run: folder of the run, finished or not.
+        output: picture to write (.png, .svg, .pdf); null for RUN/report.png.
+    """
+    print(f"written to {plots.draw_run(run, output)}")

@@ -1,0 +1,50 @@
+"""`illada export` and `illada convert`."""
+
+from typing import Literal
+
+from illada.lazy import lazily
+from illada.weights.options import Dtype
+
+with lazily():
+    import illada.weights.convert as conversion
+    import illada.weights.export as exporting
+
+
+def export(
+    model: str,
+    output: str,
+    dtype: Dtype = "auto",
+    layout: Literal["illada", "released"] = "illada",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model as a folder that transformers loads, in our layout or the released one: weights to model card.
+
+    Args:
+        model: model or run folder, or a hub name (GSAI-ML/LLaDA-8B-Instruct).
+        output: new folder to write.
+        dtype: type of the weights written; auto is the checkpoint's own.
+        layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads.
+        max_shard_size: largest file of weights; more are written in several, with an index.
+    """
+    exporting.export_model(model, output, dtype, layout, max_shard_size)
+    print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
+
+
+def convert(
+    from_: str,
+    output: str,
+    mask_token: str | None = None,
+    dtype: Dtype = "auto",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Make a starting point for training out of a causal llama-like checkpoint; an extra, not the paper's way.
+
+    Args:
+        from_: model folder or hub name of type llama, or of another type with the same network.
+        output: new folder to write.
+        mask_token: what stands for a masked token; null takes the tokenizer's own, else an unused reserved token, else
+            adds <[MASK]>.
+        dtype: type of the weights written; auto is the checkpoint's own.
+        max_shard_size: largest file of weights; more are written in several, with an index.
+    """
+    print(conversion.convert_model(from_, output, mask_token, dtype, max_shard_size))
