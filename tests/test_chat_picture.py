@@ -1,6 +1,6 @@
 """The picture of an answer that is forming, as `illada chat` draws it."""
 
-from illada.commands.generate import MASK_SIGN, draw
+from illada.commands.terminal import MASK_SIGN, draw
 from illada.generation.engine import StepEvent
 
 

@@ -1,25 +1,29 @@
 """illada: pre-train, tune, run and score masked diffusion language models of the iLLaDA kind (arXiv 2606.25331).
 
-Importing it registers the model with the Auto classes of transformers.
+    model, tokenizer = illada.load_model("runs/demo/model")
+    illada.generate(model, ["Shift: k d a q m z"], tokenizer=tokenizer)[0].text
+
+Importing it takes no time: a name loads what it needs when it is first used, and the Auto classes of transformers learn
+of the models as soon as transformers loads its own list of them.
 """
 
-import logging
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-# transformers imports torchao wherever it is installed, which then complains of kernels for machines that this is not.
-_noisy = {name: logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree")}
-for _name in _noisy:
-    logging.getLogger(_name).setLevel(logging.ERROR)
+from wrapt import register_post_import_hook
 
-from illada.diffusion import diffusion_loss  # noqa: E402
-from illada.errors import IlladaError  # noqa: E402
-from illada.generation.engine import Generation, StepEvent, generate, infill  # noqa: E402
-from illada.generation.settings import GenerationSettings  # noqa: E402
-from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel  # noqa: E402
-from illada.scoring import confidence_scores, likelihood_scores  # noqa: E402
+from illada.errors import IlladaError
 
-for _name, _level in _noisy.items():
-    logging.getLogger(_name).setLevel(_level)
+if TYPE_CHECKING:
+    from illada.diffusion.loss import diffusion_loss
+    from illada.generation.engine import Generation, StepEvent, generate, infill
+    from illada.generation.settings import GenerationSettings
+    from illada.model.config import IlladaConfig
+    from illada.model.transformer import IlladaForMaskedLM, IlladaModel
+    from illada.scoring.confidence import confidence_scores
+    from illada.scoring.likelihood import likelihood_scores
+    from illada.weights.load import load_model
 
 __version__ = version("illada")
 
@@ -37,4 +41,38 @@ __all__ = [
     "generate",
     "infill",
     "likelihood_scores",
+    "load_model",
 ]
+
+_HOMES = {
+    "Generation": "generation.engine",
+    "GenerationSettings": "generation.settings",
+    "IlladaConfig": "model.config",
+    "IlladaForMaskedLM": "model.transformer",
+    "IlladaModel": "model.transformer",
+    "StepEvent": "generation.engine",
+    "confidence_scores": "scoring.confidence",
+    "diffusion_loss": "diffusion.loss",
+    "generate": "generation.engine",
+    "infill": "generation.engine",
+    "likelihood_scores": "scoring.likelihood",
+    "load_model": "weights.load",
+}
+
+_AUTO = "transformers.models.auto"
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'illada' has no attribute {name!r}")
+    return getattr(import_module(f"illada.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
+for _list, _ours in (("configuration_auto", "config"), ("modeling_auto", "transformer")):
+    # Each of the two registers its classes when it is loaded.
+    register_post_import_hook(lambda _, ours=_ours: import_module(f"illada.model.{ours}"), f"{_AUTO}.{_list}")

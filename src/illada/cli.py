@@ -22,13 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from illada.commands import bench, data, demo, evaluation, generation, scoring, serving, training, weights
+from illada.commands import bench, data, demo, evaluation, generation, heavy, scoring, serving, training, weights
 from illada.errors import DivergedError, IlladaError
-from illada.lazy import lazily
 from illada.training.recipe import SFT_DEFAULTS, Recipe
-
-with lazily():
-    import illada.hub as hub
 
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -53,7 +49,6 @@ FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""
 
 
-
 class _Option(NamedTuple):
     """A parameter of a command, or a field of a dataclass among them."""
 
@@ -68,7 +63,9 @@ class _Option(NamedTuple):
 def _options(source: Callable[..., Any]) -> list[_Option]:
     """Return what a function or dataclass takes, in order."""
     hints = get_type_hints(source)
-    texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(source.__doc__ or "").params}
+    texts = {
+        entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(source.__doc__ or "").params
+    }
     options = []
     for name, parameter in inspect.signature(source).parameters.items():
         lists = [kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) in (list, Sequence)]
@@ -165,8 +162,7 @@ class _Parser(ArgumentParser):
 
     def _plainly(self, line: str) -> str:
         if found := re.fullmatch(r"the following arguments are required: (.*)", line):
-            names = [name.split(".", 1)[-1] for name in found[1].split(", ")]
-            missing = ", ".join("files or folders to read" if n == "sources" else f"--{n.lstrip('-')}" for n in names)
+            missing = ", ".join(self._said(name.split(".", 1)[-1]) for name in found[1].split(", "))
             return f"missing: {missing} (--help explains them)"
         if found := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
             return f"no recipe at {found[1]}"
@@ -187,6 +183,13 @@ class _Parser(ArgumentParser):
         if found := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
             return f"{found[1]} needs a value"
         return line
+
+    def _said(self, name: str) -> str:
+        """Return how a person gives what the parser calls `name`."""
+        if name == "sources":
+            return "files or folders to read"
+        flags = next((action.option_strings for action in self._actions if action.dest == name), [f"--{name}"])
+        return flags[0] if flags else name
 
     def _nearest(self, name: str) -> str:
         """Return a hint at the option, of any command, that `name` was probably meant to be."""
@@ -248,7 +251,7 @@ def main(words: list[str] | None = None) -> None:
         command: Any = COMMANDS
         while isinstance(command, dict):
             command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
-        hub.keep_libraries_quiet_and_local()
+        heavy.hub.keep_libraries_quiet_and_local()
         _call(command, arguments)
     except IlladaError as error:
         sys.exit(_fail(error, 2))

@@ -3,21 +3,17 @@
 import sys
 
 from illada.bench.options import BenchGenerateOptions, BenchServeOptions
-from illada.lazy import lazily
-
-with lazily():
-    import illada.bench.generation as bench_generation
-    import illada.bench.serving as bench_serving
+from illada.commands import heavy
 
 
 def generate(options: BenchGenerateOptions) -> None:
     """Measure every way to generate on one model: speed, work, memory, agreement with exact decoding, accuracy."""
-    _finish(bench_generation.table(bench_generation.bench_generate(options, on_run=_show)), options.output)
+    _finish(heavy.bench_generation.table(heavy.bench_generation.bench_generate(options, on_run=_show)), options.output)
 
 
 def serve(options: BenchServeOptions) -> None:
     """Put load on a server, at several rates and mixes: speed, latency, queue and memory, beside one at a time."""
-    _finish(bench_serving.table(bench_serving.bench_serve(options, on_run=_show)), options.output)
+    _finish(heavy.bench_serving.table(heavy.bench_serving.bench_serve(options, on_run=_show)), options.output)
 
 
 def _show(name: str) -> None:

@@ -1,11 +1,7 @@
 """`illada tokenizer` and `illada prepare`."""
 
-from illada.lazy import lazily
+from illada.commands import heavy
 from illada.preparation.settings import PrepareSettings
-
-with lazily():
-    import illada.preparation.prepare as preparation
-    import illada.preparation.train_tokenizer as tokenizers
 
 
 def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000) -> None:
@@ -17,13 +13,13 @@ def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
     """
-    tokenizers.train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
+    heavy.train_tokenizer.train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
     print(f"tokenizer of {vocab_size} tokens written to {output}")
 
 
 def prepare(settings: PrepareSettings) -> None:
     """Turn files and folders into a prepared data set; the same call continues where an interrupted one stopped."""
-    result = preparation.prepare(settings)
+    result = heavy.preparation.prepare(settings)
     if isinstance(result, str):
         print(f"Slurm job {result} completes {settings.output}; the same command continues what was interrupted")
         return

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from illada.lazy import lazily
-
-with lazily():
-    import illada.demo.stages as stages
+from illada.commands import heavy
 
 
 def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
@@ -18,4 +15,4 @@ def demo(output: str = "runs/demo", quick: bool = False, seed: int = 0) -> None:
         quick: 3 to 4 minutes instead of 10 to 15, with a model that has learned less.
         seed: seed of everything random.
     """
-    stages.run_demo(Path(output), quick, seed)
+    heavy.demo.run_demo(Path(output), quick, seed)

@@ -1,16 +1,12 @@
 """`illada eval` and `illada compare`."""
 
+from illada.commands import heavy
 from illada.evaluation.options import EvalOptions
-from illada.lazy import lazily
-
-with lazily():
-    import illada.evaluation.command as evaluations
-    import illada.evaluation.compare as comparison
 
 
 def evaluate(options: EvalOptions) -> None:
     """Evaluate a model with lm-evaluation-harness: the paper's tables, any tasks. Interrupted, it continues."""
-    if table := evaluations.evaluate(options):  # one of several processes has it
+    if table := heavy.evaluation.evaluate(options):  # one of several processes has it
         print(table)
 
 
@@ -21,4 +17,4 @@ def compare(run_a: str, run_b: str, /) -> None:
         run_a: output folder of `illada eval`.
         run_b: another.
     """
-    print(comparison.compare(run_a, run_b))
+    print(heavy.comparison.compare(run_a, run_b))

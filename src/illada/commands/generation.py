@@ -2,17 +2,11 @@
 
 import json as json_format
 
+from illada.commands import heavy
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.lazy import lazily
 from illada.text.prompts import encode_plain, encode_template, read_prompts, show_ids
 from illada.weights.options import ModelOptions
-
-with lazily():
-    import illada.commands.terminal as terminal
-    import illada.generation.engine as engine
-    import illada.text.chat as chat_template
-    import illada.weights.load as weights
 
 
 def generate(
@@ -38,16 +32,16 @@ def generate(
     prompts = read_prompts(prompt, file)
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
-    network, tokenizer = weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
     if slot_tokens is not None:
         templates = [encode_template(tokenizer, text, slot_tokens) for text in prompts]
-        answers = engine.infill(network, templates, settings, tokenizer=tokenizer)
+        answers = heavy.generation.infill(network, templates, settings, tokenizer=tokenizer)
     else:
         if chat:
-            ids = [chat_template.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+            ids = [heavy.chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
         else:
             ids = [encode_plain(tokenizer, text) for text in prompts]
-        answers = engine.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
+        answers = heavy.generation.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
     for text, answer in zip(prompts, answers, strict=True):
         if json:
             record = {
@@ -74,5 +68,5 @@ def chat(model: ModelOptions, settings: GenerationSettings, system: str | None =
         settings: how to decode.
         system: system message.
     """
-    network, tokenizer = weights.load_model(model.model, model.dtype, model.device, model.quantize)
-    terminal.chat(network, tokenizer, settings, system)
+    network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    heavy.terminal.chat(network, tokenizer, settings, system)

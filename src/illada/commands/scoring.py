@@ -3,14 +3,10 @@
 import json
 from typing import Any, Literal
 
+from illada.commands import heavy
 from illada.errors import IlladaError
 from illada.files import read_lines
-from illada.lazy import lazily
 from illada.weights.options import ModelOptions
-
-with lazily():
-    import illada.scoring.candidates as scoring
-    import illada.weights.load as weights
 
 
 def score(
@@ -38,10 +34,10 @@ def score(
         chat: wrap each context in the chat template as a user's question.
     """
     items = read_items(context, candidates, file)
-    network, tokenizer = weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
     methods = ("confidence", "likelihood") if method == "both" else (method,)
     scores = {
-        name: scoring.score_candidates(network, tokenizer, items, name, samples, seed, chat) for name in methods
+        name: heavy.scoring.score_candidates(network, tokenizer, items, name, samples, seed, chat) for name in methods
     }
     for number, item in enumerate(items):
         record: dict[str, Any] = {"context": item.context, "candidates": item.candidates}
@@ -56,7 +52,7 @@ def score(
         print(f"{name}: {right} of {len(known)} right ({right / len(known):.1%})")
 
 
-def read_items(context: str | None, candidates: list[str] | None, file: str | None) -> "list[scoring.Item]":
+def read_items(context: str | None, candidates: list[str] | None, file: str | None) -> "list[heavy.scoring.Item]":
     """Return the one item given, or those of a jsonl file.
 
     Raises:
@@ -68,14 +64,16 @@ def read_items(context: str | None, candidates: list[str] | None, file: str | No
     if file is None:
         if not candidates:
             raise IlladaError("--candidates is missing")
-        return [scoring.Item(context or "", list(candidates))]
+        return [heavy.scoring.Item(context or "", list(candidates))]
     items = []
     for number, line in read_lines(file):
         try:
             record = json.loads(line)
             if not isinstance(record["candidates"], list):
                 raise TypeError("candidates must be a list")
-            item = scoring.Item(str(record["context"]), [str(c) for c in record["candidates"]], record.get("answer"))
+            item = heavy.scoring.Item(
+                str(record["context"]), [str(c) for c in record["candidates"]], record.get("answer")
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"context": ..., "candidates": [...]}}') from error
         if not item.candidates:

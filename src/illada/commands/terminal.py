@@ -12,7 +12,7 @@ from rich.text import Text
 from illada.errors import IlladaError
 from illada.generation.engine import Generation, StepEvent, generate
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.text.chat import Message, encode_prompt
 from illada.text.prompts import show_ids
 

@@ -6,13 +6,8 @@ import os
 import signal
 import sys
 
-from illada.lazy import lazily
+from illada.commands import heavy
 from illada.training.recipe import EstimateOptions, Recipe
-
-with lazily():
-    import illada.training.optional.estimate as estimates
-    import illada.training.optional.plots as plots
-    import illada.training.trainer as trainer
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -27,14 +22,14 @@ def sft(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, title: str) -> None:
     recipe.check()  # at once, before torch is loaded
-    result = trainer.train(recipe, title=title)
+    result = heavy.training.train(recipe, title=title)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks
         print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
 
 
-def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:
+def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:  # noqa: ARG001 (the parser reads sft)
     """Say what a recipe will need: memory by kind, speed, days and cost.
 
     Args:
@@ -43,8 +38,8 @@ def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: 
         json: print a JSON object instead.
         sft: the recipe is for `illada sft`, whose defaults differ.
     """
-    result = estimates.estimate(recipe, options)
-    print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else estimates.table(result))
+    result = heavy.estimation.estimate(recipe, options)
+    print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else heavy.estimation.table(result))
 
 
 def report(run: str, /, output: str | None = None) -> None:
@@ -54,4 +49,4 @@ def report(run: str, /, output: str | None = None) -> None:
         run: folder of the run, finished or not.
         output: picture to write (.png, .svg, .pdf); null for RUN/report.png.
     """
-    print(f"written to {plots.draw_run(run, output)}")
+    print(f"written to {heavy.plots.draw_run(run, output)}")

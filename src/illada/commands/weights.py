@@ -2,12 +2,8 @@
 
 from typing import Literal
 
-from illada.lazy import lazily
+from illada.commands import heavy
 from illada.weights.options import Dtype
-
-with lazily():
-    import illada.weights.convert as conversion
-    import illada.weights.export as exporting
 
 
 def export(
@@ -26,7 +22,7 @@ def export(
         layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads.
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
-    exporting.export_model(model, output, dtype, layout, max_shard_size)
+    heavy.export.export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
 
 
@@ -47,4 +43,4 @@ def convert(
         dtype: type of the weights written; auto is the checkpoint's own.
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
-    print(conversion.convert_model(from_, output, mask_token, dtype, max_shard_size))
+    print(heavy.convert.convert_model(from_, output, mask_token, dtype, max_shard_size))

@@ -1,0 +1,73 @@
+"""A light start: help, usage errors and `import illada` load none of the heavy libraries; the Auto classes know ours."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from illada.cli import COMMANDS
+
+HEAVY = ("torch", "transformers", "numpy", "datatrove", "lm_eval", "fastapi", "ray", "matplotlib", "rich")
+LOADED = f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+NAMES = [name for name, command in COMMANDS.items() if not isinstance(command, dict)] + ["bench generate", "bench serve"]
+
+
+def python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_help_and_usage_errors_load_no_heavy_library():
+    wrong = [
+        "nonsense", "prepare", "generate", "generate --model m", "score --model m", "export --model m", "convert",
+        "compare x", "pretrain", "pretrain --output o --data.train d", "pretrain --training.steps many",
+        "sft --output o", "tokenizer --output o", "demo --fast", "bench", "report", "eval --output o",
+    ]  # fmt: skip
+    calls = [["--help"], *([*name.split(), "--help"] for name in NAMES), *(words.split() for words in wrong)]
+    done = python(
+        "import contextlib, io, json, sys\n"
+        "from illada.cli import main\n"
+        f"for words in {calls!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try:\n"
+        "            main(words)\n"
+        "        except SystemExit as end:\n"
+        "            assert end.code == (0 if '--help' in words else 2), (words, said.getvalue())\n"
+        f"    loaded = [name for name in {HEAVY} if name in sys.modules]\n"
+        "    assert not loaded, (words, loaded)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_nothing_and_says_nothing():
+    done = python(f"import illada, json, sys; illada.GenerationSettings(); {LOADED}")
+    assert (json.loads(done.stdout), done.stderr) == ([], "")
+
+
+def test_every_public_name_is_there_and_no_other():
+    script = "import illada; print([name for name in illada.__all__ if getattr(illada, name, None) is None])"
+    assert python(script).stdout == "[]\n"
+    assert "AttributeError: module 'illada' has no attribute 'generat'" in python("import illada; illada.generat").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import illada; from transformers import AutoModel",
+        "from transformers import AutoModel; import illada",
+        "import illada; illada.IlladaForMaskedLM; from transformers import AutoModel",
+        "import illada; from transformers import AutoTokenizer, PreTrainedModel, AutoModel",
+        "from transformers import PreTrainedModel; import illada; from transformers import AutoModel",
+    ],
+)
+def test_the_auto_classes_know_the_model_in_every_order_of_imports(imports):
+    done = python(
+        f"{imports}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM\n"
+        "shape = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "config = AutoConfig.for_model('illada', **shape)\n"
+        "kinds = {type(auto.from_config(config)) for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM)}\n"
+        "assert kinds == {illada.IlladaForMaskedLM}, kinds\n"
+    )
+    assert done.returncode == 0, done.stderr
