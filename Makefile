@@ -5,24 +5,28 @@ BIN    := $(VENV)/bin
 QUICK  ?= 0
 RUN    ?= runs/$(if $(filter-out 0,$(QUICK)),quick,demo)
 
-.PHONY: setup demo test lint types unit package clean
+.PHONY: setup demo test quick lint types unit package docs lowest clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "illada needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,dev,docs]'
 	@touch $@
 
 demo: setup
 	$(BIN)/illada demo --output $(RUN) $(if $(filter-out 0,$(QUICK)),--quick)
 
-test: lint types unit package
+test: lint types unit docs package
+
+quick: lint types  # the same without what takes more than a second: under a minute and a half
+	$(BIN)/pytest -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/mypy
@@ -30,8 +34,11 @@ types: setup
 unit: setup
 	$(BIN)/pytest
 
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
 package: setup
 	$(BIN)/python tests/check_wheel.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
