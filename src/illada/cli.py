@@ -331,7 +331,7 @@ def _estimate(arguments: Namespace) -> None:
     """Say what a recipe will need."""
     import json
 
-    from illada.training.estimate import estimate, table
+    from illada.training.optional.estimate import estimate, table
     from illada.training.recipe import Recipe
 
     recipe = Recipe(**{f.name: arguments[f.name] for f in dataclasses.fields(Recipe)})
@@ -378,7 +378,7 @@ def _serve(arguments: Namespace) -> None:
 
 def _report(arguments: Namespace) -> None:
     """Draw the curves of a run."""
-    from illada.training.plots import draw_run
+    from illada.training.optional.plots import draw_run
 
     print(f"written to {draw_run(arguments.run, arguments.output)}")
 
@@ -471,7 +471,7 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
     from illada.generation.settings import GenerationSettings
     from illada.preparation.prepare import prepare
     from illada.serving.settings import Copies, ServerSettings
-    from illada.training.estimate import estimate
+    from illada.training.optional.estimate import estimate
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 
     parser = _Parser(
