@@ -6,7 +6,8 @@ state, so keys that differ in one word give unrelated numbers. Integer arithmeti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import accumulate
 
@@ -61,6 +62,14 @@ def uniform(*key: Word, dtype: torch.dtype = torch.float32, device: torch.device
     digits = 23 if dtype == torch.float32 else 52
     whole = _shift(bits(*key, device=device), 64 - digits)
     return (whole.to(dtype) + 0.5) * (1.0 / (1 << digits))
+
+
+@contextmanager
+def seeded(device: torch.device, *key: int) -> Iterator[None]:
+    """Seed torch's own generators by a key, for code that takes none; afterwards they go on as if nothing was drawn."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(int(bits(*key)))
+        yield
 
 
 def permutation(count: int, *key: Word, device: torch.device | str | None = None) -> Tensor:

@@ -28,9 +28,9 @@ from illada.data.shards import Shards
 from illada.diffusion import causal_loss
 from illada.generation.engine import Engine
 from illada.model import KVCache, Packing, PagePool
-from illada.training.estimate import estimate
 from illada.training.flops import flops_per_token
-from illada.training.plots import draw_run
+from illada.training.optional.estimate import estimate
+from illada.training.optional.plots import draw_run
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound

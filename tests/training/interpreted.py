@@ -1,4 +1,4 @@
-"""Triton's kernels beside ours on a CPU, in Triton's interpreter: test_fused.py runs this file in a process of its own.
+"""Triton's kernels beside ours on a CPU, in Triton's interpreter: test_kernels.py runs this file in a separate process.
 
 The interpreter (Triton 3.7) lacks three things, which are given to it here: CUDA's own log1p and rsqrt, and floats as
 arguments of kernels. It reads bf16 as integers, so half precision is fp16.
@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.model import Packing
 from illada.model.transformer import RMSNorm
-from illada.training.kernels import _norm, cut_cross_entropy, use_liger
+from illada.training.optional.kernels import _norm, cut_cross_entropy, use_liger
 from illada.training.parallel import recompute
 from illada.training.trainer import train
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from illada import cli
 from illada.training import checkpoint
-from illada.training.log import Report
+from illada.training.log import StepLog
 from illada.weights import runs
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,14 +36,14 @@ SETTINGS |= {"dtype": "fp32", "device": "cpu", "checkpoint_every": 15, "keep_eve
 
 def at_step(step, number):
     """Send a signal to ourselves when the metrics of `step` are written."""
-    log = Report.log
+    write = StepLog.write
 
-    def log_and_signal(self, done, **values):
-        log(self, done, **values)
+    def write_and_signal(self, done, **values):
+        write(self, done, **values)
         if done == step:
             os.kill(os.getpid(), number)
 
-    Report.log = log_and_signal
+    StepLog.write = write_and_signal
 
 
 def in_the_shards(step):

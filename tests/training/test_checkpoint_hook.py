@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from illada.errors import IlladaError
-from illada.training.checkpoint_hook import Evaluations
+from illada.training.optional.checkpoint_hook import CheckpointHook
 from illada.training.trainer import train
 
 WRITE = "import os, sys; print(sys.argv[1:], os.path.isdir(sys.argv[1] + '/about'), 'RANK' in os.environ)"
@@ -31,23 +31,23 @@ def test_checkpoints_are_evaluated_and_the_last_one_always(make_recipe, capsys, 
 def test_one_at_a_time_and_what_is_looked_at_stays(tmp_path):
     (tmp_path / "go").mkdir()
     wait = "import pathlib, sys\nwhile not pathlib.Path(sys.argv[1]).exists(): pass\nsys.exit(3)"
-    with Evaluations(tmp_path, command(wait, str(tmp_path / "go" / "now"))) as evaluations:
+    with CheckpointHook(tmp_path, command(wait, str(tmp_path / "go" / "now"))) as hook:
         first, second, last = (tmp_path / f"step-{n}" for n in (1, 2, 3))
-        evaluations.begin(first)
-        evaluations.begin(second)
-        assert evaluations.held == first
-        assert evaluations.news() == []
+        hook.begin(first)
+        hook.begin(second)
+        assert hook.current == first
+        assert hook.messages() == []
         (tmp_path / "go" / "now").touch()
-        said = evaluations.finish(last)
+        said = hook.finish(last)
         assert [line.split(":")[0] for line in said] == [f"evaluation of step-{n} failed with code 3" for n in (1, 3)]
-        assert evaluations.held is None
+        assert hook.current is None
     assert not (tmp_path / "evaluations" / "step-2.log").exists()
 
 
 def test_an_evaluation_ends_with_a_run_that_is_stopped(tmp_path):
-    with Evaluations(tmp_path, command("while True: pass")) as evaluations:
-        evaluations.begin(tmp_path / "step-1")
-    assert evaluations.finish(tmp_path / "step-1")[0].startswith("evaluation of step-1 failed with code -15")
+    with CheckpointHook(tmp_path, command("while True: pass")) as hook:
+        hook.begin(tmp_path / "step-1")
+    assert hook.finish(tmp_path / "step-1")[0].startswith("evaluation of step-1 failed with code -15")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from illada.cli import main
 from illada.diffusion.loss import masked_loss
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
-from illada.training.estimate import CHECKPOINTING, _lengths, estimate, table
 from illada.training.flops import GPUS, flops_per_token
 from illada.training.optim import make_optimizers, moments
+from illada.training.optional.estimate import CHECKPOINTING, _lengths, estimate, table
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe
 

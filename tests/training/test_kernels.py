@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
 from illada.model import Packing
-from illada.training import kernels
-from illada.training.estimate import estimate
-from illada.training.kernels import cut_cross_entropy, fuse, use_fp8
+from illada.training.optional import kernels
+from illada.training.optional.estimate import estimate
+from illada.training.optional.kernels import CROSS_ENTROPIES, cut_cross_entropy, fuse, use_fp8
 from illada.training.parallel import Objective, recompute
 from illada.training.trainer import train
 from illada.weights.runs import read_metrics
@@ -102,7 +102,7 @@ def test_an_fp8_model_is_near_ours_and_has_its_names(build_model, torchao):
 
 def test_fp8_trains_in_shards_and_its_checkpoints_have_the_same_names(make_recipe, tmp_path, torchao):
     emulated = (
-        "import sys; from functools import partial; from illada.training import kernels\n"
+        "import sys; from functools import partial; from illada.training.optional import kernels\n"
         "kernels.use_fp8 = partial(kernels.use_fp8, emulate=True)\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import groups; groups.main()"
     )
@@ -239,7 +239,7 @@ def test_varlen_is_really_tried(build_model, make_recipe):
 
 def test_the_loss_is_the_chosen_one(build_model):
     model = build_model(tie=True, seed=3)
-    assert Objective(model, CPU, "bf16", "cut").cross_entropy is cut_cross_entropy
+    assert Objective(model, CPU, "bf16", CROSS_ENTROPIES["cut"]).cross_entropy is cut_cross_entropy
     assert Objective(model, CPU, "bf16").cross_entropy is chunked_cross_entropy
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_trainer import MACHINE, Killed, held, kill_after, refused, same, train_killed_at
 from transformers import AutoModelForMaskedLM
 
-from illada import cli
+from illada import cli, rng
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.model import IlladaForMaskedLM
-from illada.training import trainer
+from illada.training import setup
 from illada.training.recipe import LORA_TARGETS, LoraRecipe
 from illada.training.trainer import train
 from illada.training.validation import validation_bound
@@ -56,13 +56,13 @@ def lora(make_recipe, bases):
 @pytest.fixture
 def trained(monkeypatch):
     """The model at the end of every run, as the trainer held it."""
-    models, distribute = [], trainer.distribute
+    models, distribute = [], setup.distribute
 
     def look(model, *rest):
         models.append(model)
         return distribute(model, *rest)
 
-    monkeypatch.setattr(trainer, "distribute", look)
+    monkeypatch.setattr(setup, "distribute", look)
     return models
 
 
@@ -179,13 +179,13 @@ def test_recomputing_changes_nothing_and_dropout_does(lora):
 
 
 def test_dropout_is_drawn_anew_for_every_forward_pass(lora, monkeypatch):
-    keys, seeded = [], trainer._seeded
+    keys, seeded = [], rng.seeded
 
     def note(device, *key):
         keys.append(key)
         return seeded(device, *key)
 
-    monkeypatch.setattr(trainer, "_seeded", note)
+    monkeypatch.setattr(rng, "seeded", note)
     train(lora(section={"dropout": 0.1}, steps=3))
     assert len(set(keys)) == len(keys) == 3 * 2  # steps, micro-batches
     keys.clear()

@@ -16,7 +16,7 @@ from illada.data.shards import Shards
 from illada.errors import DivergedError, IlladaError
 from illada.training import parallel, trainer
 from illada.training.checkpoint import Checkpoints
-from illada.training.log import Report
+from illada.training.log import StepLog
 from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.runs import assemble, checkpoints, read_metrics
@@ -49,14 +49,14 @@ def steps_of(run):
 
 def kill_after(monkeypatch, step):
     """End the run once `step` is in the metrics, before anything of it is saved."""
-    log = Report.log
+    write = StepLog.write
 
-    def log_and_die(self, number, **values):
-        log(self, number, **values)
+    def write_and_die(self, number, **values):
+        write(self, number, **values)
         if number == step:
             raise Killed
 
-    monkeypatch.setattr(Report, "log", log_and_die)
+    monkeypatch.setattr(StepLog, "write", write_and_die)
 
 
 def train_killed_at(recipe, *steps):
@@ -181,10 +181,10 @@ def test_weight_decay_spares_the_norm_gains(make_recipe):
 
 
 def test_a_file_begins_the_decay_and_a_killed_run_decays_at_the_same_step(make_recipe):
-    log = Report.log
+    write = StepLog.write
 
-    def log_and_ask(self, number, **values):
-        log(self, number, **values)
+    def write_and_ask(self, number, **values):
+        write(self, number, **values)
         if number == 10:
             (self.path.parent / "DECAY").touch()
 
@@ -193,7 +193,7 @@ def test_a_file_begins_the_decay_and_a_killed_run_decays_at_the_same_step(make_r
         recipe = make_recipe(name)
         run = Path(recipe.output)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Report, "log", log_and_ask)
+            patch.setattr(StepLog, "write", write_and_ask)
             train_killed_at(recipe, *kills)
         rates = [r["learning_rate"] for r in read_metrics(run / "metrics.jsonl")]
         assert len(rates) == 16
@@ -210,7 +210,7 @@ def test_a_plateau_begins_the_decay_also_across_a_kill(make_recipe, monkeypatch)
         # Steps 4, 8, 12, 16: nothing better after 8, so the decay begins at 16 and ends the run at 22.
         # A killed run sees steps 16 and later a second time.
         seen = [5.0, 4.0, 4.0, 3.99, *[3.99] * len(kills), 3.0, 3.0]
-        monkeypatch.setattr(trainer, "_validate", lambda *_, seen=seen: seen.pop(0))
+        monkeypatch.setattr(trainer.Trainer, "validation_loss", lambda *_, seen=seen: seen.pop(0))
         recipe = make_recipe(name, "train", "held_out", **settings)
         train_killed_at(recipe, *kills)
         records = read_metrics(Path(recipe.output) / "metrics.jsonl")
@@ -460,8 +460,8 @@ def test_metrics_survive_a_half_written_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert [r["step"] for r in read_metrics(file)] == [1, 2, 3]
-    with Report(tmp_path, "x", total=5, done=2) as report:
-        report.log(3, loss=0.5)
+    with StepLog(tmp_path, "x", total=5, done=2) as log:
+        log.write(3, loss=0.5)
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 

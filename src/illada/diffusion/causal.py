@@ -3,11 +3,9 @@
 Shape letters: T packed tokens · M predicted tokens.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from illada.diffusion.loss import chunked_cross_entropy
+from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy
 from illada.model import IlladaForMaskedLM, Packing
 
 
@@ -17,17 +15,17 @@ def causal_loss(
     predicted_T: Tensor,
     weight_T: Tensor,
     packing: Packing,
-    cross_entropy: Callable[..., Tensor] = chunked_cross_entropy,
+    cross_entropy: CrossEntropy = chunked_cross_entropy,
 ) -> Tensor:
-    """Return sum over predicted tokens of weight * cross-entropy(token | those before it in its segment), in nats.
+    """Return sum over predicted tokens of weight * cross-entropy(token | earlier tokens of its segment), in nats.
 
     Args:
         model: a causal network.
         clean_T: token ids, int64 [T].
-        predicted_T: which of them count, bool [T]; never the first of a segment, which nothing predicts.
-        weight_T: weight of each token's loss; ignored where it does not count.
+        predicted_T: which tokens count, bool [T]; never the first of a segment, which nothing predicts.
+        weight_T: weight of each token's loss; ignored where the token does not count.
         packing: how the T tokens divide into segments.
-        cross_entropy: what computes it from hidden states and head.
+        cross_entropy: computes the loss from hidden states and head.
     """
     hidden_TD = model.model.packed(clean_T, packing)
     at_M = predicted_T.nonzero()[:, 0]

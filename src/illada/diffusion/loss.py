@@ -13,14 +13,17 @@ from illada.diffusion.noise import EPSILON, masked_positions, masking_probabilit
 from illada.model import IlladaForMaskedLM, Packing
 
 LOGITS_BYTES = 32 * 2**20
-"""Size of the largest block of logits held at once, in bytes of fp32."""
+"""Size of the largest block of logits in memory at once, in bytes of fp32."""
+
+CrossEntropy = Callable[..., Tensor]
+"""`chunked_cross_entropy` or a function that takes and returns the same."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of cross-entropies through a linear head, one chunk of rows at a time.
 
-    The gradient of a chunk is taken while its logits are at hand, so nothing is recomputed in the backward pass and at
-    most one chunk of logits ever exists.
+    The gradient of a chunk is computed while its logits exist, so the backward pass recomputes nothing and at most one
+    chunk of logits is ever in memory.
     """
 
     @staticmethod
@@ -31,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_M: Tensor,
         weight_M: Tensor,
         dtype: torch.dtype,
-        each_M: Tensor | None,
+        entropy_M: Tensor | None,
     ) -> Tensor:
         chunk = max(64, LOGITS_BYTES // (4 * head_VD.shape[0]))
         head = head_VD.to(dtype)
@@ -46,8 +49,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
             loss_C = (log_sum_C1 - logits_CV.gather(1, target_C1))[:, 0]
             total += (loss_C * weight_C).sum()
-            if each_M is not None:
-                each_M[rows] = loss_C
+            if entropy_M is not None:
+                entropy_M[rows] = loss_C
             if needs_hidden or needs_head:
                 # d(cross-entropy)/d(logits) = softmax - one-hot, formed in place of the logits.
                 slope_CV = logits_CV.sub_(log_sum_C1).exp_()
@@ -61,31 +64,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        scale = grad_outputs[0]
-        grad_hidden_MD, grad_head_VD = ctx.saved_tensors
-        return (
-            None if grad_hidden_MD is None else grad_hidden_MD * scale,
-            None if grad_head_VD is None else grad_head_VD * scale,
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        gradients = (None if gradient is None else gradient * grad_outputs[0] for gradient in ctx.saved_tensors)
+        return (*gradients, None, None, None, None)
 
 
 def chunked_cross_entropy(
-    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, each_M: Tensor | None = None
+    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, entropy_M: Tensor | None = None
 ) -> Tensor:
     """Return sum over rows of weight * cross-entropy(head(hidden), target), in nats, fp32 scalar.
 
-    The cross-entropies themselves go into `each_M` when it is given. Under autocast the products run in the autocast
-    dtype; softmax and sums are always fp32.
+    The cross-entropies themselves are written into `entropy_M` when it is given. Under autocast the products run in the
+    autocast dtype; softmax and sums are always fp32.
     """
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden_MD, head_VD, target_M, weight_M, dtype, each_M)
+        return _ChunkedCrossEntropy.apply(hidden_MD, head_VD, target_M, weight_M, dtype, entropy_M)
 
 
 def masked_loss(
@@ -94,8 +89,8 @@ def masked_loss(
     masked_T: Tensor,
     weight_T: Tensor,
     packing: Packing,
-    each_T: Tensor | None = None,
-    cross_entropy: Callable[..., Tensor] = chunked_cross_entropy,
+    entropy_T: Tensor | None = None,
+    cross_entropy: CrossEntropy = chunked_cross_entropy,
 ) -> Tensor:
     """Return sum over masked tokens of weight * cross-entropy(clean token | noisy segment), in nats.
 
@@ -105,17 +100,16 @@ def masked_loss(
         masked_T: which of them the model does not see, bool [T].
         weight_T: weight of each token's loss, usually 1/(p * tokens of the batch); ignored where not masked.
         packing: how the T tokens divide into segments.
-        each_T: gets the cross-entropy of every masked token, fp32 [T]; None when nobody asks.
-        cross_entropy: what computes it from hidden states and head.
+        entropy_T: receives the cross-entropy of every masked token, fp32 [T]; None to compute only the loss.
+        cross_entropy: computes the loss from hidden states and head.
     """
     noisy_T = clean_T.masked_fill(masked_T, model.config.mask_token_id)
     hidden_TD = model.model.packed(noisy_T, packing)
-    selected_M = masked_T.nonzero()[:, 0]
-    head_VD = model.lm_head.weight
-    each_M = None if each_T is None else each_T.new_empty(selected_M.numel())
-    loss = cross_entropy(hidden_TD[selected_M], head_VD, clean_T[selected_M], weight_T[selected_M], each_M)
-    if each_T is not None and each_M is not None:
-        each_T[selected_M] = each_M
+    at_M = masked_T.nonzero()[:, 0]
+    entropy_M = None if entropy_T is None else entropy_T.new_empty(at_M.numel())
+    loss = cross_entropy(hidden_TD[at_M], model.lm_head.weight, clean_T[at_M], weight_T[at_M], entropy_M)
+    if entropy_T is not None and entropy_M is not None:
+        entropy_T[at_M] = entropy_M
     return loss
 
 
@@ -126,14 +120,14 @@ def diffusion_loss(
     key: tuple[int, int, int] = (0, 0, 0),
     epsilon: float = EPSILON,
 ) -> Tensor:
-    """Return one noisy estimate of the paper's Eq. 1 in nats per token: an upper bound on the NLL in expectation.
+    """Return one noisy estimate of the paper's Eq. 1 in nats per token; its expectation is an upper bound on the NLL.
 
     Args:
         model: the network.
         input_ids: clean ids [B, L] (every row a segment), or any shape with `cu_seqlens`.
         cu_seqlens: cumulative lengths [S + 1] of the segments of the flattened ids.
         key: (seed, index of the first segment, epoch); segment i takes sample index + i. The same key gives the same t
-            (stratified over the segments given) and the same masks, on any device.
+            (stratified over the segments of this call) and the same masks, on any device.
         epsilon: smallest masking probability.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The forward process (paper Eq. 1; spec §2): when t noise, each token is MASK with probability p = (1 - eps) t + eps.
+"""The forward process (paper Eq. 1; spec §2): at time t each token is MASK with probability p = (1 - eps) t + eps.
 
-Everything here is a pure function of keys (seed, sample, epoch, ...), so that micro-batches, ranks and restarts change
+Everything here is a pure function of keys (seed, sample, epoch, ...), so micro-batches, ranks and restarts change
 nothing. Shape letters: S segments · T packed tokens.
 """
 
@@ -17,8 +17,8 @@ def stratified_times(seed: int, step: int, sample_S: Tensor, part_S: Tensor, epo
     """Draw one t per segment of a whole optimiser step, t_i = (pi(i) + u_i)/S; ours (spec §2).
 
     Each t_i alone is uniform on (0, 1), because pi(i) is uniform on 0..S-1; together they cover the interval evenly,
-    which lowers the variance of the step's loss. Give every segment of the step, in the order of the step, whatever
-    part of it this process computes.
+    which lowers the variance of the step's loss. The arguments describe every segment of the step in order, whichever
+    part of the step this process computes.
 
     Args:
         seed: of the run.
@@ -36,7 +36,7 @@ def stratified_times(seed: int, step: int, sample_S: Tensor, part_S: Tensor, epo
 
 
 def masking_probability(time: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """Return p = (1 - eps) t + eps, the chance of each token to be masked at time t."""
+    """Return p = (1 - eps) t + eps, the chance that a token is masked at time t."""
     return (1 - epsilon) * time + epsilon
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: what is trained and the optimiser's moments in shards, written by all processes while the training goes
-on (torch.distributed.checkpoint), and the state of the run; safetensors and JSON, no pickle.
+"""Checkpoints: trained tensors, the optimiser's moments and the state of the run, in safetensors and JSON, no pickle.
 
     checkpoints/step-00000100/
-      shard-*.safetensors   one of each process; another number of processes reads them as well
+      shard-*.safetensors   one from each process; another number of processes can read them as well
       about/                configuration and tokenizer
       state.json            written last
       model/ or adapter/    made when somebody asks for it (`export`)
 
-The folder is filled under a temporary name and renamed when every process has written: one that can be seen is whole.
+All processes write their shards while the training goes on (torch.distributed.checkpoint). The folder is filled under a
+temporary name and renamed when every process has written, so a visible checkpoint is complete.
 """
 
 import os
@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 
 from illada.errors import IlladaError, first_line
 from illada.files import read_json, write_json
-from illada.training.checkpoint_hook import Evaluations
 from illada.training.parallel import Processes
 from illada.training.recipe import TrainingRecipe
 from illada.weights.runs import ABOUT, STATE, checkpoints
@@ -40,38 +39,38 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass
 class RunState:
-    """What a run is besides weights and moments; order, noise and learning rate follow from it and the recipe."""
+    """What a run is besides weights and moments. Order, noise and learning rate follow from this and the recipe."""
 
     step: int = 0
     """Steps done."""
     updates: int = 0
-    """Of these, the ones that changed the weights."""
+    """Those of the steps that changed the weights."""
     tokens: int = 0
     """Tokens trained on."""
     decay_start: int | None = None
-    """Step at which the decay was begun ahead of time."""
+    """Step at which an early decay began."""
     validation_losses: list[float] = field(default_factory=list)
     """Every validation so far, nats per token."""
     loss_mean: float = 0.0
     """Running mean of the loss, nats per token (see `spikes`)."""
     loss_variance: float = 0.0
-    """Its running variance."""
+    """Running variance of the loss."""
     skipped: int = 0
     """Steps left out since the last update."""
     returns: list[int] = field(default_factory=list)
-    """Steps to which the run went back after a spike, in the order in which it did."""
+    """Steps to which the run went back after spikes, in order of time."""
 
 
 class Checkpoints:
     """The checkpoints of a run, seen from one of its processes; use as a context manager.
 
     Args:
-        run: its folder.
-        processes: all of which make the same calls.
-        tensors: what is kept, by name: weights, and moments as "weight/moment". Only its values may change.
-        describe: makes a folder of configuration and tokenizer.
-        settings: keep_checkpoints and keep_every say what is kept.
-        evaluations: what looks at each of them; None for nothing.
+        run: folder of the run.
+        processes: those of the run; all of them make the same calls.
+        tensors: what to save, by name: weights, and moments as "weight/moment". Only their values may change.
+        write_about: makes a folder of configuration and tokenizer.
+        settings: keep_checkpoints and keep_every say which checkpoints to keep.
+        on_saved: called with each new checkpoint; returns a checkpoint that must not be deleted yet, if there is one.
     """
 
     def __init__(
@@ -79,16 +78,15 @@ class Checkpoints:
         run: Path,
         processes: Processes,
         tensors: Mapping[str, Tensor],
-        describe: Callable[[Path], None],
+        write_about: Callable[[Path], None],
         settings: TrainingRecipe,
-        evaluations: Evaluations | None = None,
+        on_saved: Callable[[Path], Path | None] = lambda _: None,
     ):
-        self.evaluations = evaluations
-        self.run, self.processes, self.describe = run, processes, describe
+        self.run, self.processes, self.write_about, self.on_saved = run, processes, write_about, on_saved
         self.tensors = dict(tensors)
         self.keep, self.keep_every = settings.keep_checkpoints, settings.keep_every
         gpu = processes.device.type == "cuda"
-        # Copies are made by a thread, which the training waits for only before it changes the weights (`settle`).
+        # A thread copies the tensors; the training waits for it only before it changes the weights (`wait_for_copy`).
         self._stager = DefaultStager(StagingOptions(gpu, False, True, gpu))
         self._copied: Any = None
         self._written: Future[None] | None = None
@@ -102,25 +100,25 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the threads; what is being written is finished, what is wrong with it stays unsaid."""
+        """Stop the threads; a checkpoint being written is finished, its errors are dropped."""
         self._thread.shutdown()
         self._stager.close()
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint, on all processes the one that the first sees."""
+        """Return the newest checkpoint that the first process sees."""
         return self.processes.from_first(lambda: (checkpoints(self.run) or [None])[-1])  # type: ignore[list-item]
 
     def save(self, state: RunState) -> Path:
-        """Begin to write checkpoints/step-NNNNNNNN and return its path; the one before is finished first.
+        """Begin to write checkpoints/step-NNNNNNNN and return its path; the previous checkpoint is finished first.
 
         Raises:
-            IlladaError: when the one before could not be written.
+            IlladaError: when the previous checkpoint could not be written.
         """
         self.wait()
         target = self.run / "checkpoints" / f"step-{state.step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         if self.processes.device.type == "cuda":
-            torch.cuda.synchronize()  # the copy is made in another stream than the last update
+            torch.cuda.synchronize()  # the copy runs in another stream than the last update
         response = async_save(
             self.tensors,
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -128,13 +126,13 @@ class Checkpoints:
             async_stager=self._stager,
             no_dist=self.processes.count == 1,
         )
-        assert isinstance(response, AsyncSaveResponse)  # as the stager works beside the training
+        assert isinstance(response, AsyncSaveResponse)  # because the stager is asynchronous
         self._copied = response.staging_completion
         self._written = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
         return target
 
     def wait_for_copy(self) -> None:
-        """Return when the weights may change: the checkpoint being written has its copy of them."""
+        """Return when the weights may change, because the checkpoint being written has its copy of them."""
         if self._copied is not None:
             self._copied.result()
             self._copied = None
@@ -155,7 +153,9 @@ class Checkpoints:
                 raise IlladaError(f"no checkpoint could be written in {self.run}: {_cause(error)}") from error
 
     def load(self, path: Path) -> RunState:
-        """Load weights and moments in place, bit for bit, and return the state; written by any number of processes.
+        """Load weights and moments in place, bit for bit, and return the state.
+
+        Any number of processes may have written the checkpoint.
 
         Raises:
             IlladaError: when the checkpoint does not fit the model or is damaged.
@@ -164,12 +164,12 @@ class Checkpoints:
         with self.processes.raise_together():
             try:
                 state = RunState(**read_json(path / STATE))
-                found = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+                saved = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
             except Exception as error:
                 raise IlladaError(f"checkpoint {path} cannot be read ({first_line(error)}): {hint}") from error
-            if odd := sorted(found ^ set(self.tensors)):
+            if mismatches := sorted(saved ^ set(self.tensors)):
                 raise IlladaError(
-                    f"checkpoint {path} has another shape than the recipe: {', '.join(odd[:5])} do not match"
+                    f"checkpoint {path} has another shape than the recipe: {', '.join(mismatches[:5])} do not match"
                 )
         with self.processes.raise_together():
             try:
@@ -184,36 +184,33 @@ class Checkpoints:
         return state
 
     def _publish(self, uploaded: Any, partial: Path, target: Path, state: dict[str, Any]) -> None:
-        """Give a checkpoint its name once all processes have written, then delete those not to be kept."""
+        """Rename a checkpoint once all processes have written, then delete the checkpoints not to be kept."""
         uploaded.result()
         if not self.processes.first:
             return
-        self.describe(partial / ABOUT)
+        self.write_about(partial / ABOUT)
         write_json(partial / STATE, state)
         for path in (*(partial / ABOUT).iterdir(), partial):
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _sync(target.parent)
-        if self.evaluations is not None:
-            self.evaluations.begin(target)
-        held = None if self.evaluations is None else self.evaluations.held
+        in_use = self.on_saved(target)
         for old in checkpoints(self.run)[: -self.keep]:
-            if old == held:
-                continue
-            if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
+            step = int(old.name.removeprefix("step-"))
+            if old != in_use and (self.keep_every is None or step % self.keep_every):
                 shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _cause(error: Exception | CheckpointException) -> str:
-    """Return the first line of what went wrong, out of torch's list of what went wrong where (no `Exception`)."""
+    """Return the first line of an error; CheckpointException, which is no `Exception`, holds an error per process."""
     cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     return first_line(cause)

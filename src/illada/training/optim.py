@@ -13,18 +13,18 @@ from illada.training.recipe import TrainingRecipe
 def make_optimizers(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[torch.optim.Optimizer]:
     """Return the optimisers of a recipe, their moments at zero; learning rates are set at every step.
 
-    Weight decay is on matrices, not on norm gains. Muon (Jordan et al. 2024) takes steps of AdamW's size
+    Weight decay applies to matrices, not to norm gains. Muon (Jordan et al. 2024) takes steps of AdamW's size
     (arXiv 2502.16982), so one learning rate serves both.
     """
     by_muon = muon_matrices(model, training)
     known = set(by_muon)
-    trained = [p for p in model.parameters() if p.requires_grad and p not in known]
-    matrices = [p for p in trained if p.ndim >= 2]
-    gains = [p for p in trained if p.ndim < 2]
+    by_adamw = [p for p in model.parameters() if p.requires_grad and p not in known]
+    matrices = [p for p in by_adamw if p.ndim >= 2]
+    gains = [p for p in by_adamw if p.ndim < 2]
     groups = [
         {"params": group, "weight_decay": decay}
-        for kind, decay in ((matrices, training.weight_decay), (gains, 0.0))
-        for group in by_mesh(kind)
+        for parameters, decay in ((matrices, training.weight_decay), (gains, 0.0))
+        for group in by_mesh(parameters)
     ]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(training.beta1, training.beta2), fused=True)
     for parameter in (*matrices, *gains):
@@ -47,7 +47,7 @@ def muon_matrices(model: IlladaForMaskedLM, training: TrainingRecipe) -> list[Te
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Change the weights by their gradients at a learning rate, and let go of the gradients."""
+    """Change the weights by their gradients at a learning rate, then drop the gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -56,7 +56,7 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 
 
 def moments(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return the optimisers' tensors as "weight/moment", without the count of updates; they share their memory."""
+    """Return the optimisers' own tensors, not copies, as "weight/moment", without the count of updates."""
     return {
         f"{names[parameter]}/{slot}": value.detach()
         for optimizer in optimizers
@@ -67,7 +67,7 @@ def moments(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]
 
 
 def set_updates(optimizers: list[torch.optim.Optimizer], updates: int) -> None:
-    """Set how many updates there were."""
+    """Set the count of updates."""
     for optimizer in optimizers:
         for slots in optimizer.state.values():
             if "step" in slots:

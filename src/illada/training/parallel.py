@@ -1,8 +1,9 @@
-"""Many processes as one run: who computes what, weights in shards, and agreement. The model knows nothing of it.
+"""Many processes as one run: which process computes what, weights in shards, errors raised together.
 
 Every process takes its share of each step's windows (`noisy_batches`), whose noise does not depend on the division; the
 sum of all gradients is the gradient of the step. Weights, gradients and optimiser lie in shards (FSDP2; Zhao et al.,
-arXiv 2304.11277), gathered a block at a time. A process started without torchrun is alone and needs no group.
+arXiv 2304.11277), gathered a block at a time. A process started without torchrun is alone and needs no group. The model
+knows nothing of all this.
 """
 
 import os
@@ -23,10 +24,9 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from illada.devices import choose_device
 from illada.diffusion.causal import causal_loss
-from illada.diffusion.loss import chunked_cross_entropy, masked_loss
+from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
-from illada.training.kernels import cut_cross_entropy
 from illada.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -41,69 +41,69 @@ class Processes:
     device: torch.device
     """Where this process computes."""
     files: Any = None
-    """A group of their own for checkpoints, which are written by a thread beside the training; None when alone."""
+    """A separate group for checkpoints, which a thread writes beside the training; None for a single process."""
     tensor: int = 1
     """How many neighbours compute the same windows together (parallel.tensor)."""
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and speaks for all."""
+        """Whether this process writes and prints for all."""
         return self.rank == 0
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of each step's windows this one computes, and how many shares there are."""
+        """Which share of each step's windows this process computes, and how many shares there are."""
         return self.rank // self.tensor, self.count // self.tensor
 
     def total(self, *values: float) -> list[float]:
         """Return the sum of each value over all shares; every process gets the same bits."""
         if self.count == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found)
-        return (found / self.tensor).tolist()
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return (sums / self.tensor).tolist()
 
     def highest(self, *numbers: int) -> list[int]:
         """Return the largest of each number over all processes."""
         if self.count == 1:
             return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.tolist()
+        maxima = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return maxima.tolist()
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Let the first process act; all return its result or fail with its error (see `agreed`)."""
-        box: list[Any] = [None]
+        """Let the first process act; all processes return its result or fail with its error (`raise_together`)."""
+        result: list[Any] = [None]
         with self.raise_together():
             if self.first:
-                box[0] = action()
+                result[0] = action()
         if self.count > 1:
-            dist.broadcast_object_list(box, 0, device=self.device)
-        return box[0]
+            dist.broadcast_object_list(result, 0, device=self.device)
+        return result[0]
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """When the block is bad input to any process, end it on all: the first says so, the others end in silence.
+        """When the block raises IlladaError in any process, end all: the first raises it, the others exit in silence.
 
         Raises:
             IlladaError: the message of the lowest process that has one.
             SystemExit: instead, with code 2, on all processes but the first.
         """
-        said: IlladaError | None = None
+        own_error: IlladaError | None = None
         try:
             yield
         except IlladaError as error:
             if self.count == 1:
                 raise
-            said = error
+            own_error = error
         if self.count == 1:
             return
-        lines: list[str | None] = [None] * self.count
-        dist.all_gather_object(lines, None if said is None else str(said))
-        wrong = [line for line in lines if line is not None]
-        if wrong and self.first:
-            raise IlladaError(wrong[0]) from said
-        if wrong:
+        messages: list[str | None] = [None] * self.count
+        dist.all_gather_object(messages, None if own_error is None else str(own_error))
+        message = next((message for message in messages if message is not None), None)
+        if message is not None and self.first:
+            raise IlladaError(message) from own_error
+        if message is not None:
             sys.exit(2)
 
 
@@ -112,8 +112,8 @@ def join(device: str, tensor: int = 1) -> Iterator[Processes]:
     """Join the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs, or stand alone.
 
     Raises:
-        IlladaError: when there is no such device, or fewer of them than processes on this machine, or what torchrun
-            says is not there.
+        IlladaError: when there is no such device, when this machine has fewer of them than processes, or when
+            torchrun's variables are not set.
     """
     place = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -143,15 +143,19 @@ def join(device: str, tensor: int = 1) -> Iterator[Processes]:
 
 
 class Objective(nn.Module):
-    """The training loss as a module: what FSDP gathers, it gathers for the time of a module's forward and backward."""
+    """The training loss as a module, because FSDP gathers weights while a module's forward and backward run."""
 
-    def __init__(self, model: IlladaForMaskedLM, device: torch.device, dtype: str, cross_entropy: str = "chunked"):
+    def __init__(
+        self,
+        model: IlladaForMaskedLM,
+        device: torch.device,
+        dtype: str,
+        cross_entropy: CrossEntropy = chunked_cross_entropy,
+    ):
         super().__init__()
-        self.model = model
-        self.device, self.dtype = device, dtype
-        self.cross_entropy = cut_cross_entropy if cross_entropy == "cut" else chunked_cross_entropy
+        self.model, self.device, self.dtype, self.cross_entropy = model, device, dtype, cross_entropy
         self.gathers_once = False
-        """In a step, not in every pass (parallel.gather)."""
+        """Whether weights are gathered once in a step, not in every pass (parallel.gather)."""
 
     def forward(
         self,
@@ -159,24 +163,29 @@ class Objective(nn.Module):
         masked_T: Tensor,
         weight_T: Tensor,
         packing: Packing,
-        each_T: Tensor | None = None,
+        entropy_T: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a batch in nats (see `masked_loss`, `causal_loss`), computed in the recipe's dtype."""
         half = self.dtype != "fp32"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             if self.model.config.causal:
                 return causal_loss(self.model, clean_T, masked_T, weight_T, packing, self.cross_entropy)
-            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, each_T, self.cross_entropy)
+            return masked_loss(self.model, clean_T, masked_T, weight_T, packing, entropy_T, self.cross_entropy)
 
 
-def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -> Objective:
+def distribute(
+    model: IlladaForMaskedLM,
+    recipe: Recipe,
+    processes: Processes,
+    cross_entropy: CrossEntropy = chunked_cross_entropy,
+) -> Objective:
     """Move the model to its device, in shards when there are several processes; returns its loss.
 
-    Each block is gathered when it is needed and let go after, or all of them for a whole step (parallel.gather);
-    embedding, head and last norm are gathered once a pass.
-    Masters and sums of gradients are fp32. Under bf16 the blocks travel and compute in it, the residual stream and what
-    is not in a block stay fp32, as under autocast in one process (only the gains of the norms are rounded besides).
-    Under fp8 they travel in bf16 as well.
+    Each block is gathered when it is needed and released afterwards, or all blocks are gathered for a whole step
+    (parallel.gather); embedding, head and last norm are gathered once a pass. Master weights and sums of gradients are
+    fp32. Under bf16 the blocks are gathered and computed in bf16, while the residual stream and everything outside the
+    blocks stay fp32, as under autocast in one process (only the gains of the norms are rounded besides). Under fp8 the
+    blocks are gathered in bf16 as well.
 
     Raises:
         IlladaError: when the processes do not divide into groups of parallel.tensor and these into parallel.replicate
@@ -195,14 +204,14 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     recompute(model, settings.recompute)
     if settings.compile:
         model.model.compile_blocks()
-    objective = Objective(model.to(processes.device), processes.device, dtype, recipe.training.cross_entropy)
+    objective = Objective(model.to(processes.device), processes.device, dtype, cross_entropy)
     if processes.count == 1:
         return objective
     shape = (settings.replicate, shares // settings.replicate, settings.tensor)
-    every = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
-    mesh = every["replicate", "shard"] if settings.replicate > 1 else every["shard"]
+    whole_mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    mesh = whole_mesh["replicate", "shard"] if settings.replicate > 1 else whole_mesh["shard"]
     if settings.tensor > 1:
-        _split_heads(model, every["tensor"])
+        _split_heads(model, whole_mesh["tensor"])
     half = None if dtype == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -212,14 +221,14 @@ def distribute(model: IlladaForMaskedLM, recipe: Recipe, processes: Processes) -
     for module in _sharded(objective):
         if objective.gathers_once:
             module.set_reshard_after_forward(False, recurse=False)
-        # Each share of the loss is divided by the tokens of the whole step already, so gradients are summed.
+        # The loss of each share is already divided by the tokens of the whole step, so gradients are summed.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return objective
 
 
-def divisible(config: IlladaConfig, tensor: int) -> None:
-    """Check that the heads and width of a shape can be shared by groups of `tensor` processes.
+def check_divisible(config: IlladaConfig, tensor: int) -> None:
+    """Check that groups of `tensor` processes can share the heads and width of a network.
 
     Raises:
         IlladaError: when they cannot.
@@ -234,9 +243,9 @@ def divisible(config: IlladaConfig, tensor: int) -> None:
 def _split_heads(model: IlladaForMaskedLM, mesh: DeviceMesh) -> None:
     """Give each process of a group some of the heads and of the SwiGLU's width (Shoeybi et al., arXiv 1909.08053).
 
-    Embedding, norms and head are computed by all of them alike.
+    Every process computes embedding, norms and head.
     """
-    divisible(model.config, mesh.size())
+    check_divisible(model.config, mesh.size())
     plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
@@ -245,7 +254,7 @@ def _split_heads(model: IlladaForMaskedLM, mesh: DeviceMesh) -> None:
 
 
 def recompute(model: IlladaForMaskedLM, kind: Literal["none", "selective", "full"]) -> None:
-    """Let the backward pass compute activations again: of whole blocks, or all but products and attention."""
+    """Let the backward pass compute activations again: whole blocks, or all but matrix products and attention."""
     if kind == "none":
         model.activation_checkpointing_disable()
     else:
@@ -254,7 +263,7 @@ def recompute(model: IlladaForMaskedLM, kind: Literal["none", "selective", "full
 
 
 def before_pass(objective: Objective, last: bool) -> None:
-    """Prepare a pass: what happens once in a step happens in its last, as the sum over copies (parallel.replicate)."""
+    """Prepare a pass: communication that happens once in a step, as the sum over copies, waits for the last pass."""
     if isinstance(objective, FSDPModule):
         if objective.gathers_once:
             objective.set_requires_gradient_sync(last)
@@ -264,13 +273,13 @@ def before_pass(objective: Objective, last: bool) -> None:
 
 
 def release(objective: Objective) -> None:
-    """Let go of weights that stayed gathered after a pass without a backward one."""
+    """Free weights that stayed gathered because no backward pass followed."""
     for module in _sharded(objective):
         module.reshard()
 
 
 def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Divide parameters by the processes that they lie on, as torch's operations on many tensors take one mesh each."""
+    """Group parameters by the mesh that they lie on, because torch's operations on many tensors take only one mesh."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
@@ -278,7 +287,7 @@ def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all gradients together; all processes must ask for it."""
+    """Return the norm of all gradients together; all processes must call this."""
     norms = []
     for group in by_mesh(parameters):
         norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
@@ -286,10 +295,10 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
-    """Scale all gradients down to a norm of at most `most`, given their norm."""
+def clip(parameters: Iterable[Tensor], largest: float, norm: Tensor) -> None:
+    """Scale gradients whose norm is `norm` down to a norm of at most `largest`."""
     for group in by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, most, norm)
+        torch.nn.utils.clip_grads_with_norm_(group, largest, norm)
 
 
 def _sharded(objective: Objective) -> list[FSDPModule]:
@@ -297,7 +306,7 @@ def _sharded(objective: Objective) -> list[FSDPModule]:
 
 
 def _keep_products() -> Any:
-    """Keep what matrix products and attention computed; norms, rotations and the SwiGLU product are computed again."""
+    """Keep the results of matrix products and attention; compute norms, rotations and the SwiGLU product again."""
     aten = torch.ops.aten
     attention = [
         aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -215,6 +215,13 @@ class TrainingRecipe:
     keep_checkpoints: int = 2
     keep_every: int | None = None
 
+    def count_steps(self, samples: int) -> int:
+        """Return the steps of a run on data of so many samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.samples_per_step))
+
 
 SFT_DEFAULTS: dict[str, Any] = {
     "epochs": 12.0,

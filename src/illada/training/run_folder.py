@@ -1,11 +1,9 @@
-"""The folder of a run: whose it is, that only one trainer writes to it, and what a person may put there."""
+"""The folder of a run: the recipe that it belongs to, the lock of its trainer, the file that begins the decay."""
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -35,11 +33,8 @@ FREE_TO_CHANGE = (
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 
 
-@contextmanager
-def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iterator[None]:
-    """Hold a run folder for one trainer; a new one gets the recipe, an old one must be a run of it.
-
-    The lock ends with the process, however that ends.
+def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO:
+    """Lock a run folder for one trainer. The recipe is written into a new folder; an old one must be a run of it.
 
     Args:
         run: the folder.
@@ -47,8 +42,11 @@ def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iter
         shards: its training data.
         base: fingerprint of the frozen weights, which no checkpoint holds; None when all weights are trained.
 
+    Returns:
+        the lock: the folder is locked until this file is closed or the process ends, in whatever way.
+
     Raises:
-        IlladaError: when it holds something else or another recipe's run, or another process trains in it.
+        IlladaError: when the folder holds something else or another recipe's run, or another process trains in it.
     """
     sources = shards.index["provenance"].get("source_fingerprint")
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
@@ -64,7 +62,7 @@ def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iter
         free = set(FREE_TO_CHANGE)
         if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
             free.discard("training.validate_every")
-        changed = [k for k in _differences(before, written) if k not in free]
+        changed = [key for key in _differences(before, written) if key not in free]
         if changed:
             raise IlladaError(
                 f"{run} holds a run with another recipe ({', '.join(changed[:4])} differ): "
@@ -73,18 +71,19 @@ def claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> Iter
     elif run.exists() and (not run.is_dir() or any(p.suffix != ".partial" and p.name != LOCK for p in run.iterdir())):
         raise IlladaError(f"{run} is not empty and holds no run: choose another --output")
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IlladaError(f"another process trains in {run}: wait for its end or choose another --output") from None
-        if not path.exists():
-            write_text(path, yaml.safe_dump(written, sort_keys=False))
-        yield
+    lock = (run / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise IlladaError(f"another process trains in {run}: wait for its end or choose another --output") from None
+    if not path.exists():
+        write_text(path, yaml.safe_dump(written, sort_keys=False))
+    return lock
 
 
-def decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
-    """Return the step at which to begin the decay now, if the run folder asks for it.
+def requested_decay(run: Path, state: RunState, schedule: Schedule) -> int | None:
+    """Return the step at which the decay begins, if the file DECAY in the run folder asks for it now.
 
     The step is written into the file, so that a run killed after the switch switches at the same step again.
     """
@@ -92,7 +91,7 @@ def decay_asked(run: Path, state: RunState, schedule: Schedule) -> int | None:
     if state.decay_start is not None or state.step >= schedule.decay_start or not path.exists():
         return None
     text = path.read_text().strip()
-    if not text.isdecimal():  # whatever a person put there, mostly nothing
+    if not text.isdecimal():  # whatever the user wrote, mostly nothing
         write_text(path, f"{state.step}\n")
         return state.step
     return int(text) if int(text) <= state.step else None

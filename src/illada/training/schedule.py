@@ -1,8 +1,10 @@
-"""The learning rate: linear warm-up, constant, then a decay that may be called early (paper §2.2, §2.3)."""
+"""The learning rate: linear warm-up, constant, then a decay that may begin early (paper §2.1, §2.2)."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from illada.training.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,17 @@ class Schedule:
         return max(1, self.warmup_steps)
 
 
+def make_schedule(training: TrainingRecipe, samples: int, decay_start: int | None) -> Schedule:
+    """Return the schedule of a recipe on data of so many samples; `decay_start` is the step of an early decay."""
+    steps = training.count_steps(samples)
+    decay_steps = steps // 10 if training.decay_steps is None else min(training.decay_steps, steps)
+    start = steps - decay_steps if decay_start is None else min(decay_start, steps - decay_steps)
+    rates = (training.learning_rate, training.final_learning_rate)
+    return Schedule(*rates, training.warmup_steps, training.decay, decay_steps, start)
+
+
 def on_plateau(losses: list[float], patience: int, delta: float) -> bool:
-    """Tell whether none of the last `patience` losses is lower than the best before them by the fraction `delta`."""
+    """Say whether none of the last `patience` losses is below the best of the earlier ones by the fraction `delta`."""
     if len(losses) <= patience:
         return False
     return min(losses[-patience:]) > min(losses[:-patience]) * (1 - delta)

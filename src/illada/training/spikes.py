@@ -1,7 +1,7 @@
-"""What to do when a step goes wrong (`training.on_spike`): leave it out, or go back and see other data first.
+"""Spikes of the loss: when a step counts as one, and which data follows when the run goes back (`training.on_spike`).
 
-All numbers are ours. Every process judges by the same sums, so all decide alike; what is decided is a function of the
-seed and of the state that checkpoints keep, so a killed run decides alike when it is continued.
+All numbers are ours. Every process judges by the same sums, so all decide alike. A decision is a function of the seed
+and of the state in checkpoints, so a killed run decides alike when it is continued.
 """
 
 import math
@@ -11,23 +11,23 @@ from illada import rng
 from illada.training.checkpoint import RunState
 
 MEMORY = 100
-"""Updates over which mean and deviation of the loss are taken, the latest counting most."""
+"""Updates over which mean and deviation of the loss are taken; the latest count most."""
 FIRST_JUDGED = 50
-"""Updates before a loss can be called a spike: until then it falls fast."""
+"""Updates before a loss can count as a spike, because it falls fast until then."""
 REORDERED = 1000
-"""Steps whose data is put into another order after going back."""
+"""Steps whose data is reordered after the run went back."""
 SKIPS_IN_A_ROW, RETURNS_TO_ONE_STEP = 20, 3
 """More than these, and the run has diverged."""
 
 
 def trouble(state: RunState, loss: float, norm: float, deviations: float | None) -> str | None:
-    """Say what is wrong with a step, or return None.
+    """Return what is wrong with a step, or None.
 
     Args:
-        state: with mean and variance of the losses so far.
+        state: holds mean and variance of the losses so far.
         loss: of the step.
-        norm: of its gradient.
-        deviations: how many standard deviations above the mean are a spike; None to ask only for finite numbers.
+        norm: of the step's gradient.
+        deviations: how many standard deviations above the mean are a spike; None to check only for finite numbers.
     """
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"loss {loss} and gradient norm {norm}"
@@ -38,7 +38,7 @@ def trouble(state: RunState, loss: float, norm: float, deviations: float | None)
 
 
 def remember(state: RunState, loss: float) -> None:
-    """Count an update, and take its loss into mean and variance."""
+    """Count an update, and include its loss in mean and variance."""
     state.updates, state.skipped = state.updates + 1, 0
     share = 1 / min(state.updates, MEMORY)
     difference = loss - state.loss_mean
@@ -47,9 +47,9 @@ def remember(state: RunState, loss: float) -> None:
 
 
 def data_step(step: int, seed: int, returns: Sequence[int]) -> int:
-    """Return which step's data step `step` takes, after the run went back to the steps `returns`, in this order.
+    """Return the step whose data step `step` uses, after the run went back to the steps `returns` in this order.
 
-    Each return shuffles the data of the REORDERED steps that follow, so every window still comes once an epoch.
+    Each return shuffles the data of the following REORDERED steps, so every window still comes once an epoch.
     """
     for number in reversed(range(len(returns))):
         place = step - returns[number]

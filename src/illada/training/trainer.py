@@ -1,48 +1,43 @@
-"""One loop for pre-training and SFT (paper §2.2–2.3): the recipe says what differs.
+"""One loop for pre-training and SFT (paper §2.1, §2.2): the recipe says what differs.
 
 A run is a pure function of its recipe: killed at any moment and started again, it ends in the same weights, bit for bit
 on as many processes, to rounding on others.
 """
 
-import copy
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from illada import rng
+from illada.data.batches import Segment
 from illada.data.collate import Batch, noisy_batches
 from illada.data.prefetch import Prefetch
 from illada.data.shards import Shards
 from illada.devices import peak_memory
 from illada.errors import DivergedError
 from illada.files import write_text
-from illada.model import IlladaForMaskedLM
-from illada.rng import DROPOUT, bits
-from illada.text.tokenizer import load_tokenizer
 from illada.training.checkpoint import Checkpoints, RunState
-from illada.training.checkpoint_hook import Evaluations
 from illada.training.flops import flops_per_token, peak_flops
-from illada.training.kernels import fuse
-from illada.training.log import Report
-from illada.training.optim import make_optimizers, moments, set_updates, update
-from illada.training.parallel import Objective, Processes, before_pass, clip, distribute, gradient_norm, join, release
+from illada.training.log import StepLog
+from illada.training.optim import set_updates, update
+from illada.training.optional.trackers import make_trackers
+from illada.training.parallel import before_pass, clip, gradient_norm, join, release
 from illada.training.recipe import Recipe
-from illada.training.run_folder import DECAY, claimed, decay_asked
-from illada.training.schedule import on_plateau
-from illada.training.setup import build_model, make_batches, open_validation, remarks, schedule_of, shape_of
+from illada.training.run_folder import DECAY, claim, requested_decay
+from illada.training.schedule import make_schedule, on_plateau
+from illada.training.setup import Run, open_run
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
-from illada.training.trackers import make_trackers
 from illada.training.validation import bits_per_byte, validation_batches
-from illada.weights.adapters import adapter_tensors, base_fingerprint, is_adapted, save_adapter_config
-from illada.weights.runs import assemble, checkpoints, model_folder
+from illada.weights.adapters import is_adapted
+from illada.weights.runs import assemble, checkpoints
 
 BUCKETS = 5
 """Parts of the mask ratio by which the loss is reported."""
@@ -68,285 +63,285 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     recipe.check()
     with join(recipe.training.device, recipe.parallel.tensor) as processes:
         try:
-            return _train(recipe, title, processes)
+            return Trainer(open_run(recipe, processes), title).train()
         except DivergedError:
             if processes.first:
                 raise
-            sys.exit(1)  # the first has said it
+            sys.exit(1)  # the first process prints the error
 
 
-def _train(recipe: Recipe, title: str, processes: Processes) -> Result:
-    settings, run = recipe.training, Path(recipe.output)
-    with processes.raise_together():
-        shards = Shards.open(recipe.data.train)
-        held_out = None if recipe.data.validation is None else open_validation(recipe.data.validation, shards)
-        tokenizer = load_tokenizer(shards.path / "tokenizer")
-        evaluations = Evaluations(run, recipe.log.evaluate)
-    # Once: it may be a hub name, or a run whose newest checkpoint changes.
-    given = recipe.model.start
-    start = None if given is None else processes.from_first(lambda: model_folder(given))
-    with processes.raise_together():
-        config = shape_of(recipe.model, start, shards, tokenizer)
-        eos = config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id
-        batches = make_batches(recipe, shards, config, eos)
-        model = build_model(recipe, start, config)
-        base = base_fingerprint(model) if is_adapted(model) else None
-        notes = remarks(recipe, start, model) + fuse(model, recipe, processes.device)
-        objective = distribute(model, recipe, processes)
-    optimizers = make_optimizers(model, settings)
-    # Now, while the weights are in their shards: later they may just be gathered.
-    named = dict(model.named_parameters())
-    trained = [parameter for parameter in named.values() if parameter.requires_grad]
-    adapter = sum(p.numel() for p in trained) if is_adapted(model) else 0
-    kept = adapter_tensors(model) if is_adapted(model) else {name: p.detach() for name, p in named.items()}
-    kept |= moments(optimizers, {parameter: name for name, parameter in named.items()})
+class Trainer:
+    """Carries out a run in one of its processes; all processes make the same calls.
 
-    state = RunState()
+    Args:
+        run: the opened run.
+        title: begins every line on the terminal.
+    """
 
-    def make(step: int) -> Iterable[Batch]:
-        """Return this process's share of a step."""
-        plan = batches.plan(data_step(step, settings.seed, state.returns))
-        sizes = (settings.samples_per_batch, shards, settings.seed, step, settings.rule, eos)
-        rank, ranks = processes.share
-        return noisy_batches(plan, *sizes, rank=rank, ranks=ranks, causal=config.causal)
+    def __init__(self, run: Run, title: str):
+        self.run, self.title, self.settings = run, title, run.recipe.training
+        self.state = RunState()
+        self.adapter = sum(p.numel() for p in run.parameters) if is_adapted(run.model) else 0
+        self.peak_flops = peak_flops(run.processes.device)
 
-    def go_back() -> RunState | None:
-        """Load the newest checkpoint, if there is one."""
-        saved.wait()
-        if (path := saved.newest()) is None:
-            return None
-        loaded = saved.load(path)
-        set_updates(optimizers, loaded.updates)
-        return loaded
-
-    with (
-        # Last, so that a recipe that cannot work leaves nothing behind.
-        _claimed(run, recipe, shards, base, processes),
-        evaluations,
-        Checkpoints(run, processes, kept, partial(_describe, model, tokenizer), settings, evaluations) as saved,
-        _signals() as caught,
-        Prefetch(make) as ahead,
-    ):
-        state = go_back() or state
-        schedule = schedule_of(recipe, batches, state)
-        with processes.raise_together():
-            trackers = make_trackers(run, recipe.log, state.step + 1, asdict(recipe)) if processes.first else []
-        with Report(run, title, schedule.steps, state.step, quiet=not processes.first, trackers=trackers) as report:
-            for line in notes:
-                report.say(f"{title}: {line}")
-            if state.step:
-                report.say(f"{title}: continuing {run} at step {state.step} of {schedule.steps}")
-            model.train()
-            peak = peak_flops(processes.device)
-            started, started_tokens = time.monotonic(), state.tokens
-            while state.step < schedule.steps:
-                asked = decay_asked(run, state, schedule) if processes.first else None
-                stop, decay = processes.highest(max(caught, default=0), -1 if asked is None else asked)
-                if stop:
-                    path = saved.save(state)
-                    saved.wait()
-                    name = signal.Signals(stop).name
-                    report.say(f"{title}: stopped by {name}; the same command continues from {path}")
-                    return Result(path, stop)
-                if decay >= 0:
-                    state.decay_start = decay
-                    schedule = schedule_of(recipe, batches, state)
-                    report.say(f"{title}: decaying from step {decay}, the run ends at step {schedule.steps}")
-                plan = batches.plan(data_step(state.step, settings.seed, state.returns))
-                loss, by_ratio = _gradients(objective, ahead(state.step), len(plan), state.step, recipe, processes)
-                norm = gradient_norm(trained)
-                rate = schedule.learning_rate(state.step)
-                record: dict[str, Any] = {
-                    "loss": loss,
-                    "bits_per_byte": bits_per_byte(loss, shards.tokens, shards.bytes),
-                    **({} if config.causal else {"loss_by_mask_ratio": by_ratio}),
-                    "learning_rate": rate,
-                    "gradient_norm": float(norm),
-                }
-                deviations = None if settings.on_spike == "none" else settings.spike_deviations
-                if (wrong := trouble(state, loss, float(norm), deviations)) is not None:
-                    record["trouble"] = wrong
-                    for optimizer in optimizers:
-                        optimizer.zero_grad()
-                    here, state = state.step, _leave_out(saved, state, settings.on_spike, wrong, go_back)
-                    if settings.on_spike == "rollback":
-                        report.say(
-                            f"{title}: {wrong} at step {here}: back to step {state.step} and other data than before"
-                        )
-                        report.rewind(state.step)
-                        schedule = schedule_of(recipe, batches, state)
-                        started, started_tokens = time.monotonic(), state.tokens
+    def train(self) -> Result:
+        """Take the remaining steps of the run, until it is complete or a signal stops it."""
+        run = self.run
+        # The folder is claimed last, so that a recipe that cannot work leaves nothing behind.
+        with run.processes.raise_together():
+            claimed = claim(run.folder, run.recipe, run.shards, run.frozen_weights) if run.processes.first else None
+        with (
+            claimed or nullcontext(),
+            run.hook,
+            Checkpoints(
+                run.folder, run.processes, run.tensors, run.write_about, self.settings, run.hook.begin
+            ) as self.checkpoints,
+            stop_signals() as self.signals,
+            Prefetch(self.micro_batches) as self.prefetch,
+        ):
+            self.load_newest()
+            with self.open_log() as self.log:
+                self.introduce()
+                run.model.train()
+                self.start_clock()
+                while self.state.step < self.schedule.steps:
+                    stop_signal, decay_start = self.requests()
+                    if stop_signal:
+                        return self.stop(stop_signal)
+                    if decay_start >= 0:
+                        self.begin_decay(decay_start)
+                    record = self.train_step()
+                    if record is None:  # the run went back to a checkpoint
                         continue
-                    report.say(f"{title}: {wrong} at step {here}: left out")
-                else:
-                    if settings.gradient_clip:
-                        clip(trained, settings.gradient_clip, norm)
-                    saved.wait_for_copy()
-                    update(optimizers, rate)
-                    remember(state, loss)
-                    state.tokens += sum(segment.size for sample in plan for segment in sample)
-                state.step += 1
-                speed = (state.tokens - started_tokens) / (time.monotonic() - started)
-                record |= {"tokens": state.tokens, "tokens_per_second": round(speed)}
-                record |= {"memory_gb": round(peak_memory(processes.device) / 1e9, 3)}
-                if peak is not None:
-                    lengths = [segment.size for sample in plan for segment in sample]
-                    seen = sum(length**2 for length in lengths) / sum(lengths)
-                    record["mfu"] = round(flops_per_token(config, seen, adapter) * speed / (peak * processes.count), 4)
-                last = state.step == schedule.steps
-                if held_out is not None and (state.step % settings.validate_every == 0 or last):
-                    bound = _validate(objective, held_out, recipe, processes)
-                    bits_each = bits_per_byte(bound, held_out.tokens, held_out.bytes)
-                    record |= {"validation_loss": bound, "validation_bits_per_byte": bits_each}
-                    report.say(
-                        f"{title}: step {state.step}  validation {bound:.4f} nats/token  {bits_each:.4f} bits/byte"
-                    )
-                    state.validation_losses.append(bound)
-                    waiting = settings.decay_when == "plateau" and state.step < schedule.decay_start
-                    flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
-                    if waiting and flat and processes.first:
-                        write_text(run / DECAY, f"{state.step}\n")
-                report.log(state.step, **record)
-                for line in evaluations.news():
-                    report.say(f"{title}: {line}")
-                report.progress(
-                    state.step, schedule.steps, f"loss {loss:.3f}  lr {rate:.1e}  {speed / 1000:.1f}k tokens/s"
-                )
-                if state.step % settings.checkpoint_every == 0 or last:
-                    saved.save(state)
-            saved.wait()
-            if processes.first:
-                for line in evaluations.finish(checkpoints(run)[-1]):
-                    report.say(f"{title}: {line}")
-        return Result(processes.from_first(lambda: assemble(checkpoints(run)[-1], run)), None)
+                    if run.held_out is not None and self.due(self.settings.validate_every):
+                        record |= self.validate(run.held_out)
+                    self.write_log(record)
+                    if self.due(self.settings.checkpoint_every):
+                        self.checkpoints.save(self.state)
+                self.checkpoints.wait()
+                if run.processes.first:
+                    self.log.say(*run.hook.finish(checkpoints(run.folder)[-1]))
+            return Result(run.processes.from_first(lambda: assemble(checkpoints(run.folder)[-1], run.folder)), None)
 
+    def due(self, every: int) -> bool:
+        """Say whether something that happens every so many steps and after the last step happens now."""
+        return self.state.step % every == 0 or self.state.step == self.schedule.steps
 
-def _gradients(
-    objective: Objective,
-    noisy: Iterable[Batch],
-    samples: int,
-    step: int,
-    recipe: Recipe,
-    processes: Processes,
-) -> tuple[float, list[float | None]]:
-    """Add up the gradients of this process's share, `noisy`, of a step of so many samples.
+    # A step
 
-    Returns:
-        the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
-        chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
-    """
-    settings = recipe.training
-    rank, ranks = processes.share
-    share = -(-samples // ranks)
-    passes = -(-share // settings.samples_per_batch)
-    # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
-    sums = torch.zeros(1 + 2 * BUCKETS, device=processes.device)
-    for number, batch in enumerate(noisy):
-        before_pass(objective, last=number == passes - 1)
-        key = (settings.seed, DROPOUT, step, rank * passes + number)
-        each_T = sums.new_zeros(batch.packing.tokens)
-        clean_T, masked_T, weight_T = batch.on(processes.device)
-        with _seeded(processes.device, *key) if recipe.lora.dropout else nullcontext():
-            loss = objective(clean_T, masked_T, weight_T, batch.packing, each_T)
-        loss.backward()
-        sums[0] += loss.detach()
-        if batch.probability_T is None:
-            continue
-        counted_T = masked_T & (weight_T > 0)
-        bucket_T = 1 + (batch.probability_T.to(processes.device) * BUCKETS).long().clamp(max=BUCKETS - 1)
-        sums.index_add_(0, bucket_T, each_T * counted_T)
-        sums.index_add_(0, bucket_T + BUCKETS, counted_T.to(sums.dtype))
-    total = processes.total(*sums.tolist())
-    pairs = zip(total[1 : 1 + BUCKETS], total[1 + BUCKETS :], strict=True)
-    return total[0], [entropy / count if count else None for entropy, count in pairs]
+    def train_step(self) -> dict[str, Any] | None:
+        """Take one optimiser step and return its record for the log; return None when the run went back instead."""
+        run, state = self.run, self.state
+        segments = [segment for sample in self.plan(state.step) for segment in sample]
+        loss, loss_by_mask_ratio = self.compute_gradients(self.prefetch(state.step))
+        norm = gradient_norm(run.parameters)
+        rate = self.schedule.learning_rate(state.step)
+        record: dict[str, Any] = {
+            "loss": loss,
+            "bits_per_byte": bits_per_byte(loss, run.shards.tokens, run.shards.bytes),
+            **({} if run.model.config.causal else {"loss_by_mask_ratio": loss_by_mask_ratio}),
+            "learning_rate": rate,
+            "gradient_norm": float(norm),
+        }
+        deviations = None if self.settings.on_spike == "none" else self.settings.spike_deviations
+        if problem := trouble(state, loss, float(norm), deviations):
+            record["trouble"] = problem
+            if self.recover(problem):
+                return None
+        else:
+            if self.settings.gradient_clip:
+                clip(run.parameters, self.settings.gradient_clip, norm)
+            self.checkpoints.wait_for_copy()
+            update(run.optimizers, rate)
+            remember(state, loss)
+            state.tokens += sum(segment.size for segment in segments)
+        state.step += 1
+        return record | self.measure_speed(segments)
 
+    def plan(self, step: int) -> list[list[Segment]]:
+        """Return the segments of every sample of a step."""
+        return self.run.batches.plan(data_step(step, self.settings.seed, self.state.returns))
 
-@torch.no_grad()
-def _validate(objective: Objective, held_out: Shards, recipe: Recipe, processes: Processes) -> float:
-    """Return the loss of held-out text (see `validation_batches`) in nats per token; each process has its share."""
-    settings = recipe.training
-    objective.eval()
-    noisy = validation_batches(
-        held_out,
-        recipe.data.window,
-        settings.validation_samples,
-        settings.samples_per_batch,
-        *processes.share,
-        objective.model.config.causal,
-    )
-    bound = sum(float(objective(*batch.on(processes.device), batch.packing)) for batch in noisy)
-    release(objective)
-    objective.train()
-    return processes.total(bound)[0]
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Make this process's share of a step."""
+        batches, (rank, ranks) = self.run.batches, self.run.processes.share
+        sizes = (self.settings.samples_per_batch, batches.shards, batches.seed, step, batches.rule)
+        causal = self.run.model.config.causal
+        return noisy_batches(self.plan(step), *sizes, batches.eos_token_id, rank=rank, ranks=ranks, causal=causal)
 
+    def compute_gradients(self, batches: list[Batch]) -> tuple[float, list[float | None]]:
+        """Add up the gradients of this process's share of the step.
 
-def _leave_out(
-    saved: Checkpoints, state: RunState, policy: str, wrong: str, go_back: Callable[[], RunState | None]
-) -> RunState:
-    """Return the state in which a run goes on after a step with trouble.
+        Returns:
+            the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
+            chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
+        """
+        run, device = self.run, self.run.processes.device
+        # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
+        sums = torch.zeros(1 + 2 * BUCKETS, device=device)
+        for number, batch in enumerate(batches):
+            before_pass(run.objective, last=number == len(batches) - 1)
+            key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * len(batches) + number)
+            entropy_T = sums.new_zeros(batch.packing.tokens)
+            clean_T, masked_T, weight_T = batch.on(device)
+            with rng.seeded(device, *key) if run.recipe.lora.dropout else nullcontext():
+                loss = run.objective(clean_T, masked_T, weight_T, batch.packing, entropy_T)
+            loss.backward()
+            sums[0] += loss.detach()
+            if batch.probability_T is not None:
+                counted_T = masked_T & (weight_T > 0)
+                bucket_T = 1 + (batch.probability_T.to(device) * BUCKETS).long().clamp(max=BUCKETS - 1)
+                sums.index_add_(0, bucket_T, entropy_T * counted_T)
+                sums.index_add_(0, bucket_T + BUCKETS, counted_T.to(sums.dtype))
+        loss_of_step, *buckets = run.processes.total(*sums.tolist())
+        pairs = zip(buckets[:BUCKETS], buckets[BUCKETS:], strict=True)
+        return loss_of_step, [entropy / count if count else None for entropy, count in pairs]
 
-    Raises:
-        DivergedError: when it should not, or has done so too often.
-    """
-    if policy == "skip" and state.skipped < SKIPS_IN_A_ROW:
-        state.skipped += 1
-        return state
-    if policy == "rollback" and (back := go_back()) and state.returns.count(back.step) < RETURNS_TO_ONE_STEP:
-        back.returns = [*state.returns, back.step]
-        return back
-    saved.wait()
-    last = saved.newest()
-    raise DivergedError(
-        f"{wrong} at step {state.step}: nothing was saved since "
-        + (f"the last good checkpoint {last}" if last else "the start, there is no good checkpoint")
-        + "; begin again with a lower training.learning_rate and another --output"
-    )
+    def recover(self, problem: str) -> bool:
+        """Leave out a step with trouble, or go back to the newest checkpoint; return whether the run went back.
 
+        Raises:
+            DivergedError: when the recipe allows neither, or the run has recovered too often.
+        """
+        policy, step, returns = self.settings.on_spike, self.state.step, self.state.returns
+        for optimizer in self.run.optimizers:
+            optimizer.zero_grad()
+        if policy == "skip" and self.state.skipped < SKIPS_IN_A_ROW:
+            self.state.skipped += 1
+            self.log.say(f"{problem} at step {step}: left out")
+            return False
+        if policy == "rollback" and self.load_newest() and returns.count(self.state.step) < RETURNS_TO_ONE_STEP:
+            self.state.returns = [*returns, self.state.step]
+            self.log.say(f"{problem} at step {step}: back to step {self.state.step} and other data than before")
+            self.log.rewind(self.state.step)
+            self.start_clock()
+            return True
+        self.checkpoints.wait()
+        last = self.checkpoints.newest()
+        raise DivergedError(
+            f"{problem} at step {step}: nothing was saved since "
+            + (f"the last good checkpoint {last}" if last else "the start, there is no good checkpoint")
+            + "; begin again with a lower training.learning_rate and another --output"
+        )
 
-def _describe(model: IlladaForMaskedLM, tokenizer: Any, folder: Path) -> None:
-    """Write what a model folder holds besides weights."""
-    folder.mkdir()
-    if is_adapted(model):
-        save_adapter_config(model, folder)
-    else:
-        config = copy.deepcopy(model.config)
-        config.architectures, config.dtype = ["IlladaForMaskedLM"], torch.float32
-        config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # Around the steps
+
+    def load_newest(self) -> bool:
+        """Load the newest checkpoint and return True, or False when there is none; set the schedule in either case."""
+        self.checkpoints.wait()
+        path = self.checkpoints.newest()
+        if path is not None:
+            self.state = self.checkpoints.load(path)
+            set_updates(self.run.optimizers, self.state.updates)
+        self.set_schedule()
+        return path is not None
+
+    def set_schedule(self) -> None:
+        """Set the learning rates of the run, which depend on the step of an early decay."""
+        self.schedule = make_schedule(self.settings, self.run.batches.samples, self.state.decay_start)
+
+    def requests(self) -> list[int]:
+        """Return the signal that stops the run (0 for none) and the step of a decay that begins now (-1 for none)."""
+        first = self.run.processes.first
+        decay_start = requested_decay(self.run.folder, self.state, self.schedule) if first else None
+        return self.run.processes.highest(max(self.signals, default=0), -1 if decay_start is None else decay_start)
+
+    def stop(self, number: int) -> Result:
+        """Save the run because of a signal."""
+        path = self.checkpoints.save(self.state)
+        self.checkpoints.wait()
+        self.log.say(f"stopped by {signal.Signals(number).name}; the same command continues from {path}")
+        return Result(path, number)
+
+    def begin_decay(self, step: int) -> None:
+        """Let the learning rate fall from a step on."""
+        self.state.decay_start = step
+        self.set_schedule()
+        self.log.say(f"decaying from step {step}, the run ends at step {self.schedule.steps}")
+
+    def validate(self, held_out: Shards) -> dict[str, float]:
+        """Return the loss of held-out text for the log; request the decay when the loss has stopped falling."""
+        settings, state = self.settings, self.state
+        loss = self.validation_loss(held_out)
+        bits = bits_per_byte(loss, held_out.tokens, held_out.bytes)
+        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte")
+        state.validation_losses.append(loss)
+        waiting = settings.decay_when == "plateau" and state.step < self.schedule.decay_start
+        flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
+        if waiting and flat and self.run.processes.first:
+            write_text(self.run.folder / DECAY, f"{state.step}\n")
+        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+
+    @torch.no_grad()
+    def validation_loss(self, held_out: Shards) -> float:
+        """Return the loss of held-out text in nats per token (see `validation_batches`); each process has its share."""
+        run, settings = self.run, self.settings
+        run.objective.eval()
+        sizes = (run.recipe.data.window, settings.validation_samples, settings.samples_per_batch)
+        batches = validation_batches(held_out, *sizes, *run.processes.share, run.model.config.causal)
+        loss = sum(float(run.objective(*batch.on(run.processes.device), batch.packing)) for batch in batches)
+        release(run.objective)
+        run.objective.train()
+        return run.processes.total(loss)[0]
+
+    # What the run says
+
+    def open_log(self) -> StepLog:
+        """Return the log of the run, with the trackers that the recipe names."""
+        run, state, first = self.run, self.state, self.run.processes.first
+        with run.processes.raise_together():
+            trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe)) if first else []
+        return StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
+
+    def introduce(self) -> None:
+        """Say what a user should know before the run begins."""
+        self.log.say(*self.run.remarks)
+        if self.state.step:
+            self.log.say(f"continuing {self.run.folder} at step {self.state.step} of {self.schedule.steps}")
+
+    def start_clock(self) -> None:
+        """Measure the speed from now on."""
+        self.started, self.started_tokens = time.monotonic(), self.state.tokens
+
+    def measure_speed(self, segments: list[Segment]) -> dict[str, Any]:
+        """Return tokens, speed, memory and, on a GPU whose peak is known, MFU, given the segments of the last step."""
+        run, tokens = self.run, self.state.tokens
+        speed = (tokens - self.started_tokens) / (time.monotonic() - self.started)
+        memory = peak_memory(run.processes.device) / 1e9
+        record = {"tokens": tokens, "tokens_per_second": round(speed), "memory_gb": round(memory, 3)}
+        if self.peak_flops is not None:
+            lengths = [segment.size for segment in segments]
+            seen = sum(length**2 for length in lengths) / sum(lengths)
+            flops = flops_per_token(run.model.config, seen, self.adapter)
+            record["mfu"] = round(flops * speed / (self.peak_flops * run.processes.count), 4)
+        return record
+
+    def write_log(self, record: dict[str, Any]) -> None:
+        """Write the record of a step, and show it."""
+        step = self.state.step
+        self.log.write(step, **record)
+        self.log.say(*self.run.hook.messages())
+        loss, rate, speed = record["loss"], record["learning_rate"], record["tokens_per_second"] / 1000
+        text = f"loss {loss:.3f}  lr {rate:.1e}  {speed:.1f}k tokens/s"
+        self.log.progress(step, self.schedule.steps, text)
 
 
 @contextmanager
-def _claimed(run: Path, recipe: Recipe, shards: Shards, base: str | None, processes: Processes) -> Iterator[None]:
-    """Let the first process hold the run folder for all."""
-    with ExitStack() as held:
-        processes.from_first(lambda: held.enter_context(claimed(run, recipe, shards, base)))
-        yield
-
-
-@contextmanager
-def _seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Let the device's generator give the numbers of a key, and afterwards go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(int(bits(*key)))
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying in the middle of a step; a second SIGINT kills as usual."""
-    caught: list[int] = []
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, so that they end the run between two steps; a second SIGINT kills as usual."""
+    signals: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        caught.append(number)
+        signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not in the main thread, where no handler can be set
-        yield caught
+        yield signals
         return
     try:
-        yield caught
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

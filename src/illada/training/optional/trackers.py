@@ -1,23 +1,22 @@
-"""TensorBoard and Weights & Biases, when a recipe asks for them; metrics.jsonl holds all they show."""
+"""TensorBoard and Weights & Biases, when a recipe names them; metrics.jsonl holds everything they show."""
 
 import hashlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from illada.errors import IlladaError
+from illada.errors import needs
+from illada.training.log import Tracker
 from illada.training.recipe import LogRecipe
 
 
 class TensorBoard:
-    """Writes event files into the folder tensorboard of a run; those of steps from `first` on are forgotten."""
+    """Writes event files into the folder tensorboard of a run; the events of steps from `first` on are dropped."""
 
     def __init__(self, run: Path, first: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise IlladaError("log.tensorboard needs TensorBoard: pip install 'illada[track]'") from error
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+        with needs("track", "log.tensorboard"):
+            tensorboard = import_module("torch.utils.tensorboard")
+        self._writer: Any = tensorboard.SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write the numbers of a step."""
@@ -33,10 +32,8 @@ class WandB:
     """Sends to a project; the same run folder is the same run there, also after a restart."""
 
     def __init__(self, run: Path, project: str, recipe: dict[str, Any]):
-        try:
+        with needs("track", "log.wandb"):
             wandb = import_module("wandb")
-        except ImportError as error:
-            raise IlladaError("log.wandb needs Weights & Biases: pip install 'illada[track]'") from error
         identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
         self._run: Any = wandb.init(
             project=project, name=run.name, id=identity, dir=str(run), config=recipe, resume="allow"
@@ -51,24 +48,20 @@ class WandB:
         self._run.finish()
 
 
-Tracker = TensorBoard | WandB
-
-
 def make_trackers(run: Path, log: LogRecipe, first: int, recipe: dict[str, Any]) -> list[Tracker]:
-    """Return the trackers that a recipe asks for, for steps from `first` on.
+    """Return the trackers of a recipe, for steps from `first` on.
 
     Raises:
         IlladaError: when one is not installed.
     """
-    found: list[Tracker] = [TensorBoard(run, first)] if log.tensorboard else []
-    return [*found, WandB(run, log.wandb, recipe)] if log.wandb else found
+    trackers: list[Tracker] = [TensorBoard(run, first)] if log.tensorboard else []
+    return [*trackers, WandB(run, log.wandb, recipe)] if log.wandb else trackers
 
 
 def scalars(values: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a record by name; those of a list as name/0, name/1, …"""
-    found = {}
+    flat: dict[str, float] = {}
     for name, value in values.items():
-        for place, item in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(item, int | float):
-                found[f"{name}/{place}" if isinstance(value, list) else name] = float(item)
-    return found
+        items = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+        flat |= {key: float(item) for key, item in items.items() if isinstance(item, int | float)}
+    return flat

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy
 from illada.errors import IlladaError, first_line
 from illada.model import IlladaForMaskedLM, Packing
 from illada.model.attention import packed_attention
@@ -126,7 +127,7 @@ def _ask(
 
 
 def cut_cross_entropy(
-    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, each_M: Tensor | None = None
+    hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, entropy_M: Tensor | None = None
 ) -> Tensor:
     """Do as `chunked_cross_entropy` without ever holding logits, in bf16 or fp16.
 
@@ -140,12 +141,16 @@ def cut_cross_entropy(
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     with torch.autocast(device, enabled=False):
-        entropy_M = linear_cross_entropy(
+        loss_M = linear_cross_entropy(
             hidden_MD.to(dtype), head_VD.to(dtype), target_M, reduction="none", filter_eps=None
         )
-        if each_M is not None:
-            each_M.copy_(entropy_M.detach())
-        return (entropy_M * weight_M.float()).sum()
+        if entropy_M is not None:
+            entropy_M.copy_(loss_M.detach())
+        return (loss_M * weight_M.float()).sum()
+
+
+CROSS_ENTROPIES: dict[str, CrossEntropy] = {"chunked": chunked_cross_entropy, "cut": cut_cross_entropy}
+"""By the names of training.cross_entropy."""
 
 
 def use_fp8(model: IlladaForMaskedLM, device: torch.device, emulate: bool = False) -> None:

@@ -33,7 +33,7 @@ from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
-from illada.training.parallel import divisible, recompute
+from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.weights.adapters import add_adapter
 from illada.weights.load import load_config
@@ -158,7 +158,7 @@ def estimate(
         raise IlladaError(
             f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}"
         )
-    divisible(config, tensor)
+    check_divisible(config, tensor)
     share = math.ceil(settings.samples_per_step / groups)
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)

@@ -1,0 +1,4 @@
+"""What a run can do without: kernels of other libraries, a command on every checkpoint, trackers, plots, estimates.
+
+Nothing in `illada.training` except `setup` and `trainer` imports from here.
+"""
