@@ -367,8 +367,8 @@ def _chat(arguments: Namespace) -> None:
 def _serve(arguments: Namespace) -> None:
     """Serve a model: an OpenAI-compatible API and a page."""
     from illada.serving import cluster
+    from illada.serving.options import Copies, ServerSettings
     from illada.serving.server import serve
-    from illada.serving.settings import Copies, ServerSettings
 
     server = ServerSettings(**{f.name: arguments[f.name] for f in dataclasses.fields(ServerSettings)})
     copies = Copies(**{f.name: arguments[f.name] for f in dataclasses.fields(Copies)})
@@ -470,7 +470,7 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
     """Return the parser and what each command does; with `sft`, estimates are of a recipe of that command."""
     from illada.generation.settings import GenerationSettings
     from illada.preparation.prepare import prepare
-    from illada.serving.settings import Copies, ServerSettings
+    from illada.serving.options import Copies, ServerSettings
     from illada.training.estimate import estimate
     from illada.training.recipe import SFT_DEFAULTS, Recipe
 

@@ -18,8 +18,8 @@ import torch
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.serving import cluster
+from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import open_socket
-from illada.serving.settings import Copies, ServerSettings
 
 KEY = "a-key-for-tests"
 STREAMS = 4
@@ -55,7 +55,7 @@ def test_keys_of_the_environment_do_not_silently_stay_behind(monkeypatch):
 
 
 def test_what_needs_no_ray_is_said_before_it_starts(monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "_ray", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(cluster, "_import_ray", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(IlladaError, match="no model at"):
         cluster.serve(Copies(2), str(tmp_path / "none"), ServerSettings(port=0), GenerationSettings())
     with open_socket("127.0.0.1", 0) as taken:

@@ -13,7 +13,7 @@ import yaml
 
 from illada.cli import _build
 from illada.serving.app import create_app
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

@@ -88,7 +88,7 @@ def test_a_failure_of_the_server_itself_has_openais_form(serve_model, monkeypatc
         raise RuntimeError("a bug")
 
     with serve_model() as (url, app):
-        monkeypatch.setattr(app.state.worker, "take", fail)
+        monkeypatch.setattr(app.state.worker, "check_room", fail)
         response = httpx.post(f"{url}/v1/completions", json={"prompt": "one"})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"

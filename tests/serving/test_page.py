@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 expect = playwright.expect
