@@ -1,7 +1,9 @@
 import asyncio
 import copy
+import importlib
 import json
 import socket
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from illada import GenerationSettings
+from illada.errors import MissingExtraError
 from illada.generation.engine import generate, infill
 from illada.serving.answer import Answer, Update
 from illada.serving.detokenize import Detokenizer
@@ -33,7 +36,7 @@ def post(server, path=CHAT, headers=None, **body):
 
 
 def events(server, path=CHAT, **body):
-    """The stream of a request: [(event, data)], with the last data as text."""
+    """Return the stream of a request as [(event, data)], without its end."""
     if path == CHAT:
         body = {"messages": HELLO, **body}
     found = []
@@ -50,7 +53,7 @@ def events(server, path=CHAT, **body):
 
 @pytest.fixture(scope="module")
 def alone(served_model):
-    """What a prompt gets without a server."""
+    """Return a function that answers a prompt without a server."""
     model, tokenizer = served_model
 
     def answer(messages=HELLO, text=None, **change):
@@ -168,7 +171,7 @@ def test_places_of_streamed_tokens_are_those_in_the_whole_text(server):
     whole = post(server, TEXT, **ask).json()["choices"][0]
     long = max(whole["logprobs"]["tokens"][:-1], key=len)
     assert len(long) > 1
-    # A stop string that may begin inside a token: its text is told before the token.
+    # A stop string may begin inside a token; then the token's first characters are sent before the token.
     parts = [c for _, e in events(server, TEXT, **ask, stop=[long[-1] + "\0"]) for c in e["choices"]]
     for name in ("tokens", "text_offset", "token_logprobs"):
         assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == whole["logprobs"][name]
@@ -466,7 +469,7 @@ def test_keys_bodies_and_origins(serve_model, tmp_path, monkeypatch, caplog):
 
 
 class Gate:
-    """Holds the engine before a pass until it is let go."""
+    """Holds the engine before a pass until `open` is set."""
 
     def __init__(self, app):
         self.worker = app.state.worker
@@ -674,7 +677,7 @@ def test_requests_that_are_being_encoded_have_a_place_too(serve_model, monkeypat
 
 
 class Still(Worker):
-    """A worker without a thread or a loop, to be moved by hand."""
+    """A worker without a thread or a loop, moved step by step."""
 
     def __init__(self, model, tokenizer, server=ServerSettings()):  # noqa: B008
         super().__init__(model, tokenizer, server)
@@ -819,6 +822,18 @@ def test_an_answer_does_not_depend_on_the_load(server):
             return [answer.json()["choices"] for answer in answers[15 : 15 + len(asks)]]
 
     assert asyncio.run(crowd()) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("app", "fastapi"), ("server", "uvicorn"), ("metrics", "prometheus_client"), ("protocol", "pydantic")],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, package):
+    importlib.import_module(f"illada.serving.{module}")
+    monkeypatch.delitem(sys.modules, f"illada.serving.{module}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"^serving needs {package}: pip install 'illada\[serve\]'$"):
+        importlib.import_module(f"illada.serving.{module}")
 
 
 def test_prompts_are_logged_only_when_asked(serve_model, caplog):

@@ -1,4 +1,4 @@
-"""Clients made for OpenAI's API, unchanged, on `illada serve` in a process of its own; and the files in examples/."""
+"""Clients made for OpenAI's API, unchanged, on `illada serve` in a separate process; and the files in examples/."""
 
 import contextlib
 import json

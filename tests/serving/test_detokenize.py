@@ -29,7 +29,7 @@ def test_pieces_given_away_are_the_text_up_to_the_first_stop_string(data, tiny_t
     found, tokens = found + piece, tokens + new
     assert text.stopped == bool(cuts)
 
-    # What is given away is the wanted text without special tokens.
+    # The pieces together are the wanted text without special tokens.
     special = {tiny_tokenizer.decode([i]) for i in tiny_tokenizer.all_special_ids}
     if not any(token in whole for token in special):
         assert found == wanted

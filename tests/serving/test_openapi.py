@@ -31,7 +31,7 @@ def document(server):
 
 
 def made_sensible(body):
-    """What no schema says: names and roles that fit, a stream for what needs one, and time enough."""
+    """Set what no schema says: names and roles that fit, a stream where a field needs one, and enough time."""
     body |= {"model": "tiny", "timeout": 60}
     if "messages" in body:
         body["messages"] = [body["messages"][0] | {"role": "user"}]

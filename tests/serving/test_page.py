@@ -1,4 +1,4 @@
-"""The page in a real browser: what one sees and does, at two sizes, light and dark; nothing leaves the origin."""
+"""The page in a real browser: what users see and do, at two sizes, light and dark; nothing leaves the origin."""
 
 import json
 import os

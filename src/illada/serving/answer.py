@@ -36,14 +36,14 @@ class Update:
 
 @dataclass(eq=False)
 class Answer:
-    """One choice of an HTTP response: the request to the engine, and the text that has come of it.
+    """One choice of an HTTP response: its request to the engine, and the text that has come of the request.
 
-    Only the engine's thread changes `begun`, `reported` and `steps`; only the event loop changes what follows them.
+    Only the engine's thread changes `reported` and `steps`; only the event loop changes what follows them.
 
     Args:
         index: number of the choice in the response.
         request: the request to the engine, checked by it.
-        text: turns the answer's ids into text.
+        detokenizer: turns the answer's ids into text.
         limit: most tokens wanted; whole blocks may be computed beyond it.
         stream: whether updates are wanted before the end.
         slot: tokens of each slot where the answer is a whole text with slots, else 0.
@@ -51,14 +51,12 @@ class Answer:
 
     index: int
     request: Request
-    text: Detokenizer
+    detokenizer: Detokenizer
     limit: int
     stream: bool = False
     slot: int = 0
-    begun: bool = False
-    """Whether a pass has computed it."""
     reported: int = 0
-    """Tokens that updates were made of."""
+    """Tokens that the updates so far hold."""
     steps: list[Step] = field(default_factory=list)
     """Steps since the last update."""
     arrived: float = 0.0
@@ -73,16 +71,16 @@ class Answer:
     def fills(self) -> list[str]:
         """Return what was written into each slot of a text."""
         ids: list[int] = self.request.ids_G[self.request.slot_G].tolist()
-        return [self.text.show(ids[start : start + self.slot]) for start in range(0, len(ids), self.slot)]
+        return [self.detokenizer.show(ids[start : start + self.slot]) for start in range(0, len(ids), self.slot)]
 
     def take(self, update: Update) -> tuple[str, list[Token]]:
         """Take an update; return the text and the tokens that can be sent now."""
         # A whole text begins with what is given before its first slot.
         lead = self.request.prompt_P.tolist() if self.slot and not self.forwards else []
         log_probs = [*[None] * len(lead), *update.log_probs]
-        text, tokens = self.text.add([*lead, *update.ids], log_probs, last=update.finish is not None)
+        text, tokens = self.detokenizer.add([*lead, *update.ids], log_probs, last=update.finish is not None)
         self.content += text
         self.tokens += tokens
         self.forwards = update.forwards
-        self.finish = "stop" if self.text.stopped else update.finish
+        self.finish = "stop" if self.detokenizer.stopped else update.finish
         return text, tokens

@@ -42,15 +42,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class Handlers:
-    """Answers the requests of one model.
-
-    Args:
-        model: the network.
-        tokenizer: the model's tokenizer.
-        name: name of the model in the API.
-        server: limits.
-        defaults: how to generate where a request does not say.
-    """
+    """Answers the requests to one model; takes the arguments of `create_app`."""
 
     def __init__(
         self,

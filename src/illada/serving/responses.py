@@ -147,7 +147,7 @@ def diffusion_step(answer: Answer, step: Step, token_texts: TokenTexts) -> dict[
     texts = token_texts(ids)
     confidences = [round(p, 4) if state in "pc" else None for state, p in zip(states, confidence, strict=True)]
     if answer.slot:
-        texts, states = [answer.text.show(request.prompt_P.tolist()), *texts], "f" + states
+        texts, states = [answer.detokenizer.show(request.prompt_P.tolist()), *texts], "f" + states
         confidences = [None, *confidences]
     return {
         "object": "diffusion.step",

@@ -31,7 +31,7 @@ TRIM_SECONDS = 1.0
 
 
 def _trim_heap() -> None:
-    """Return what is free inside glibc's heaps: passes of ever other sizes leave holes that would add up."""
+    """Return free memory inside glibc's heaps to the system: passes of changing sizes leave holes that would add up."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -204,8 +204,7 @@ class Worker:
                 continue
             self.metrics.forwards.inc(forwards)
             self.metrics.positions.inc(answer.request.positions - before[index][1])
-            if not answer.begun:
-                answer.begun = True
+            if not before[index][0]:  # its first pass
                 self.metrics.first.observe(time.monotonic() - answer.arrived)
             if (update := self._update(answer, ended.get(index))) is None:
                 continue
