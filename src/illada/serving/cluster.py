@@ -54,11 +54,11 @@ class Replica:
         transformers_logging.disable_progress_bar()
         network, tokenizer = load_model(model, dtype, device, quantize)
         # The application is made here and not in the caller: threads and locks cannot be sent to another process.
-        self.app = create_app(network, tokenizer, name, server, defaults)
+        self.application = create_app(network, tokenizer, name, server, defaults)
         self.gauges: dict[str, Any] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.application
 
     def check_health(self) -> None:
         """Raise when the replica must be replaced; pass its metrics on to Ray, which names them ray_illada_…
@@ -68,7 +68,7 @@ class Replica:
         with needs("cluster", "serving with replicas"):
             from ray.serve.metrics import Gauge
 
-        worker = self.app.state.worker
+        worker = self.application.state.worker
         if not worker.alive:
             raise RuntimeError("the engine's thread has ended")
         for family in worker.metrics.registry.collect():
