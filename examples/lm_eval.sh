@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# lm-evaluation-harness on `illada serve`, as on any server with OpenAI's API: generation tasks. Here a local one.
+# Run a generation task of lm-evaluation-harness, here a local one, on `illada serve`, as on any server with OpenAI's API.
 #
 #     illada serve --model runs/demo/model
 #     examples/lm_eval.sh OUTPUT [http://127.0.0.1:8000]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from illada.generation.settings import GenerationSettings
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 from illada.text.chat import CHAT_TEMPLATE
 
 uvicorn = pytest.importorskip("uvicorn", reason="serving needs the extra: pip install 'illada[serve]'")

@@ -1,7 +1,9 @@
 import asyncio
 import copy
+import importlib
 import json
 import socket
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 
 from illada import GenerationSettings
+from illada.errors import MissingExtraError
 from illada.generation.engine import generate, infill
-from illada.serving.detokenize import AnswerText
-from illada.serving.protocol import CompletionRequest
-from illada.serving.settings import ServerSettings
-from illada.serving.streams import Call, Choice, EventStream
-from illada.serving.worker import DrainingError, Ticket, Update, Worker
+from illada.serving.answer import Answer, Update
+from illada.serving.detokenize import Detokenizer
+from illada.serving.options import ServerSettings
+from illada.serving.protocol import ApiError, CompletionRequest
+from illada.serving.streams import Call, EventStream
+from illada.serving.worker import Worker
 from illada.text.chat import encode_prompt
 from illada.text.prompts import encode_plain, encode_template
 
@@ -32,7 +36,7 @@ def post(server, path=CHAT, headers=None, **body):
 
 
 def events(server, path=CHAT, **body):
-    """The stream of a request: [(event, data)], with the last data as text."""
+    """Return the stream of a request as [(event, data)], without its end."""
     if path == CHAT:
         body = {"messages": HELLO, **body}
     found = []
@@ -49,7 +53,7 @@ def events(server, path=CHAT, **body):
 
 @pytest.fixture(scope="module")
 def alone(served_model):
-    """What a prompt gets without a server."""
+    """Return a function that answers a prompt without a server."""
     model, tokenizer = served_model
 
     def answer(messages=HELLO, text=None, **change):
@@ -167,7 +171,7 @@ def test_places_of_streamed_tokens_are_those_in_the_whole_text(server):
     whole = post(server, TEXT, **ask).json()["choices"][0]
     long = max(whole["logprobs"]["tokens"][:-1], key=len)
     assert len(long) > 1
-    # A stop string that may begin inside a token: its text is told before the token.
+    # A stop string may begin inside a token; then the token's first characters are sent before the token.
     parts = [c for _, e in events(server, TEXT, **ask, stop=[long[-1] + "\0"]) for c in e["choices"]]
     for name in ("tokens", "text_offset", "token_logprobs"):
         assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == whole["logprobs"][name]
@@ -465,7 +469,7 @@ def test_keys_bodies_and_origins(serve_model, tmp_path, monkeypatch, caplog):
 
 
 class Gate:
-    """Holds the engine before a pass until it is let go."""
+    """Holds the engine before a pass until `open` is set."""
 
     def __init__(self, app):
         self.worker = app.state.worker
@@ -521,8 +525,8 @@ def test_a_silent_stream_says_that_it_is_there(serve_model, monkeypatch):
 
 
 def test_a_client_that_does_not_read_is_left(still, caplog):
-    ticket, _ = still.ticket()
-    call = SimpleNamespace(cancel=lambda: still.cancel(ticket))
+    answer, _ = still.begin()
+    call = SimpleNamespace(cancel=lambda: still.cancel(answer))
 
     async def endless():
         while True:
@@ -545,15 +549,15 @@ def test_when_to_come_back_follows_from_how_fast_answers_end(still):
 
 
 def test_passes_and_positions_are_counted_once(still):
-    (ticket, _), (other, _) = still.ticket(), still.ticket(guidance_scale=1.0)
+    (answer, _), (other, _) = still.begin(), still.begin(guidance_scale=1.0)
     still.obey()
     for _ in range(8):
         still._pass()
     still.hear()
     value = still.metrics.registry.get_sample_value
     assert value("illada_passes_total") == 8
-    assert value("illada_forwards_total") == ticket.row.forwards + other.row.forwards == 8 + 16
-    assert value("illada_positions_total") == ticket.row.positions + other.row.positions
+    assert value("illada_forwards_total") == answer.request.forwards + other.request.forwards == 8 + 16
+    assert value("illada_positions_total") == answer.request.positions + other.request.positions
     assert value("illada_first_commit_seconds_count") == 2
     assert value("illada_tokens_total") == 16
 
@@ -562,15 +566,16 @@ def test_the_end_fails_what_is_under_way(serve_model, served_model):
     async def end():
         worker = Worker(*served_model, ServerSettings())
         await worker.start()
-        news = asyncio.Queue()
-        row = worker.engine.request([1], GenerationSettings(200, 200, eos_token_id=None))
-        worker.submit(Ticket(row, news.put_nowait, 200, False))
+        updates = asyncio.Queue()
+        request = worker.engine.request([1], GenerationSettings(200, 200, eos_token_id=None))
+        worker.submit([Answer(0, request, Detokenizer(served_model[1]), 200)], updates.put_nowait)
         await worker.close()
-        with pytest.raises(DrainingError):
-            worker.take(1)
-        return await news.get()
+        with pytest.raises(ApiError, match="about to end") as refused:
+            worker.check_room(1)
+        assert refused.value.status == 503
+        return await updates.get()
 
-    assert asyncio.run(end()).finish == "error"
+    assert asyncio.run(end())[1].finish == "error"
 
 
 def test_too_many_requests_are_sent_away_and_the_rest_is_served(serve_model):
@@ -637,7 +642,7 @@ def test_a_pass_that_fails_fails_its_answers_only(serve_model, caplog):
 def test_what_nobody_foresaw_is_an_error_as_clients_read_it(serve_model, monkeypatch, caplog):
     with serve_model() as (address, app):
 
-        def fail(ticket):
+        def fail(*_):
             raise RuntimeError("a secret")
 
         monkeypatch.setattr(app.state.worker, "submit", fail)
@@ -672,31 +677,30 @@ def test_requests_that_are_being_encoded_have_a_place_too(serve_model, monkeypat
 
 
 class Still(Worker):
-    """A worker without a thread or a loop, to be moved by hand."""
+    """A worker without a thread or a loop, moved step by step."""
 
     def __init__(self, model, tokenizer, server=ServerSettings()):  # noqa: B008
         super().__init__(model, tokenizer, server)
-        self._loop = SimpleNamespace(call_soon_threadsafe=lambda call, *given: self.hearing.append((call, given)))
-        self.hearing = []
+        self._loop = SimpleNamespace(call_soon_threadsafe=lambda call, *values: self.calls.append((call, values)))
+        self.calls = []
 
-    def ticket(self, limit=8, budget=8, stream=True, watched=False, **settings):
-        news = []
+    def begin(self, limit=8, budget=8, stream=True, watched=False, **settings):
+        updates = []
         values = {"max_new_tokens": budget, "block_length": 8, "eos_token_id": None, **settings}
-        row = self.engine.request([1, 2], GenerationSettings(**values))
-        row.watched = watched
-        ticket = Ticket(row, news.append, limit, stream)
-        self.submit(ticket)
-        return ticket, news
+        request = self.engine.request([1, 2], GenerationSettings(**values))
+        request.watched = watched
+        answer = Answer(0, request, Detokenizer(self._tokenizer), limit, stream)
+        self.submit([answer], lambda pair: updates.append(pair[1]))
+        return answer, updates
 
     def obey(self):
-        orders, self._orders = self._orders, []
-        for order in orders:
-            order()
+        while not self._commands.empty():
+            self._commands.get()()
 
     def hear(self):
-        hearing, self.hearing = self.hearing, []
-        for call, given in hearing:
-            call(*given)
+        calls, self.calls = self.calls, []
+        for call, values in calls:
+            call(*values)
 
     def counted(self, **labels):
         return self.metrics.registry.get_sample_value("illada_answers_total", labels)
@@ -708,66 +712,65 @@ def still(served_model):
 
 
 def test_leaving_after_a_failure_does_not_end_another_answer(still):
-    lost, heard = still.ticket()
+    lost, none = still.begin()
     still.obey()
     still._pass()
     still._fail()
     still.engine = still._new_engine()
-    _, news = still.ticket()
+    _, updates = still.begin()
     still.cancel(lost)  # before it has heard of the failure
     still.obey()
     for _ in range(8):
         still._pass()
     still.hear()
-    assert len(heard) == 0
-    assert news[-1].finish == "length"
+    assert len(none) == 0
+    assert updates[-1].finish == "length"
     assert not still._open
     assert not still._live
 
 
 @pytest.mark.parametrize("passes", range(9))
 def test_an_answer_can_be_left_after_any_pass(still, passes):
-    ticket, news = still.ticket(watched=True, cache="prefix", speculate=2)
+    answer, updates = still.begin(watched=True, cache="prefix", speculate=2)
     if passes:
         still.obey()
     for _ in range(passes):
         still._pass()
     for _ in "twice":
-        still.cancel(ticket)
+        still.cancel(answer)
     still.obey()
     still._pass()
     still.hear()
-    assert news == []
-    assert not any((still._open, still._live, still._steps, still.engine.busy))
+    assert updates == []
+    assert not any((still._open, still._live, still.engine.busy))
     assert len(still.engine.pool.free) == still.engine.pool.pages
     assert still.counted(how="cancelled") == 1
 
 
 def test_steps_that_wait_for_a_slow_client_hold_their_own_block_only(still):
-    _, news = still.ticket(limit=14, budget=16, watched=True)
+    answer, updates = still.begin(limit=14, budget=16, watched=True)
     still.obey()
     for _ in range(16):
         still._pass()
     still.hear()
-    steps = [step for one in news for step in one.steps]
+    steps = [step for update in updates for step in update.steps]
     assert [step.event.block for step in steps] == [0] * 8 + [8] * (len(steps) - 8)
     assert {len(step.event.ids) for step in steps} == {8}
-    assert sum(len(one.ids) for one in news) == 14
-    assert not any((still._open, still._live, still._steps, still.engine.busy))
+    assert sum(len(update.ids) for update in updates) == 14
+    assert not any((still._open, still._live, answer.steps, still.engine.busy))
 
 
 def test_a_stop_string_ends_an_answer_before_the_engine_sees_it(still, served_model):
     tokenizer = served_model[1]
     ids = tokenizer.encode("one two", add_special_tokens=False)
-    row = still.engine.request([1], GenerationSettings(8, 8, eos_token_id=None, stop=("tw",)))
+    request = still.engine.request([1], GenerationSettings(8, 8, eos_token_id=None, stop=("tw",)))
 
     async def follow():
-        choices = [Choice(at, copy.copy(row), AnswerText(tokenizer, ("tw",)), 8) for at in range(2)]
-        call = Call(still, choices, True, 60.0)
-        for ticket in call._tickets.values():
-            ticket.tell(Update(ids, [0.0] * len(ids), 1, []))
+        answers = [Answer(at, copy.copy(request), Detokenizer(tokenizer, ("tw",)), 8, True) for at in range(2)]
+        call = Call(still, answers, 60.0)
+        still._deliver([(answer, Update(ids, [0.0] * len(ids), 1, [])) for answer in answers])
         await call.finish()
-        assert [(choice.content, choice.finish) for choice in choices] == [("one ", "stop")] * 2
+        assert [(answer.content, answer.finish) for answer in answers] == [("one ", "stop")] * 2
 
     asyncio.run(follow())
     assert (still.counted(how="stop"), still.counted(how="cancelled")) == (2, None)
@@ -819,6 +822,18 @@ def test_an_answer_does_not_depend_on_the_load(server):
             return [answer.json()["choices"] for answer in answers[15 : 15 + len(asks)]]
 
     assert asyncio.run(crowd()) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("app", "fastapi"), ("server", "uvicorn"), ("metrics", "prometheus_client"), ("protocol", "pydantic")],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, package):
+    importlib.import_module(f"illada.serving.{module}")
+    monkeypatch.delitem(sys.modules, f"illada.serving.{module}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"^serving needs {package}: pip install 'illada\[serve\]'$"):
+        importlib.import_module(f"illada.serving.{module}")
 
 
 def test_prompts_are_logged_only_when_asked(serve_model, caplog):

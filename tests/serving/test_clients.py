@@ -1,4 +1,4 @@
-"""Clients made for OpenAI's API, unchanged, on `illada serve` in a process of its own; and the files in examples/."""
+"""Clients made for OpenAI's API, unchanged, on `illada serve` in a separate process; and the files in examples/."""
 
 import contextlib
 import json
@@ -12,8 +12,7 @@ import pytest
 
 from illada.bench.load import started_server
 from illada.errors import IlladaError
-from illada.serving.settings import ServerSettings
-from illada.serving.worker import BusyError, DrainingError
+from illada.serving.options import ServerSettings
 
 openai = pytest.importorskip("openai", reason="the client is among the packages for development")
 
@@ -117,15 +116,15 @@ def test_openai_raises_its_own_errors(client, address, stream):
 
 
 @pytest.mark.parametrize(
-    ("problem", "kind", "status"), [(BusyError, "RateLimitError", 429), (DrainingError, "InternalServerError", 503)]
+    ("problem", "kind", "status"), [("busy", "RateLimitError", 429), ("draining", "InternalServerError", 503)]
 )
 def test_openai_is_told_to_come_again(serve_model, monkeypatch, problem, kind, status):
     with serve_model(ServerSettings(max_requests=1, max_choices=1)) as (url, app):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        if problem is DrainingError:
+        if problem == "draining":
             app.state.worker.draining = True
         else:
-            monkeypatch.setattr(app.state.worker, "_open", {None})  # one answer is under way
+            monkeypatch.setattr(app.state.worker, "_open", {None: None})  # one answer is under way
         with pytest.raises(getattr(openai, kind)) as caught:
             client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
         assert caught.value.status_code == status

@@ -1,4 +1,4 @@
-"""Replicas on Ray Serve, for real: one test starts Ray, two replicas and a proxy, and puts them through their life."""
+"""Replicas on a real Ray Serve: one test starts Ray, two replicas and a proxy, kills a replica and drains the rest."""
 
 import json
 import os
@@ -18,8 +18,8 @@ import torch
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.serving import cluster
+from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import open_socket
-from illada.serving.settings import Copies, ServerSettings
 
 KEY = "a-key-for-tests"
 STREAMS = 4
@@ -55,7 +55,7 @@ def test_keys_of_the_environment_do_not_silently_stay_behind(monkeypatch):
 
 
 def test_what_needs_no_ray_is_said_before_it_starts(monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "_ray", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(cluster, "_import_ray", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(IlladaError, match="no model at"):
         cluster.serve(Copies(2), str(tmp_path / "none"), ServerSettings(port=0), GenerationSettings())
     with open_socket("127.0.0.1", 0) as taken:
@@ -67,7 +67,7 @@ def test_what_needs_no_ray_is_said_before_it_starts(monkeypatch, tmp_path):
 
 @pytest.fixture
 def long_winded(build_model, tiny_tokenizer, tmp_path):
-    """Folder of a random model that hardly ever ends an answer by itself."""
+    """Return the folder of a random model that hardly ever ends an answer by itself."""
     ids = {f"{kind}_token_id": getattr(tiny_tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
     model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=2048, **ids)
     with torch.no_grad():
@@ -107,12 +107,12 @@ def started(*words, seconds):
 
 
 def replicas_of(process):
-    """Processes that hold a replica; Ray names them."""
+    """Return the processes that hold a replica, by the names that Ray gives them."""
     return [each for each in psutil.Process(process.pid).children(recursive=True) if "ServeReplica" in each.name()]
 
 
 def text_of(lines, begun=None):
-    """Put a stream's text together; the event is set at the first of it."""
+    """Put a stream's text together; the event is set when text begins."""
     text = ""
     for line in lines:
         if line.startswith("data: {"):
@@ -130,7 +130,7 @@ def metric(text, name):
 
 
 def until(look, tries):
-    """Ask until something is found; every question goes to the server, which sets the pace."""
+    """Call until the result is true; every call goes to the server, which sets the pace."""
     for _ in range(tries):
         if found := look():
             return found
@@ -174,7 +174,7 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
         with client.stream("POST", "/v1/completions", json={**SHORT, "stream": True}) as response:
             assert text_of(response.iter_lines()) == answer()
 
-        # A replica dies: what ran on it is lost, nothing else, neither what is under way nor what comes.
+        # A replica dies: only what ran on it is lost; other and later requests are answered.
         whole = stream(threading.Event())
         before = {each: sum(each.cpu_times()[:2]) for each in replicas_of(process)}
         assert len(before) == 2
@@ -188,12 +188,12 @@ def test_two_replicas_serve_stream_cancel_survive_and_drain(long_winded, tmp_pat
         assert not all(ends), "everything ran on the replica that was killed"
         assert all(isinstance(end, httpx.RemoteProtocolError) for end in ends if end is not None), ends
         assert all(each.result() == whole for each, end in zip(running, ends, strict=True) if end is None)
-        # The other one finished all that it had begun.
+        # The other replica finished all that it had begun.
         counts = metrics()
         assert metric(counts, 'illada_answers_total{how="cancelled"}') == 0
         assert metric(counts, 'illada_answers_total{how="error"}') == 0
 
-        # Another takes its place.
+        # Another replica takes its place.
         def replaced():
             metrics()
             now = replicas_of(process)

@@ -1,4 +1,4 @@
-"""The files for containers say nothing that the code does not know."""
+"""The files for containers agree with the code."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import yaml
 
 from illada.cli import _build
 from illada.serving.app import create_app
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def pod(objects):
 
 @pytest.fixture(scope="module")
 def arguments(pod):
-    """What the command of the image and the manifest means to the command line."""
+    """Return the arguments that the command line reads in the image and the manifest."""
     words = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", DOCKERFILE, re.M)[1])
     assert words[0] == "illada"
     return _build()[0].parse_args([*words[1:], *pod["containers"][0]["args"]]).serve

@@ -41,7 +41,7 @@ def listening(app):
 
 
 class Fake:
-    """Says the prompt backwards, and does what a prompt says that begins with a word for a fault."""
+    """Says the prompt backwards; a prompt that begins with the name of a fault causes that fault."""
 
     def __init__(self):
         self.app = FastAPI()
@@ -255,7 +255,7 @@ TEXTS = ["one two", "two three four", "five six seven one two three", "seven"]
 
 
 def nothing_under_way(server):
-    """Whether the server forgets those who left, looked at so often that there is time for it."""
+    """Return whether the server forgets clients that left; it is asked so often that it has time to."""
     for _ in range(300):
         text = urllib.request.urlopen(f"{server}/metrics").read().decode()
         if "illada_running 0.0" in text and "illada_waiting 0.0" in text:

@@ -31,7 +31,7 @@ def document(server):
 
 
 def made_sensible(body):
-    """What no schema says: names and roles that fit, a stream for what needs one, and time enough."""
+    """Set what no schema says: names and roles that fit, a stream where a field needs one, and enough time."""
     body |= {"model": "tiny", "timeout": 60}
     if "messages" in body:
         body["messages"] = [body["messages"][0] | {"role": "user"}]
@@ -88,7 +88,7 @@ def test_a_failure_of_the_server_itself_has_openais_form(serve_model, monkeypatc
         raise RuntimeError("a bug")
 
     with serve_model() as (url, app):
-        monkeypatch.setattr(app.state.worker, "take", fail)
+        monkeypatch.setattr(app.state.worker, "check_room", fail)
         response = httpx.post(f"{url}/v1/completions", json={"prompt": "one"})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"

@@ -1,4 +1,4 @@
-"""The page in a real browser: what one sees and does, at two sizes, light and dark; nothing leaves the origin."""
+"""The page in a real browser: what users see and do, at two sizes, light and dark; nothing leaves the origin."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 expect = playwright.expect

@@ -1,29 +1,28 @@
-"""The HTTP application: its routes, what they refuse, and what lies around them."""
+"""The HTTP application: its routes, its errors and its middleware."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.model import IlladaForMaskedLM
-from illada.serving.handlers import Api
-from illada.serving.middleware import Guard, read_keys
-from illada.serving.protocol import FAILED, LATE, ChatRequest, CompletionRequest, error, refusal
-from illada.serving.settings import ServerSettings
-from illada.serving.streams import LostError, TimeoutPassedError, UnknownModelError
-from illada.serving.worker import BusyError, DrainingError
+from illada.serving.handlers import Handlers
+from illada.serving.middleware import LimitsMiddleware, read_keys
+from illada.serving.options import ServerSettings
+from illada.serving.protocol import ApiError, ChatRequest, CompletionRequest, validation_error
+
+with needs("serve", "serving"):
+    from fastapi import FastAPI
+    from fastapi import Request as HttpRequest
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+    from fastapi.staticfiles import StaticFiles
+    from pydantic import BaseModel
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 
 PAGE = Path(__file__).parent / "page"
 
@@ -34,7 +33,7 @@ class ErrorBody(BaseModel):
     error: dict[str, Any]
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request cannot be served; the message says why."},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
     404: {"model": ErrorBody, "description": "There is no such model."},
@@ -58,8 +57,8 @@ def create_app(
 
     Args:
         model: the network.
-        tokenizer: of the model.
-        name: of the model in the API.
+        tokenizer: the model's tokenizer.
+        name: name of the model in the API.
         server: limits, keys and names.
         defaults: how to generate where a request does not say.
 
@@ -67,8 +66,8 @@ def create_app(
         IlladaError: when the API keys cannot be read.
     """
     keys = read_keys(server)
-    api = Api(model, tokenizer, name, server, defaults)
-    worker = api.worker
+    handlers = Handlers(model, tokenizer, name, server, defaults)
+    worker = handlers.worker
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,35 +79,49 @@ def create_app(
         title="illada",
         version=version("illada"),
         description="OpenAI's chat and completion API for masked diffusion language models (docs/serving.md).",
-        docs_url=None,  # they would load scripts of others
+        docs_url=None,  # these pages would load scripts of others
         redoc_url=None,
-        redirect_slashes=False,  # to an address of the client's choice
+        redirect_slashes=False,  # a redirect would go to an address of the client's choice
         lifespan=lifespan,
-        responses=REFUSALS,
+        responses=ERRORS,
     )
     app.state.worker = worker
+    _add_routes(app, handlers)
+    _add_error_handlers(app)
+    app.add_middleware(LimitsMiddleware, server=server, keys=keys, metrics=worker.metrics)
+    if server.cors_origins:  # outermost, so that pages can read why they were refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[*server.cors_origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+def _add_routes(app: FastAPI, handlers: Handlers) -> None:
+    worker = handlers.worker
 
     @app.post("/v1/chat/completions", responses=ANSWER, response_model=None)
-    async def chat_completions(request: HttpRequest, asked: ChatRequest) -> Response:
+    async def chat_completions(request: HttpRequest, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await api.answer(request, asked)
+        return await handlers.answer(request, body)
 
     @app.post("/v1/completions", responses=ANSWER, response_model=None)
-    async def completions(request: HttpRequest, asked: CompletionRequest) -> Response:
+    async def completions(request: HttpRequest, body: CompletionRequest) -> Response:
         """Go on with a text, or fill its gaps."""
-        return await api.answer(request, asked)
+        return await handlers.answer(request, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the one model."""
-        return {"object": "list", "data": [api.describe()]}
+        return {"object": "list", "data": [handlers.describe()]}
 
     @app.get("/v1/models/{model_id:path}")
     async def one_model(model_id: str) -> dict[str, Any]:
         """Describe a model."""
-        if model_id != name:
-            raise UnknownModelError(model_id, name)
-        return api.describe()
+        handlers.check_name(model_id)
+        return handlers.describe()
 
     @app.get("/health")
     async def health() -> Response:
@@ -126,53 +139,21 @@ def create_app(
         return FileResponse(PAGE / "index.html")
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    _add_refusals(app)
-    app.add_middleware(Guard, server=server, keys=keys, metrics=worker.metrics)
-    if server.cors_origins:  # outermost, so that pages can read why they were refused
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=[*server.cors_origins],
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-    return app
 
 
-def _add_refusals(app: FastAPI) -> None:
-    def on(kind: type[Exception]) -> Callable[..., Any]:
-        return app.exception_handler(kind)
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: HttpRequest, error: ApiError) -> Response:
+        return error.response()
 
-    @on(RequestValidationError)
-    async def invalid(_: HttpRequest, problem: RequestValidationError) -> Response:
-        return JSONResponse(refusal([*problem.errors()]), 400)
+    @app.exception_handler(IlladaError)
+    async def bad_input(_: HttpRequest, error: IlladaError) -> Response:
+        return ApiError(400, str(error)).response()
 
-    @on(IlladaError)
-    async def bad(_: HttpRequest, problem: IlladaError) -> Response:
-        return JSONResponse(error(str(problem), "invalid_request_error"), 400)
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+        return validation_error(error.errors()).response()
 
-    @on(UnknownModelError)
-    async def unknown(_: HttpRequest, problem: UnknownModelError) -> Response:
-        return JSONResponse(error(str(problem), "invalid_request_error", "model", "model_not_found"), 404)
-
-    @on(HTTPException)
-    async def refused(_: HttpRequest, problem: HTTPException) -> Response:
-        return JSONResponse(error(str(problem.detail), "invalid_request_error"), problem.status_code, problem.headers)
-
-    @on(BusyError)
-    async def busy(_: HttpRequest, problem: BusyError) -> Response:
-        headers = {"retry-after": str(problem.retry_after)}
-        return JSONResponse(error(str(problem), "rate_limit_error", code="busy"), 429, headers)
-
-    @on(DrainingError)
-    async def ending(_: HttpRequest, __: DrainingError) -> Response:
-        body = error("the server is about to end: ask another one, or later", "server_error", code="draining")
-        return JSONResponse(body, 503, {"retry-after": "5"})
-
-    @on(TimeoutPassedError)
-    async def late(_: HttpRequest, __: TimeoutPassedError) -> Response:
-        # The same request would take as long again, so clients should not repeat it by themselves.
-        return JSONResponse(LATE, 504, {"x-should-retry": "false"})
-
-    @on(LostError)
-    async def lost(_: HttpRequest, __: LostError) -> Response:
-        return JSONResponse(FAILED, 500)
+    @app.exception_handler(HTTPException)
+    async def http_error(_: HttpRequest, error: HTTPException) -> Response:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()

@@ -14,17 +14,19 @@ class Token(NamedTuple):
     log_prob: float | None
     """None for given text."""
     end: int
-    """Where in the text, special tokens included, it ends."""
+    """Where it ends in the text, special tokens included."""
+    text: str = ""
+    """Its visible text, once it is sent."""
 
 
-class AnswerText:
-    """The text of one answer, of which pieces are given away in order and never taken back.
+class Detokenizer:
+    """The text of one answer, sent piece by piece in order and never taken back.
 
-    Stop strings are looked for in the text with special tokens, as the engine does; what is given away has none.
+    Stop strings are looked for in the text with special tokens, as the engine does; the pieces have no special tokens.
 
     Args:
         tokenizer: one of transformers' fast tokenizers.
-        stop: strings that end the answer, themselves left out.
+        stop: strings that end the answer and are left out of it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
@@ -35,23 +37,21 @@ class AnswerText:
         self._hidden: list[tuple[int, int]] = []
         self._tokens: list[Token] = []
         self._pending: list[tuple[int, float | None]] = []
-        self._sent = self._told = 0
+        self._sent_text = self._sent_tokens = 0
         self.stopped = False
-        """Whether a stop string was found; later tokens are of no interest then."""
+        """Whether a stop string has come; tokens after it are ignored."""
 
     def show(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
         return str(self._tokenizer.decode([*ids], skip_special_tokens=True))
 
-    def add(
-        self, ids: Sequence[int], log_probs: Sequence[float | None], last: bool = False
-    ) -> tuple[str, list[tuple[str, Token]]]:
-        """Take the next committed tokens; return what can be given away now: text, and tokens with the text of each.
+    def add(self, ids: Sequence[int], log_probs: Sequence[float | None], last: bool = False) -> tuple[str, list[Token]]:
+        """Take the next committed tokens; return the text and the tokens that can be sent now.
 
         Args:
             ids: the next tokens, in order.
-            log_probs: of each.
-            last: whether there will be no more, so that nothing has to be kept back.
+            log_probs: log-probability of each.
+            last: whether no more will come, so that nothing has to be kept back.
         """
         if self.stopped:
             return "", []
@@ -60,46 +60,46 @@ class AnswerText:
             self._pending.append((token_id, log_prob))
             if piece := self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "":
                 if token_id in self._special:
-                    # Before it may stand bytes that it left without the rest of their character.
+                    # The piece may begin with bytes of a character that the special token cut short.
                     end = len(self._raw) + len(piece)
                     self._hidden.append((end - len(self._tokenizer.decode([token_id])), end))
-                self._settle(piece)
+                self._append(piece)
         if last:
             # Bytes of a character that was never completed.
             whole = self._tokenizer.decode([token.id for token in self._tokens] + [i for i, _ in self._pending])
-            self._settle(whole[len(self._raw) :] if whole.startswith(self._raw) else "")
+            self._append(whole[len(self._raw) :] if whole.startswith(self._raw) else "")
         reach = max(map(len, self._stop), default=0)
-        cuts = [self._raw.find(stop, max(0, before - reach + 1)) for stop in self._stop]
-        sure = len(self._raw) if last else len(self._raw) - self._held()
-        # Another stop string that begins before the one found may still be completed.
-        if (found := [cut for cut in cuts if cut >= 0]) and min(found) <= sure:
+        places = [self._raw.find(stop, max(0, before - reach + 1)) for stop in self._stop]
+        sure = len(self._raw) if last else len(self._raw) - self._held_back()
+        # Before the first stop string, another that is still incomplete may have begun.
+        if (cuts := [place for place in places if place >= 0]) and min(cuts) <= sure:
             self.stopped = True
-            return self._give(min(found))
-        return self._give(sure)
+            return self._send(min(cuts))
+        return self._send(sure)
 
-    def _settle(self, piece: str) -> None:
-        """Append the text of the tokens that wait for it; it stands at the last of them."""
+    def _append(self, piece: str) -> None:
+        """Append the text of the pending tokens; the last of them gets all of it."""
         for token_id, log_prob in self._pending[:-1]:
             self._tokens.append(Token(token_id, log_prob, len(self._raw)))
         self._raw += piece
         self._tokens += [Token(*token, len(self._raw)) for token in self._pending[-1:]]
         self._pending = []
 
-    def _held(self) -> int:
-        """Return how many characters at the end may be the beginning of a stop string."""
+    def _held_back(self) -> int:
+        """Return how many characters at the end may begin a stop string."""
         beginnings = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
         return max((len(start) for start in beginnings if self._raw.endswith(start)), default=0)
 
-    def _give(self, end: int) -> tuple[str, list[tuple[str, Token]]]:
-        text = self._visible(self._sent, end)
-        self._sent = max(self._sent, end)
-        given = []
-        while self._told < len(self._tokens) and self._tokens[self._told].end <= end:
-            token = self._tokens[self._told]
-            begin = self._tokens[self._told - 1].end if self._told else 0
-            given.append((self._visible(begin, token.end), token))
-            self._told += 1
-        return text, given
+    def _send(self, end: int) -> tuple[str, list[Token]]:
+        text = self._visible(self._sent_text, end)
+        self._sent_text = max(self._sent_text, end)
+        tokens = []
+        while self._sent_tokens < len(self._tokens) and self._tokens[self._sent_tokens].end <= end:
+            token = self._tokens[self._sent_tokens]
+            begin = self._tokens[self._sent_tokens - 1].end if self._sent_tokens else 0
+            tokens.append(token._replace(text=self._visible(begin, token.end)))
+            self._sent_tokens += 1
+        return text, tokens
 
     def _visible(self, begin: int, end: int) -> str:
         """Return the text between two places without special tokens."""
@@ -111,8 +111,8 @@ class AnswerText:
         return "".join([*pieces, self._raw[begin:end]])
 
 
-class Pieces:
-    """The text of single tokens, for showing an answer that is not in order yet."""
+class TokenTexts:
+    """Gives the text of single tokens, to show an answer that is not in order yet."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class Pieces:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def __call__(self, ids: Sequence[int | None]) -> list[str]:
-        """Return one text per token, "" for None; that of a character made of several stands at the last of them."""
+        """Return one text per token, "" for None; a character made of several tokens stands at the last of them."""
         texts = ["" if token_id is None else self._one(token_id) for token_id in ids]
         broken: list[int] = []
         for place, (token_id, text) in enumerate(zip(ids, texts, strict=True)):

@@ -1,10 +1,9 @@
-"""What the endpoints do: requests become answers of the engine, answers become objects or streams of events."""
+"""What the endpoints do: an HTTP request becomes requests to the engine, their answers become an object or a stream."""
 
 import asyncio
 import copy
 import json
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,29 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
-
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.model import IlladaForMaskedLM
-from illada.serving.detokenize import AnswerText, Pieces
-from illada.serving.protocol import FAILED, LATE, ChatRequest, CompletionRequest, GenerationRequest
-from illada.serving.responses import ChatForm, Form, TextForm, usage
-from illada.serving.settings import ServerSettings
-from illada.serving.streams import (
-    READING,
-    Call,
-    Choice,
-    EventStream,
-    LostError,
-    TimeoutPassedError,
-    UnknownModelError,
-    unless_gone,
-)
-from illada.serving.worker import Step, Worker
+from illada.serving.answer import Answer
+from illada.serving.detokenize import Detokenizer, TokenTexts
+from illada.serving.options import ServerSettings
+from illada.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from illada.serving.responses import ChatResponses, CompletionResponses, Responses, diffusion_step
+from illada.serving.streams import READING, Call, EventStream, unless_disconnected
+from illada.serving.worker import Worker
 from illada.text.chat import encode_prompt
 from illada.text.prompts import SLOT_SIGN, encode_plain, encode_template
+
+with needs("serve", "serving"):
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import JSONResponse, Response
 
 log = logging.getLogger("illada.serving")
 
@@ -46,19 +38,11 @@ class EncodedPrompt(NamedTuple):
     gap: int = 0
     """Tokens of the gap before a suffix."""
     slot: int = 0
-    """Tokens of each slot, where the answer is all of a text."""
+    """Tokens of each slot, where the answer is a whole text with slots."""
 
 
-class Api:
-    """What the endpoints do.
-
-    Args:
-        model: the network.
-        tokenizer: of the model.
-        name: of the model in the API.
-        server: limits.
-        defaults: how to generate where a request does not say.
-    """
+class Handlers:
+    """Answers the requests to one model; takes the arguments of `create_app`."""
 
     def __init__(
         self,
@@ -70,14 +54,24 @@ class Api:
     ):
         self.worker = Worker(model, tokenizer, server)
         self.name, self._server, self._defaults = name, server, defaults
-        self._tokenizer, self._pieces = tokenizer, Pieces(tokenizer)
-        # Encoding changes a tokenizer's state for a moment, so its thread has one of its own.
+        self._tokenizer, self._token_texts = tokenizer, TokenTexts(tokenizer)
+        # Encoding changes a tokenizer's state for a moment, so the encoding thread has its own copy.
         self._encoding = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="illada-encode")
         eos = model.config.eos_token_id
         self._eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         self._context, self._causal = model.config.max_position_embeddings, model.config.causal
-        self._begun = int(time.time())
+        self._created = int(time.time())
+
+    def check_name(self, name: str) -> None:
+        """Check that a request names this model.
+
+        Raises:
+            ApiError: 404 when it names another.
+        """
+        if name != self.name:
+            message = f"there is no model {name[:80]!r} here, only {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def describe(self) -> dict[str, Any]:
         """Return the model as `/v1/models` shows it."""
@@ -85,173 +79,137 @@ class Api:
         return {
             "id": self.name,
             "object": "model",
-            "created": self._begun,
+            "created": self._created,
             "owned_by": "illada",
             "context_length": self._context,
             "chat": bool(self._tokenizer.chat_template),
             "defaults": defaults,
         }
 
-    async def answer(self, request: HttpRequest, asked: ChatRequest | CompletionRequest) -> Response:
+    async def answer(self, request: HttpRequest, body: ChatRequest | CompletionRequest) -> Response:
         """Answer a request of either kind."""
-        if asked.model not in (None, self.name):
-            raise UnknownModelError(asked.model, self.name)
-        end = time.monotonic() + min(asked.timeout or self._server.request_timeout, self._server.request_timeout)
-        with self.worker.entering():
+        if body.model is not None:
+            self.check_name(body.model)
+        end = time.monotonic() + min(body.timeout or self._server.request_timeout, self._server.request_timeout)
+        with self.worker.reserved_place():
             loop = asyncio.get_running_loop()
-            choices, prompt_tokens = await loop.run_in_executor(self._thread, self._choices, asked)
+            answers, prompt_tokens = await loop.run_in_executor(self._thread, self._answers, body)
         seconds = end - time.monotonic()
         if self._server.log_prompts:
-            log.info("asked %s", asked.model_dump_json(exclude_none=True))
-        kind = ChatForm if isinstance(asked, ChatRequest) else TextForm
-        form = kind(self.name, asked.logprobs not in (None, False))
-        call = Call(self.worker, choices, bool(asked.stream), seconds)
-        if asked.stream:
-            events = self._events(form, asked, call, prompt_tokens)
-            return EventStream(events, call, seconds + READING)
-        done = await unless_gone(request, call.finish())
-        if not done:
+            log.info("asked %s", body.model_dump_json(exclude_none=True))
+        kind = ChatResponses if isinstance(body, ChatRequest) else CompletionResponses
+        responses = kind(self.name, body.logprobs not in (None, False), prompt_tokens)
+        call = Call(self.worker, answers, seconds)
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(self._events(call, responses, include_usage), call, seconds + READING)
+        if not await unless_disconnected(request, call.finish()):
             return Response(status_code=499)  # nobody reads it
-        if self._server.log_prompts:
-            log.info("answered %s", json.dumps([choice.content for choice in choices], ensure_ascii=False))
-        return JSONResponse(form.whole(choices, usage(choices, prompt_tokens)))
+        self._log_answers(answers)
+        return JSONResponse(responses.whole(answers))
 
-    def _choices(self, asked: ChatRequest | CompletionRequest) -> tuple[list[Choice], int]:
-        """Check a request and return its answers to be, and the tokens of its prompts; runs in the encoding thread."""
-        settings = asked.settings(self._defaults, self._eos_ids)
-        count = 1 if asked.n is None else asked.n
+    def _answers(self, body: ChatRequest | CompletionRequest) -> tuple[list[Answer], int]:
+        """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in its own thread."""
+        settings = body.settings(self._defaults, self._eos_ids)
+        count = 1 if body.n is None else body.n
         if count > self._server.max_choices:
             raise IlladaError(f"n is {count}: this server gives at most {self._server.max_choices} answers to a prompt")
         seed = settings.seed
-        if asked.seed is not None:
-            seed = asked.seed % 2**63
+        if body.seed is not None:
+            seed = body.seed % 2**63
         elif settings.temperature or settings.remasking == "random":
             seed = secrets.randbits(63)
-        prompts: Sequence[Any] = [None] if isinstance(asked, ChatRequest) else asked.prompts()
+        prompts: Sequence[Any] = [None] if isinstance(body, ChatRequest) else body.prompts()
         if len(prompts) * count > self._server.max_requests:
             raise IlladaError(f"{len(prompts) * count} answers asked for: at most {self._server.max_requests} at once")
-        choices: list[Choice] = []
+        answers: list[Answer] = []
         prompt_tokens = 0
         for prompt in prompts:
-            given = self._given(asked, prompt)
+            encoded = self._encode(body, prompt)
             for number in range(count):
-                own = replace(settings, seed=(seed + number) % 2**63)
-                choices.append(self._choice(given, own, len(choices)))
-                choices[-1].row.watched = asked.diffusion
-            prompt_tokens += sum(token is not None for token in given.ids)
-        return choices, prompt_tokens
+                answer = self._answer(encoded, replace(settings, seed=(seed + number) % 2**63), len(answers))
+                answer.stream, answer.request.watched = bool(body.stream), body.diffusion
+                answers.append(answer)
+            prompt_tokens += sum(token is not None for token in encoded.ids)
+        return answers, prompt_tokens
 
-    def _given(self, asked: ChatRequest | CompletionRequest, prompt: Any) -> EncodedPrompt:
-        """Encode one prompt."""
-        if isinstance(asked, ChatRequest):
-            return EncodedPrompt([*encode_prompt(self._encoding, [message.plain() for message in asked.messages])])
-        if not (asked.slot_tokens or asked.suffix):
+    def _encode(self, body: ChatRequest | CompletionRequest, prompt: Any) -> EncodedPrompt:
+        """Encode one prompt; `prompt` means nothing for a conversation."""
+        if isinstance(body, ChatRequest):
+            return EncodedPrompt([*encode_prompt(self._encoding, [message.plain() for message in body.messages])])
+        if not (body.slot_tokens or body.suffix):
             return EncodedPrompt([*(encode_plain(self._encoding, prompt) if isinstance(prompt, str) else prompt)])
         if not isinstance(prompt, str):
             raise IlladaError("gaps can be filled in text only: give the prompt as text")
-        if asked.stop is not None:
+        if body.stop is not None:
             raise IlladaError("stop does nothing where gaps are filled: leave it out")
-        if asked.slot_tokens and asked.max_tokens is not None:
+        if body.slot_tokens and body.max_tokens is not None:
             raise IlladaError("max_tokens does nothing beside slot_tokens: leave it out")
-        if asked.suffix and asked.max_tokens is None:
+        if body.suffix and body.max_tokens is None:
             raise IlladaError("suffix needs max_tokens: the number of tokens between the prompt and it")
-        gap = asked.slot_tokens or asked.max_tokens or 0
-        gaps = gap * prompt.count(SLOT_SIGN) if asked.slot_tokens else gap
+        gap = body.slot_tokens or body.max_tokens or 0
+        gaps = gap * prompt.count(SLOT_SIGN) if body.slot_tokens else gap
         if gaps > self._context:
             raise IlladaError(f"the gaps have {gaps} tokens but the context is {self._context}: make them shorter")
-        if asked.slot_tokens:
+        if body.slot_tokens:
             return EncodedPrompt(encode_template(self._encoding, prompt, gap), slot=gap)
-        assert asked.suffix is not None
+        assert body.suffix is not None
         ids: list[int | None] = [*encode_plain(self._encoding, prompt), *[None] * gap]
-        ids += self._encoding.encode(asked.suffix, add_special_tokens=False)
+        ids += self._encoding.encode(body.suffix, add_special_tokens=False)
         end = self._encoding.eos_token_id
         return EncodedPrompt(ids if end is None else [*ids, end], gap)
 
-    def _choice(self, given: EncodedPrompt, own: GenerationSettings, at: int) -> Choice:
-        """Check one answer to be with the engine."""
+    def _answer(self, prompt: EncodedPrompt, settings: GenerationSettings, index: int) -> Answer:
+        """Make the engine's request for one choice, and the answer that will hold what comes of it."""
         engine = self.worker.engine
-        if given.slot or given.gap:
-            row = engine.request_template(given.ids, replace(own, think_boost=0.0), "the text with its gaps")
-            lead = row.prompt_P.tolist() if given.slot else []
-            return Choice(at, row, AnswerText(self._tokenizer), given.gap or row.budget, lead, given.slot)
+        if prompt.slot or prompt.gap:
+            settings = replace(settings, think_boost=0.0)
+            request = engine.request_template(prompt.ids, settings, "the text with its gaps")
+            limit = prompt.gap or request.budget
+            return Answer(index, request, Detokenizer(self._tokenizer), limit, slot=prompt.slot)
         if self._causal:
-            own = own.left_to_right()
-        ids = [token for token in given.ids if token is not None]
+            settings = settings.left_to_right()
+        ids = [token for token in prompt.ids if token is not None]
         room = self._context - len(ids)
         if room < 1:
             raise IlladaError(f"the prompt has {len(ids)} tokens but the context is {self._context}: shorten it")
-        limit = min(own.max_new_tokens, room)
-        block = min(own.block_length, limit)
+        limit = min(settings.max_new_tokens, room)
+        block = min(settings.block_length, limit)
         # Answers are computed in whole blocks and cut.
         budget = -(-limit // block) * block
         if budget > room:
             limit = budget = room // block * block
-        steps = own.steps_per_block and min(own.steps_per_block, block)
-        own = replace(own, max_new_tokens=budget, block_length=block, steps_per_block=steps)
-        return Choice(at, engine.request(ids, own), AnswerText(self._tokenizer, own.stop), limit)
+        steps = settings.steps_per_block and min(settings.steps_per_block, block)
+        settings = replace(settings, max_new_tokens=budget, block_length=block, steps_per_block=steps)
+        return Answer(index, engine.request(ids, settings), Detokenizer(self._tokenizer, settings.stop), limit)
 
-    async def _events(self, form: Form, asked: GenerationRequest, call: Call, prompt_tokens: int) -> AsyncIterator[str]:
-        """Yield the stream of a request."""
+    async def _events(self, call: Call, responses: Responses, include_usage: bool) -> AsyncIterator[str]:
+        """Yield the server-sent events of a stream."""
         try:
-            for choice in call.choices:
-                if (opening := form.opening(choice)) is not None:
+            for answer in call.answers:
+                if (opening := responses.opening(answer)) is not None:
                     yield _event(opening)
-            async for found in call.follow():
-                if found is None:
+            async for news in call.follow():
+                if news is None:
                     yield ": wait\n\n"
                     continue
-                choice, news = found
-                for step in news.steps:
-                    yield f"event: diffusion\n{_event(self._picture(choice, step))}"
-                text, tokens = choice.take(news)
-                if text or (tokens and form.log_probs):
-                    yield _event(form.chunk(choice, text, tokens))
-                if choice.finish is not None:
-                    yield _event(form.closing(choice))
-            if asked.stream_options is not None and asked.stream_options.include_usage:
-                yield _event(form.usage_chunk(usage(call.choices, prompt_tokens)))
-            if self._server.log_prompts:
-                log.info("answered %s", json.dumps([choice.content for choice in call.choices], ensure_ascii=False))
+                answer, steps, text, tokens = news
+                for step in steps:
+                    yield f"event: diffusion\n{_event(diffusion_step(answer, step, self._token_texts))}"
+                if text or (tokens and responses.log_probs):
+                    yield _event(responses.chunk(answer, text, tokens))
+                if answer.finish is not None:
+                    yield _event(responses.chunk(answer, "", [], last=True))
+            if include_usage:
+                yield _event(responses.usage_chunk(call.answers))
+            self._log_answers(call.answers)
             yield "data: [DONE]\n\n"
-        except TimeoutPassedError:
-            yield _event(LATE)
-        except LostError:
-            yield _event(FAILED)
+        except ApiError as error:
+            yield _event(error.body)
 
-    def _picture(self, choice: Choice, step: Step) -> dict[str, Any]:
-        """Return one step as the page draws it: the active block, or the whole of a text with slots."""
-        event, row = step.event, choice.row
-        start = 0 if row.template else event.block
-        size = min(len(event.ids), choice.limit - start)
-        slots = row.slot_G[start : start + size].tolist()
-        committed, confidence = event.committed[:size], event.confidence[:size]
-        states = "".join(
-            "f" if not slot else "c" if sure else "m" if math.isnan(p) else "p"
-            for slot, sure, p in zip(slots, committed, confidence, strict=True)
-        )
-        ids = [None if state == "m" else i for state, i in zip(states, event.ids[:size], strict=True)]
-        over = [at for at, i in enumerate(ids) if i in row.settings.eos_ids and states[at] == "c"]
-        if over:
-            ids[over[0] :] = [None] * (len(ids) - over[0])
-        texts = self._pieces(ids)
-        confidences = [round(p, 4) if state in "pc" else None for state, p in zip(states, confidence, strict=True)]
-        if choice.slot:
-            texts, states = [self._show(row.prompt_P.tolist()), *texts], "f" + states
-            confidences = [None, *confidences]
-        return {
-            "object": "diffusion.step",
-            "index": choice.index,
-            "block": event.block,
-            "step": event.step,
-            "forwards": step.forwards,
-            "start": start,
-            "texts": texts,
-            "states": states,
-            "confidences": confidences,
-        }
-
-    def _show(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _log_answers(self, answers: Sequence[Answer]) -> None:
+        if self._server.log_prompts:
+            log.info("answered %s", json.dumps([answer.content for answer in answers], ensure_ascii=False))
 
 
 def _event(content: dict[str, Any]) -> str:

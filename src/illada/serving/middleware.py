@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how much, and the headers that keep browsers careful."""
+"""What every request passes first: who may ask, how much, and the headers that keep browsers careful."""
 
 import asyncio
 import hashlib
@@ -7,16 +7,16 @@ import ipaddress
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.serving.metrics import Metrics
-from illada.serving.protocol import FAILED, error
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
+from illada.serving.protocol import ApiError, FailedError
+
+with needs("serve", "serving"):
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("illada.serving")
 KEYS_VARIABLE = "ILLADA_API_KEYS"
@@ -38,7 +38,7 @@ HEADERS = {
 
 
 def read_keys(server: ServerSettings) -> list[str]:
-    """Return the API keys of the file or, without one, of the environment; none means that no key is asked for.
+    """Return the API keys of the file or, without a file, of the environment; without any key everybody may ask.
 
     Raises:
         IlladaError: when the file cannot be read or holds no key.
@@ -61,19 +61,19 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Guard:
-    """ASGI middleware: checks host, key, type and size of a request before anything reads it; counts every answer.
+class LimitsMiddleware:
+    """ASGI middleware: checks host, key, type and size of a request before anything reads it; counts every response.
 
     Args:
-        app: what it stands before.
+        app: the application behind it.
         server: limits and names.
-        keys: API keys; none lets everybody in.
-        metrics: to count in.
+        keys: API keys; without any, everybody may ask.
+        metrics: counts the responses.
     """
 
     def __init__(self, app: ASGIApp, server: ServerSettings, keys: list[str], metrics: Metrics):
         self._app, self._server, self._metrics = app, server, metrics
-        # Digests have one length, so that comparing takes the same time whatever is sent.
+        # Digests have one length, so comparing takes the same time whatever is sent.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._hosts = {host.lower() for host in server.allowed_hosts}
         if not self._hosts and _is_loopback(server.host.lower()):
@@ -86,7 +86,7 @@ class Guard:
             return
         status = 0
 
-        async def send_guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -98,81 +98,67 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            refused = self._refuse(scope, headers)
-            if refused is None and scope["method"] == "POST":
-                body = await self._body(headers, receive)
-                if isinstance(body, JSONResponse):
-                    refused = body
-                else:
-                    receive = _replay(body, receive)
-            await (refused or self._app)(scope, receive, send_guarded)
+            self._check(scope, headers)
+            if scope["method"] == "POST":
+                receive = _replay(await self._read_body(scope, headers, receive), receive)
+            await self._app(scope, receive, send_with_headers)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_headers)
         except Exception:
-            if status:  # the answer has begun: all that is left is to close the connection
+            if status:  # the response has begun: all that is left is to close the connection
                 raise
             log.exception("a request failed")
-            await JSONResponse(FAILED, 500)(scope, receive, send_guarded)
+            await FailedError().response()(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
 
-    def _refuse(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "").rsplit("]", 1)
         name = host[0].lstrip("[") if len(host) == 2 else host[0].split(":")[0]
         if self._hosts and name.lower() not in self._hosts:
             text = f"this server is not called {name[:80]!r}: start it with --allowed_hosts to give it other names"
-            return _no(400, text, "invalid_request_error")
+            raise ApiError(400, text)
         path = scope["path"]
         if self._digests and (path.startswith("/v1/") or path == "/metrics") and scope["method"] != "OPTIONS":
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            digest = hashlib.sha256((given if scheme.lower() == "bearer" else "").encode("latin-1")).digest()
-            if not sum(hmac.compare_digest(digest, known) for known in self._digests):  # always looks at all
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            digest = hashlib.sha256((key if scheme.lower() == "bearer" else "").encode("latin-1")).digest()
+            if not sum(hmac.compare_digest(digest, known) for known in self._digests):  # always compares all
                 text = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
-                response = _no(401, text, "authentication_error", "invalid_api_key")
-                response.headers["www-authenticate"] = "Bearer"
-                return response
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        if scope["method"] == "POST" and path.startswith("/v1/") and kind != "application/json":
-            # Also keeps other sites' pages out: a browser asks before it sends JSON to another origin.
-            return _no(415, "send JSON, with the header `Content-Type: application/json`", "invalid_request_error")
-        return None
+                challenge = {"www-authenticate": "Bearer"}
+                raise ApiError(401, text, "authentication_error", code="invalid_api_key", headers=challenge)
+        content_type = headers.get("content-type", "").split(";")[0].strip().lower()
+        if scope["method"] == "POST" and path.startswith("/v1/") and content_type != "application/json":
+            # This also keeps other sites' pages out: a browser asks before it sends JSON to another origin.
+            raise ApiError(415, "send JSON, with the header `Content-Type: application/json`")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | JSONResponse:
-        most = self._server.max_body_bytes
-        too_large = _no(413, f"the request is larger than {most} bytes: shorten it", "invalid_request_error")
+    async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
+        # Starlette's RequestBodyLimitMiddleware answers in plain text where nothing reads the body, as for unknown
+        # paths, and has no deadline, so the body would be read here all the same.
+        limit = self._server.max_body_bytes
+        too_large = ApiError(413, f"the request is larger than {limit} bytes: shorten it")
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > most:
-            return too_large
-        pieces: list[bytes] = []
-        size = 0
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise too_large
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        break
-                    pieces.append(message.get("body", b""))
-                    size += len(pieces[-1])
-                    if size > most:
-                        return too_large
-                    if not message.get("more_body"):
-                        break
+                async for piece in Request(scope, receive).stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large
         except TimeoutError:
-            return _no(408, f"the request did not arrive within {BODY_SECONDS:g} seconds", "invalid_request_error")
-        return b"".join(pieces)
-
-
-def _no(status: int, message: str, kind: str, code: str | None = None) -> JSONResponse:
-    return JSONResponse(error(message, kind, code=code), status)
+            raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} seconds") from None
+        except ClientDisconnect:
+            pass  # the application notices it too
+        return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    given = False
+    """Return a `receive` that gives a body once more and then goes on."""
+    first = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-    async def again() -> Any:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def replay() -> Message:
+        return next(first, None) or await receive()
 
-    return again
+    return replay

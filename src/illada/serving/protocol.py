@@ -1,15 +1,16 @@
-"""What clients may ask and how errors look: OpenAI's fields and a few of ours; all else is refused by name."""
+"""What a request may say, and errors: OpenAI's fields and a few of ours; every other field is refused by name."""
 
 import json
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+with needs("serve", "serving"):
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -33,7 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""OpenAI's fields that this server cannot serve, and the values, beside null, that ask for nothing."""
+"""OpenAI's fields that this server cannot serve, and the values besides null that ask for nothing."""
 
 REASONS = {
     "response_format": "use text: no slots of fixed length hold every JSON value, so it cannot be forced soundly",
@@ -44,16 +45,21 @@ REASONS = {
 }
 
 EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
-"""Fields of an answer that clients send back as they came: null, or an empty list."""
+"""Fields of an answer that clients send back unchanged: null, or an empty list."""
 
 FAST = {"threshold": 0.95, "cache": "adaptive"}
 """What `decoding: "fast"` means, as in `illada eval`."""
 
 
-class Decoding(BaseModel):
+class Strict(BaseModel):
+    """Takes nothing that it does not know, and converts nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Decoding(Strict):
     """How to decode, where not as the server does, in the names of `illada generate`; null is the default there."""
 
-    model_config = STRICT
     block_length: Annotated[int, Field(ge=1)] | None = None
     steps_per_block: Annotated[int, Field(ge=1)] | None = None
     threshold: float | None = None
@@ -69,18 +75,16 @@ class Decoding(BaseModel):
     speculate: Annotated[int, Field(ge=0, le=16)] | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """OpenAI's options of a stream."""
 
-    model_config = STRICT
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class GenerationRequest(BaseModel):
-    """What both kinds of request share."""
+class GenerationRequest(Strict):
+    """The fields that chat and completion requests share."""
 
-    model_config = STRICT
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -124,11 +128,11 @@ class GenerationRequest(BaseModel):
         return self
 
     def stops(self) -> tuple[str, ...] | None:
-        """Return the stop strings, if any were given."""
+        """Return the stop strings, or None when the request has none."""
         return None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def settings(self, defaults: GenerationSettings, eos_ids: tuple[int, ...]) -> GenerationSettings:
-        """Return the defaults with what was asked for; `max_new_tokens` and the seed of each choice come later.
+        """Return the defaults with the request's values; `max_new_tokens` and the seed of each choice come later.
 
         Raises:
             IlladaError: when the values contradict each other.
@@ -138,24 +142,23 @@ class GenerationRequest(BaseModel):
         if self.decoding is not None:
             ours = {name: getattr(GenerationSettings, name) for name in Decoding.model_fields}
             if isinstance(self.decoding, str):
-                asked = FAST if self.decoding == "fast" else {}
-                # How many tokens a block and a step have is the model's habit; the words say how exact to be.
-                kept = {"block_length": defaults.block_length, "repetition_penalty": defaults.repetition_penalty}
-                kept |= {"think_boost": defaults.think_boost, "think_boost_power": defaults.think_boost_power}
-                values |= ours | kept | asked
+                # These are the model's habits; the words "exact" and "fast" say nothing about them.
+                habits = ("block_length", "repetition_penalty", "think_boost", "think_boost_power")
+                values |= {name: value for name, value in ours.items() if name not in habits}
+                values |= FAST if self.decoding == "fast" else {}
             else:
                 # null undoes what the server was started with.
-                given = self.decoding.model_dump(exclude_unset=True)
-                asked = {name: ours[name] if value is None else value for name, value in given.items()}
-                if {"steps_per_block", "threshold", "entropy_bound"} & asked.keys():
+                fields_set = self.decoding.model_dump(exclude_unset=True)
+                changes = {name: ours[name] if value is None else value for name, value in fields_set.items()}
+                if {"steps_per_block", "threshold", "entropy_bound"} & changes.keys():
                     values |= {"steps_per_block": None, "threshold": None, "entropy_bound": None}
-                if asked.get("cache", values["cache"]) != "adaptive":
+                if changes.get("cache", values["cache"]) != "adaptive":
                     values["refresh_below"] = ours["refresh_below"]
-                values |= asked
+                values |= changes
         plain = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": self.stops()}
         values |= {name: value for name, value in plain.items() if value is not None}
         if not values["temperature"]:
-            # Clients like to send both; without a draw there is nothing for these to limit.
+            # Clients often send them beside temperature 0; without a draw there is nothing for them to limit.
             values |= {"top_p": 1.0, "top_k": None}
         if self.max_tokens is not None:
             values["max_new_tokens"] = self.max_tokens
@@ -164,18 +167,16 @@ class GenerationRequest(BaseModel):
         return GenerationSettings(**values)
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     """A part of a message."""
 
-    model_config = STRICT
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Strict):
     """A turn of a conversation."""
 
-    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
@@ -238,28 +239,47 @@ class CompletionRequest(GenerationRequest):
         return [prompt] if one else prompt
 
 
-def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the body of an error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+@dataclass(eq=False)
+class ApiError(Exception):
+    """Ends a request with an HTTP status and an error as OpenAI's clients read it."""
+
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that says what is wrong."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the error as a response."""
+        return JSONResponse(self.body, self.status, self.headers)
 
 
-FAILED = error("the server failed while it answered: try again", "server_error")
-LATE = error("the answer was not finished in time: ask for fewer tokens", "timeout")
+class FailedError(ApiError):
+    """The server failed while it answered."""
+
+    def __init__(self) -> None:
+        super().__init__(500, "the server failed while it answered: try again", "server_error")
 
 
-def refusal(errors: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what pydantic found wrong as one line: its first finding, the most exact where several forms would do."""
-    found = max(errors, key=lambda one: (one["loc"][:2] == errors[0]["loc"][:2], len(one["loc"])))
-    # The names of those forms say nothing to a client.
-    place = [str(part) for part in found["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """Return pydantic's first error in one line; where several types were tried, the error that lies deepest."""
+    error = max(errors, key=lambda error: (error["loc"][:2] == errors[0]["loc"][:2], len(error["loc"])))
+    # The names of the tried types say nothing to a client.
+    place = [str(part) for part in error["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
     place = [part for part in place if part not in ("str", "Decoding")]
-    text = str(found["msg"]).removeprefix("Value error, ")
-    if found["type"] == "extra_forbidden":
-        text = f"unknown field {str(found['loc'][-1])[:80]!r}: leave it out"
-    elif found["type"] == "missing":
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        text = f"unknown field {str(error['loc'][-1])[:80]!r}: leave it out"
+    elif error["type"] == "missing":
         text = f"{place[-1] if place else 'the body'} is missing"
-    elif found["type"] == "json_invalid":
-        text, place = f"the body is not JSON: {found.get('ctx', {}).get('error', 'it cannot be read')}", []
+    elif error["type"] == "json_invalid":
+        text, place = f"the body is not JSON: {error.get('ctx', {}).get('error', 'it cannot be read')}", []
     elif place:
         text = f"{'.'.join(place)}: {text}"
-    return error(" ".join(text.split())[:400], "invalid_request_error", param=place[0] if place else None)
+    return ApiError(400, " ".join(text.split())[:400], param=place[0] if place else None)

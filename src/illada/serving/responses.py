@@ -1,5 +1,6 @@
-"""How answers are written: the fields around them, whole or in pieces, of each kind of request."""
+"""How answers are written, whole or in chunks: the JSON objects of each kind of request."""
 
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -7,41 +8,25 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from illada.serving.detokenize import Token
-from illada.serving.streams import Choice
-
-Told = Sequence[tuple[str, Token]]
-"""Tokens with the text of each."""
+from illada.serving.answer import Answer, Step
+from illada.serving.detokenize import Token, TokenTexts
 
 
-def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
-    """Return what answers took: tokens as OpenAI counts them, and the forward passes that each took part in."""
-    # Given text has no log-probability.
-    tokens = sum(token.log_prob is not None for choice in choices for _, token in choice.tokens)
-    forwards = sum(choice.forwards for choice in choices)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
-        "forwards": forwards,
-        "tokens_per_forward": round(tokens / forwards, 3) if forwards else 0.0,
-    }
-
-
-class Form(ABC):
-    """What both kinds share.
+class Responses(ABC):
+    """Writes the answers to one HTTP request.
 
     Args:
-        model: its name.
-        log_probs: whether they were asked for.
+        model: name of the model.
+        log_probs: whether log-probabilities are wanted.
+        prompt_tokens: tokens of the prompts.
     """
 
     prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, log_probs: bool):
-        self.log_probs = log_probs
+    def __init__(self, model: str, log_probs: bool, prompt_tokens: int):
+        self.log_probs, self._prompt_tokens = log_probs, prompt_tokens
         self._head = {
             "id": f"{self.prefix}{uuid.uuid4().hex}",
             "object": self.whole_object,
@@ -51,84 +36,127 @@ class Form(ABC):
         }
 
     @abstractmethod
-    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:
-        """Return the fields of an answer, or of a piece of it."""
+    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:
+        """Return the fields that hold the text of a choice or of a chunk of it, and the log-probabilities."""
 
-    def _choice(self, choice: Choice, body: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        fills = {"fills": choice.fills()} if choice.slot and finish else {}
-        return {"index": choice.index, **body, "finish_reason": finish, **fills}
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the object that holds all answers."""
+        choices = [
+            self._choice(answer, self.content(answer, answer.content, answer.tokens, chunk=False), last=True)
+            for answer in answers
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage(answers)}
 
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
-        """Return all answers at once."""
-        bodies = [self.body(choice, choice.content, choice.tokens, chunk=False) for choice in choices]
-        each = [self._choice(choice, body, choice.finish) for choice, body in zip(choices, bodies, strict=True)]
-        return {**self._head, "choices": each, "usage": used}
-
-    def opening(self, choice: Choice) -> dict[str, Any] | None:  # noqa: ARG002
+    def opening(self, answer: Answer) -> dict[str, Any] | None:  # noqa: ARG002
         """Return the chunk before an answer's text, if there is one."""
         return None
 
-    def chunk(self, choice: Choice, text: str, tokens: Told) -> dict[str, Any]:
-        """Return a piece of an answer."""
-        return self._chunk([self._choice(choice, self.body(choice, text, tokens, chunk=True), None)])
+    def chunk(self, answer: Answer, text: str, tokens: Sequence[Token], last: bool = False) -> dict[str, Any]:
+        """Return the chunk with the next text and tokens of an answer; the last one says why it ended."""
+        return self._chunk([self._choice(answer, self.content(answer, text, tokens, chunk=True), last)])
 
-    def closing(self, choice: Choice) -> dict[str, Any]:
-        """Return the chunk behind an answer."""
-        return self._chunk([self._choice(choice, self.body(choice, "", [], chunk=True), choice.finish)])
+    def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the chunk after all answers."""
+        return {**self._chunk([]), "usage": self._usage(answers)}
 
-    def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
-        """Return the chunk behind all answers."""
-        return {**self._chunk([]), "usage": used}
+    def _choice(self, answer: Answer, content: dict[str, Any], last: bool) -> dict[str, Any]:
+        fills = {"fills": answer.fills()} if answer.slot and last else {}
+        return {"index": answer.index, **content, "finish_reason": answer.finish if last else None, **fills}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": choices}
 
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the tokens as OpenAI counts them, and the forward passes that each answer took part in."""
+        # Given text has no log-probability.
+        tokens = sum(token.log_prob is not None for answer in answers for token in answer.tokens)
+        forwards = sum(answer.forwards for answer in answers)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self._prompt_tokens + tokens,
+            "forwards": forwards,
+            "tokens_per_forward": round(tokens / forwards, 3) if forwards else 0.0,
+        }
 
-class TextForm(Form):
-    """Of `/v1/completions`."""
+
+class CompletionResponses(Responses):
+    """Writes the answers of `/v1/completions`."""
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return text and log-probabilities."""
         if not self.log_probs:
             return {"text": text, "logprobs": None}
-        # Text may be told before the token in which it ends, so places follow from the tokens before.
-        offset = sum(len(piece) for piece, _ in choice.tokens[: len(choice.tokens) - len(tokens)])
+        # Text may be sent before the token in which it ends, so offsets follow from the tokens before.
+        offset = sum(len(token.text) for token in answer.tokens[: len(answer.tokens) - len(tokens)])
         offsets = []
-        for piece, _ in tokens:
+        for token in tokens:
             offsets.append(offset)
-            offset += len(piece)
-        each = [(piece, token.log_prob) for piece, token in tokens]
-        found = {
-            "tokens": [piece for piece, _ in each],
-            "token_logprobs": [value for _, value in each],
-            "top_logprobs": [None if value is None else {piece: value} for piece, value in each],
+            offset += len(token.text)
+        log_probs = {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.log_prob for token in tokens],
+            "top_logprobs": [None if token.log_prob is None else {token.text: token.log_prob} for token in tokens],
             "text_offset": offsets,
         }
-        return {"text": text, "logprobs": found}
+        return {"text": text, "logprobs": log_probs}
 
 
-class ChatForm(Form):
-    """Of `/v1/chat/completions`."""
+class ChatResponses(Responses):
+    """Writes the answers of `/v1/chat/completions`."""
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def opening(self, choice: Choice) -> dict[str, Any]:
+    def opening(self, answer: Answer) -> dict[str, Any]:
         """Return the chunk that says who speaks."""
-        body = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return self._chunk([self._choice(choice, body, None)])
+        content = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return self._chunk([self._choice(answer, content, last=False)])
 
-    def body(self, choice: Choice, text: str, tokens: Told, chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return message or delta, and log-probabilities."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if chunk:
             message = {"content": text} if text else {}
-        found = None
+        log_probs = None
         if self.log_probs:
-            each = [
-                {"token": piece, "logprob": token.log_prob, "bytes": [*piece.encode()], "top_logprobs": []}
-                for piece, token in tokens
+            content = [
+                {"token": token.text, "logprob": token.log_prob, "bytes": [*token.text.encode()], "top_logprobs": []}
+                for token in tokens
             ]
-            found = {"content": each, "refusal": None}
-        return {"delta" if chunk else "message": message, "logprobs": found}
+            log_probs = {"content": content, "refusal": None}
+        return {"delta" if chunk else "message": message, "logprobs": log_probs}
+
+
+def diffusion_step(answer: Answer, step: Step, token_texts: TokenTexts) -> dict[str, Any]:
+    """Return one step as the page draws it: the active block, or the whole of a text with slots."""
+    event, request = step.event, answer.request
+    start = 0 if request.template else event.block
+    size = min(len(event.ids), answer.limit - start)
+    slots = request.slot_G[start : start + size].tolist()
+    committed, confidence = event.committed[:size], event.confidence[:size]
+    states = "".join(
+        "f" if not slot else "c" if sure else "m" if math.isnan(p) else "p"
+        for slot, sure, p in zip(slots, committed, confidence, strict=True)
+    )
+    ids = [None if state == "m" else token_id for state, token_id in zip(states, event.ids[:size], strict=True)]
+    ends = [at for at, token_id in enumerate(ids) if token_id in request.settings.eos_ids and states[at] == "c"]
+    if ends:
+        ids[ends[0] :] = [None] * (len(ids) - ends[0])
+    texts = token_texts(ids)
+    confidences = [round(p, 4) if state in "pc" else None for state, p in zip(states, confidence, strict=True)]
+    if answer.slot:
+        texts, states = [answer.detokenizer.show(request.prompt_P.tolist()), *texts], "f" + states
+        confidences = [None, *confidences]
+    return {
+        "object": "diffusion.step",
+        "index": answer.index,
+        "block": event.block,
+        "step": event.step,
+        "forwards": step.forwards,
+        "start": start,
+        "texts": texts,
+        "states": states,
+        "confidences": confidences,
+    }

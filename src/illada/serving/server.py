@@ -5,13 +5,12 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.serving.app import create_app
 from illada.serving.middleware import read_keys
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
 from illada.weights.load import load_model
 from illada.weights.options import Dtype, Quantization
 
@@ -20,7 +19,7 @@ with needs("serve", "serving"):
 
 
 def model_name(path: str) -> str:
-    """Return what a model is called in the API: its folder's name, or that of the run it is part of."""
+    """Return the name of a model in the API: the name of its folder, or of the run that it is part of."""
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     while len(parts) > 1 and (parts[-1] in ("model", "adapter") or parts[-1].startswith("step")):
         parts.pop()
@@ -28,25 +27,30 @@ def model_name(path: str) -> str:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
+    """Return a socket bound to an address.
 
     Raises:
-        IlladaError: when the address cannot be had.
+        IlladaError: when the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
-    except (OSError, OverflowError) as problem:
-        found.close()
-        reason = getattr(problem, "strerror", None) or problem
-        raise IlladaError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from problem
-    return found
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise IlladaError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
+    return listening
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of an address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def show_log() -> None:
-    """Write this package's log to stderr, from what is only for information on; uvicorn does so for its own."""
+    """Write this package's log to stderr, from level INFO on, as uvicorn does with its own."""
     log = logging.getLogger("illada")
     log.setLevel(logging.INFO)
     handler = logging.StreamHandler()
@@ -68,12 +72,12 @@ def serve(
         model: model or run folder, or a hub name.
         server: limits, keys and address.
         defaults: how to generate where a request does not say.
-        dtype: of the weights.
-        device: to run on.
-        quantize: weights of the blocks in 8 or 4 bits.
+        dtype: type of the weights.
+        device: device to run on.
+        quantize: keep the weights of the blocks in 8 or 4 bits.
 
     Raises:
-        IlladaError: when the model or the keys cannot be read or the address cannot be had.
+        IlladaError: when the model or the keys cannot be read or the address cannot be used.
     """
     read_keys(server)  # before the model is loaded, which takes longer
     show_log()
@@ -89,7 +93,7 @@ def serve(
     )
 
     class Server(uvicorn.Server):
-        """Says that it is ending as soon as it is asked to."""
+        """Tells the worker to take nothing new as soon as the process is asked to end; says when it is ready."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             app.state.worker.draining = True
@@ -97,9 +101,8 @@ def serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            address: Any = listening.getsockname()
-            host = f"[{address[0]}]" if ":" in address[0] else address[0]
-            print(f"ready: http://{host}:{address[1]} (page, API under /v1; Ctrl-C ends)", flush=True)
+            url = url_of(*listening.getsockname()[:2])
+            print(f"ready: {url} (page, API under /v1; Ctrl-C ends)", flush=True)
 
     running = Server(config)
     running.run(sockets=[listening])

@@ -1,132 +1,89 @@
-"""The answers to one HTTP request, from the engine's news to the last byte."""
+"""The answers to one HTTP request, from the worker's updates to the last byte."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
-from fastapi import Request as HttpRequest
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from illada.errors import needs
+from illada.serving.answer import Answer, Step, Update
+from illada.serving.detokenize import Token
+from illada.serving.protocol import ApiError, FailedError
+from illada.serving.worker import Worker
 
-from illada.generation.request import Request
-from illada.serving.detokenize import AnswerText, Token
-from illada.serving.worker import Ticket, Update, Worker
+with needs("serve", "serving"):
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import StreamingResponse
+    from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("illada.serving")
 SIGN_OF_LIFE = 10.0
 """Seconds of silence after which a stream says that it is still there."""
 READING = 30.0
-"""Seconds beyond an answer's time in which a client may read the last of its stream."""
-
-
-class UnknownModelError(Exception):
-    """A request for a model that is not served."""
-
-    def __init__(self, asked: str, served: str):
-        super().__init__(f"there is no model {asked[:80]!r} here, only {served!r}")
-
-
-class TimeoutPassedError(Exception):
-    """An answer was not finished in time."""
-
-
-class LostError(Exception):
-    """The engine failed under an answer."""
-
-
-@dataclass
-class Choice:
-    """One answer as it is put together."""
-
-    index: int
-    row: Request
-    text: AnswerText
-    limit: int
-    lead: list[int] = field(default_factory=list)
-    """Ids of given text that belongs to the answer: what stands before the first slot."""
-    slot: int = 0
-    """Tokens of each slot where this is a text with slots, of which all is the answer."""
-    content: str = ""
-    tokens: list[tuple[str, Token]] = field(default_factory=list)
-    forwards: int = 0
-    finish: str | None = None
-
-    def fills(self) -> list[str]:
-        """Return what was written into each slot of a text."""
-        ids: list[int] = self.row.ids_G[self.row.slot_G].tolist()
-        return [self.text.show(ids[at : at + self.slot]) for at in range(0, len(ids), self.slot)]
-
-    def take(self, news: Update) -> tuple[str, list[tuple[str, Token]]]:
-        """Take news and return what can be told of them: text, and tokens with the text of each."""
-        text, tokens = self.text.add(news.ids, news.log_probs, last=news.finish is not None)
-        self.content += text
-        self.tokens += tokens
-        self.forwards = news.forwards
-        self.finish = "stop" if self.text.stopped else news.finish
-        return text, tokens
+"""Seconds beyond an answer's time in which a client may read the rest of its stream."""
 
 
 class Call:
-    """The answers to one HTTP request, from the engine's news to its end; cancelled when it is left early."""
+    """The answers to one HTTP request while they form; they are cancelled when the call is left early.
 
-    def __init__(self, worker: Worker, choices: Sequence[Choice], stream: bool, seconds: float):
-        self._worker, self.choices = worker, choices
-        self._news: asyncio.Queue[tuple[Choice, Update]] = asyncio.Queue()
+    Args:
+        worker: answers the requests.
+        answers: the answers to begin, at once or not at all.
+        seconds: time within which all must be finished.
+
+    Raises:
+        ApiError: 429 when too many answers are under way, 503 when the server is about to end.
+    """
+
+    def __init__(self, worker: Worker, answers: Sequence[Answer], seconds: float):
+        self._worker, self.answers = worker, answers
+        self._updates: asyncio.Queue[tuple[Answer, Update]] = asyncio.Queue()
         self._end = time.monotonic() + seconds
-        worker.take(len(choices))
-        self._tickets = {}
-        for choice in choices:
-            tell = self._hear(choice)
-            self._tickets[choice.index] = Ticket(choice.row, tell, choice.limit, stream, choice.lead)
-            worker.submit(self._tickets[choice.index])
-
-    def _hear(self, choice: Choice) -> Callable[[Update], None]:
-        return lambda news: self._news.put_nowait((choice, news))
+        worker.submit(answers, self._updates.put_nowait)
 
     def cancel(self) -> None:
-        """Forget what is still under way."""
-        for ticket in self._tickets.values():
-            self._worker.cancel(ticket)
+        """Forget the answers that are still under way."""
+        for answer in self.answers:
+            self._worker.cancel(answer)
 
-    async def follow(self) -> AsyncIterator[tuple[Choice, Update] | None]:
-        """Yield news until every answer has ended, and None after a while without any.
+    async def follow(self) -> AsyncIterator[tuple[Answer, list[Step], str, list[Token]] | None]:
+        """Yield an answer, its new steps, text and tokens until every answer has ended; None after a long silence.
 
         Raises:
-            TimeoutPassedError: when the time is over.
-            LostError: when the engine failed.
+            ApiError: 504 when the time is over, 500 when the engine failed.
         """
         try:
-            while any(choice.finish is None for choice in self.choices):
+            while any(answer.finish is None for answer in self.answers):
                 left = self._end - time.monotonic()
                 try:
-                    choice, news = await asyncio.wait_for(self._news.get(), min(left, SIGN_OF_LIFE))
+                    answer, update = await asyncio.wait_for(self._updates.get(), min(left, SIGN_OF_LIFE))
                 except TimeoutError:
                     if left > SIGN_OF_LIFE:
                         yield None
                         continue
-                    raise TimeoutPassedError from None
-                if news.finish == "error":
-                    raise LostError
-                if choice.finish is None:
-                    yield choice, news
-                    if choice.finish is not None:
+                    message = "the answer was not finished in time: ask for fewer tokens"
+                    # The same request would take as long again, so clients should not repeat it by themselves.
+                    raise ApiError(504, message, "timeout", headers={"x-should-retry": "false"}) from None
+                if update.finish == "error":
+                    raise FailedError
+                if answer.finish is None:
+                    text, tokens = answer.take(update)
+                    if answer.finish is not None:
                         # A stop string may end the answer before the engine looks for it.
-                        self._worker.cancel(self._tickets[choice.index], "stop")
+                        self._worker.cancel(answer, "stop")
+                    yield answer, update.steps, text, tokens
         finally:
             self.cancel()
 
     async def finish(self) -> None:
         """Wait until every answer has ended; errors as in `follow`."""
-        async for found in self.follow():
-            if found is not None:
-                found[0].take(found[1])
+        async for _ in self.follow():
+            pass
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that lets go of its answers however it ends, and of a client that does not read."""
+    """A stream of events. It cancels its answers however it ends, and leaves a client that does not read."""
 
     media_type = "text/event-stream"
 
@@ -145,14 +102,14 @@ class EventStream(StreamingResponse):
             self._call.cancel()
 
 
-async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, None]) -> bool:
-    """Do some work; return whether the client was still there when it ended."""
+async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, None]) -> bool:
+    """Do some work; return whether the client was still connected when it ended."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():

@@ -1,4 +1,4 @@
-"""The thread that owns the engine: requests go in from the event loop, news of their answers comes back to it."""
+"""The thread that owns the engine: requests go in from the event loop, updates of their answers come back to it."""
 
 import asyncio
 import ctypes
@@ -7,93 +7,34 @@ import math
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from illada.generation.engine import Engine, Generation, StepEvent
-from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings
 from illada.model import IlladaForMaskedLM
+from illada.serving.answer import Answer, Step, Update
 from illada.serving.metrics import Metrics
-from illada.serving.settings import ServerSettings
+from illada.serving.options import ServerSettings
+from illada.serving.protocol import ApiError
 
 log = logging.getLogger(__name__)
-
+Notify = Callable[[tuple[Answer, Update]], None]
 
 TRIM_SECONDS = 1.0
-"""Of work between two returns of freed memory to the system, each of about 10 ms."""
+"""Seconds of work after which freed memory is returned to the system, which takes about 10 ms."""
 
 
-def _give_back_memory() -> None:
-    """Return what is free inside glibc's heaps: passes of ever other sizes leave holes that would add up."""
+def _trim_heap() -> None:
+    """Return free memory inside glibc's heaps to the system: passes of changing sizes leave holes that would add up."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-class DrainingError(Exception):
-    """The server is about to end."""
-
-
-class BusyError(Exception):
-    """Too many requests are under way."""
-
-    def __init__(self, retry_after: int):
-        super().__init__(f"the server is busy: try again in {retry_after} seconds")
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step made of an answer's active block."""
-
-    event: StepEvent
-    """From where the active block begins, or of all of a text with slots."""
-    forwards: int
-
-
-@dataclass(frozen=True)
-class Update:
-    """What has become of an answer since the last news."""
-
-    ids: list[int]
-    """Newly committed tokens in order, none missing before them; without the end-of-sequence token."""
-    log_probs: list[float | None]
-    """Of each, at its commit; None for given text."""
-    forwards: int
-    """Of the answer so far."""
-    steps: list[Step]
-    """Every step since, for answers that are watched."""
-    finish: Literal["stop", "length", "error"] | None = None
-    """Why it ended, in the last news."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One answer on its way to a client.
-
-    Args:
-        row: the request, checked by the engine.
-        tell: called in the event loop with each news.
-        limit: most tokens wanted; the answer may be computed in whole blocks beyond it.
-        stream: whether news are wanted before the end.
-        lead: ids of given text to tell before those of the answer.
-    """
-
-    row: Request
-    tell: Callable[[Update], None]
-    limit: int
-    stream: bool
-    lead: Sequence[int] = ()
-    arrived: float = field(default_factory=time.monotonic)
-    begun: bool = False
-    seen: int = 0
-    """Tokens that the engine's thread told of."""
-    told: int = 0
-    """Generated ones that arrived in the event loop."""
 
 
 class Worker:
@@ -101,7 +42,7 @@ class Worker:
 
     Args:
         model: the network.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         server: limits.
     """
 
@@ -112,24 +53,21 @@ class Worker:
         self._model, self._tokenizer = model, tokenizer
         self.engine = self._new_engine()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._live: dict[int, Ticket] = {}
-        self._steps: dict[int, list[Step]] = defaultdict(list)
-        self._open: set[Ticket] = set()
-        self._entering = 0
+        self._live: dict[int, Answer] = {}
+        self._open: dict[Answer, Notify] = {}
+        self._reserved = 0
         self._ends: deque[float] = deque(maxlen=64)
-        self._changed = threading.Condition()
-        self._orders: list[Callable[[], None]] = []
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="illada-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="illada-engine", daemon=True)
 
     def _new_engine(self) -> Engine:
-        server = self.server
         return Engine(
             self._model,
             self._tokenizer,
-            self._note,
-            max_batch_tokens=server.max_batch_tokens,
-            max_past_tokens=server.max_past_tokens,
+            self._record_step,
+            max_batch_tokens=self.server.max_batch_tokens,
+            max_past_tokens=self.server.max_past_tokens,
         )
 
     @property
@@ -154,178 +92,170 @@ class Worker:
     async def close(self) -> None:
         """End the thread; answers that are still under way fail."""
         self.draining = True
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    def take(self, count: int) -> None:
-        """Make sure that so many more answers may be begun.
+    def check_room(self, count: int) -> None:
+        """Check that `count` more answers may begin.
 
         Raises:
-            BusyError: when they may not.
-            DrainingError: when the server is about to end.
+            ApiError: 429 when too many are under way, 503 when the server is about to end.
         """
         if self.draining:
-            raise DrainingError
-        if len(self._open) + self._entering + count > self.server.max_requests:
-            raise BusyError(self.retry_after())
+            message = "the server is about to end: ask another one, or later"
+            raise ApiError(503, message, "server_error", code="draining", headers={"retry-after": "5"})
+        if len(self._open) + self._reserved + count > self.server.max_requests:
+            seconds = self.retry_after()
+            message = f"the server is busy: try again in {seconds} seconds"
+            raise ApiError(429, message, "rate_limit_error", code="busy", headers={"retry-after": str(seconds)})
 
     @contextmanager
-    def entering(self) -> Iterator[None]:
-        """Keep a place for a request while it is encoded; errors as in `take`."""
-        self.take(1)
-        self._entering += 1
+    def reserved_place(self) -> Iterator[None]:
+        """Keep a place for a request while it is encoded; errors as in `check_room`."""
+        self.check_room(1)
+        self._reserved += 1
         try:
             yield
         finally:
-            self._entering -= 1
+            self._reserved -= 1
 
     def retry_after(self) -> int:
-        """Return the seconds in which an answer's place will probably be free, from how fast others ended."""
+        """Return the seconds until a place is probably free, from how fast the last answers ended."""
         if len(self._ends) < 2:
             return 1
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return min(60, max(1, math.ceil(pace)))
 
-    def submit(self, ticket: Ticket) -> None:
-        """Begin an answer as soon as there is room."""
-        self._open.add(ticket)
-        self._order(lambda: self._enter(ticket))
+    def submit(self, answers: Sequence[Answer], notify: Notify) -> None:
+        """Begin answers as soon as the engine has room; errors as in `check_room`.
 
-    def cancel(self, ticket: Ticket, how: Literal["cancelled", "stop"] = "cancelled") -> None:
+        Args:
+            answers: answers of one HTTP request.
+            notify: called in the event loop with an answer and its update, until the last update.
+        """
+        self.check_room(len(answers))
+        for answer in answers:
+            answer.arrived = time.monotonic()
+            self._open[answer] = notify
+            self._commands.put(partial(self._enter, answer))
+
+    def cancel(self, answer: Answer, how: Literal["cancelled", "stop"] = "cancelled") -> None:
         """Forget an answer, if it is under way."""
-        if ticket in self._open:
-            self._end(ticket, how)
-            self._order(lambda: self._forget(ticket))
+        if answer in self._open:
+            self._end(answer, how)
+            self._commands.put(partial(self._forget, answer))
 
-    def _end(self, ticket: Ticket, how: Literal["stop", "length", "cancelled", "error"]) -> None:
-        self._open.discard(ticket)
+    def _end(self, answer: Answer, how: Literal["stop", "length", "cancelled", "error"]) -> None:
+        del self._open[answer]
         self.metrics.ended.labels(how).inc()
         now = time.monotonic()
         self._ends.append(now)
         if how in ("stop", "length"):
-            self.metrics.whole.observe(now - ticket.arrived)
-            self.metrics.tokens.inc(ticket.told)
+            self.metrics.whole.observe(now - answer.arrived)
+            self.metrics.tokens.inc(answer.committed)
 
-    def _order(self, action: Callable[[], None]) -> None:
-        with self._changed:
-            self._orders.append(action)
-            self._changed.notify()
+    # From here on: the engine's thread. It runs the commands, one after the other, before each pass.
 
-    # From here on: the engine's thread.
+    def _stop(self) -> None:
+        self._closing = True
 
-    def _enter(self, ticket: Ticket) -> None:
-        self._live[self.engine.enter(ticket.row)] = ticket
+    def _enter(self, answer: Answer) -> None:
+        self._live[self.engine.enter(answer.request)] = answer
 
-    def _forget(self, ticket: Ticket) -> None:
-        # After a failure a new engine counts from 0, so that the number alone may be another's.
-        if self._live.get(ticket.row.index) is ticket:
-            del self._live[ticket.row.index]
-            self.engine.cancel(ticket.row.index)
-            self._steps.pop(ticket.row.index, None)
+    def _forget(self, answer: Answer) -> None:
+        # After a failure a new engine counts from 0, so the index alone may be another answer's.
+        if self._live.get(answer.request.index) is answer:
+            del self._live[answer.request.index]
+            self.engine.cancel(answer.request.index)
 
-    def _note(self, event: StepEvent) -> None:
-        row = self._live[event.row].row
-        start = 0 if row.template else event.block
+    def _record_step(self, event: StepEvent) -> None:
+        answer = self._live[event.row]
+        start = 0 if answer.request.template else event.block
         # A client may read slowly: a whole answer for each of its steps would be quadratic in memory.
         ids, committed, confidence = event.ids[start:], event.committed[start:], event.confidence[start:]
         event = replace(event, ids=ids, committed=committed, confidence=confidence)
-        self._steps[event.row].append(Step(event, row.forwards))
+        answer.steps.append(Step(event, answer.request.forwards))
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         trimmed = time.monotonic()
-        while True:
-            with self._changed:
-                while not (self._orders or self.engine.busy or self._closing):
-                    self._changed.wait()
-                orders, self._orders = self._orders, []
-                closing = self._closing
+        while not self._closing:
             try:
-                for order in orders:
-                    order()
-                if closing:
-                    self._fail()
-                    return
+                if not (self.engine.busy and self._commands.empty()):
+                    self._commands.get()()
+                    continue
                 self._pass()
                 if time.monotonic() - trimmed > TRIM_SECONDS:
-                    _give_back_memory()
+                    _trim_heap()
                     trimmed = time.monotonic()
             except Exception:
                 # Whatever went wrong (memory, a kernel), the requests under way are lost and the server goes on.
                 log.exception("a forward pass failed; the answers under way are given up")
                 self._fail()
                 self.engine = self._new_engine()
+        self._fail()
 
     def _pass(self) -> None:
-        if not self.engine.busy:
-            return
-        before = {index: (ticket.row.forwards, ticket.row.positions) for index, ticket in self._live.items()}
+        before = {index: (answer.request.forwards, answer.request.positions) for index, answer in self._live.items()}
         ended = self.engine.step()
-        news: list[tuple[Ticket, Update]] = []
-        for index, ticket in list(self._live.items()):
-            row = ticket.row
-            forwards, positions = row.forwards - before[index][0], row.positions - before[index][1]
+        updates: list[tuple[Answer, Update]] = []
+        for index, answer in list(self._live.items()):
+            forwards = answer.request.forwards - before[index][0]
             if not forwards:
                 continue
-            self.metrics.rows.inc(forwards)
-            self.metrics.positions.inc(positions)
-            if not ticket.begun:
-                ticket.begun = True
-                self.metrics.first.observe(time.monotonic() - ticket.arrived)
-            if (found := self._look(ticket, ended.get(index))) is None:
+            self.metrics.forwards.inc(forwards)
+            self.metrics.positions.inc(answer.request.positions - before[index][1])
+            if not before[index][0]:  # its first pass
+                self.metrics.first.observe(time.monotonic() - answer.arrived)
+            if (update := self._update(answer, ended.get(index))) is None:
                 continue
-            if found.finish is not None:
-                self._forget(ticket)
-            news.append((ticket, found))
+            if update.finish is not None:
+                self._forget(answer)
+            updates.append((answer, update))
         self.metrics.passes.inc()
-        self._tell(news)
+        self._publish(updates)
 
-    def _look(self, ticket: Ticket, generation: Generation | None) -> Update | None:
+    def _update(self, answer: Answer, generation: Generation | None) -> Update | None:
         """Return what is new about an answer after a pass, if its client is to know now."""
-        row = ticket.row
-        steps = self._steps.pop(row.index, []) if row.watched else []
-        masked = row.masked_G[ticket.seen : ticket.limit]
+        request = answer.request
+        masked = request.masked_G[answer.reported : answer.limit]
         count = int(masked.argmax()) if masked.any() else len(masked)
-        known = slice(ticket.seen, ticket.seen + count)
-        ids = row.ids_G[known].tolist()
+        new = slice(answer.reported, answer.reported + count)
+        ids = request.ids_G[new].tolist()
         finish: Literal["stop", "length"] | None = None
-        if ends := [place for place, token_id in enumerate(ids) if token_id in row.settings.eos_ids]:
+        if ends := [place for place, token_id in enumerate(ids) if token_id in request.settings.eos_ids]:
             ids, finish = ids[: ends[0]], "stop"
         elif count == len(masked):
             finish = "length"
         if generation is not None and finish is None:
             finish = generation.finish_reason
-        if finish is None and not (ticket.stream and (ids or steps)):
+        steps, answer.steps = answer.steps, []
+        if finish is None and not (answer.stream and (ids or steps)):
             return None
-        log_probs = row.log_prob_G[known][: len(ids)].tolist()
-        given = row.slot_G[known][: len(ids)]
-        lead, ticket.lead = [*ticket.lead], ()
-        each: list[float | None] = [None] * len(lead)
-        each += [value if slot else None for value, slot in zip(log_probs, given, strict=True)]
-        ticket.seen += count
-        return Update([*lead, *ids], each, row.forwards, steps, finish)
+        size = len(ids)
+        generated = zip(request.log_prob_G[new][:size].tolist(), request.slot_G[new][:size], strict=True)
+        log_probs = [value if slot else None for value, slot in generated]
+        answer.reported += count
+        return Update(ids, log_probs, request.forwards, steps, finish)
 
     def _fail(self) -> None:
-        news = [(ticket, Update([], [], ticket.row.forwards, [], "error")) for ticket in self._live.values()]
-        for ticket, _ in news:
-            ticket.row.release()
+        updates = [(answer, Update([], [], answer.request.forwards, [], "error")) for answer in self._live.values()]
+        for answer, _ in updates:
+            answer.request.release()
         self._live.clear()
-        self._steps.clear()
-        self._tell(news)
+        self._publish(updates)
 
-    def _tell(self, news: list[tuple[Ticket, Update]]) -> None:
-        if news:
+    def _publish(self, updates: list[tuple[Answer, Update]]) -> None:
+        if updates:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._hear, news)
+            self._loop.call_soon_threadsafe(self._deliver, updates)
 
     # Back in the event loop.
 
-    def _hear(self, news: list[tuple[Ticket, Update]]) -> None:
-        for ticket, found in news:
-            if ticket not in self._open:  # cancelled meanwhile
+    def _deliver(self, updates: list[tuple[Answer, Update]]) -> None:
+        for answer, update in updates:
+            if (notify := self._open.get(answer)) is None:  # cancelled meanwhile
                 continue
-            ticket.told += sum(value is not None for value in found.log_probs)
-            if found.finish is not None:
-                self._end(ticket, found.finish)
-            ticket.tell(found)
+            answer.committed += sum(value is not None for value in update.log_probs)
+            if update.finish is not None:
+                self._end(answer, update.finish)
+            notify((answer, update))

@@ -16,8 +16,8 @@ const EXAMPLES = [
 
 const $ = (id) => document.getElementById(id);
 const [main, talk, message] = [document.querySelector("main"), $("talk"), $("message")];
-const exchanges = []; // { user, answer, item, tokens, gaps, ... }: the conversation on show
-let model = null; // what /v1/models says of it
+const exchanges = []; // { user, answer, item, tokens, gaps, ... }: the conversation that is shown
+let model = null; // the model as /v1/models describes it
 let running = null; // the AbortController of the answer under way
 
 // --- the server
@@ -37,7 +37,7 @@ function begin() {
   });
 }
 
-// What to send for a message: path, body, and what to show before the first step.
+// Return what to send for a message, and what to show before the first step: path, body, first frame.
 function request(exchange) {
   const body = { model: model.id, stream: true, stream_options: { include_usage: true }, diffusion: true, ...wanted() };
   if (exchange.gaps) {
@@ -235,7 +235,7 @@ function replayed(exchange) {
   const go = (step) => {
     exchange.end();
     const line = part(exchange, ".tokens");
-    // Earlier steps may be shorter; what one holds in one's hand stays where it is.
+    // Earlier steps may have fewer lines; the slider must stay where the user holds it.
     if (exchange.tokens.shown === exchange.tokens.last) line.style.minHeight = `${line.offsetHeight}px`;
     exchange.playing = false;
     exchange.tokens.show(Math.max(0, Math.min(exchange.tokens.last, step)));
@@ -275,7 +275,7 @@ function submit() {
   }
   message.value = "";
   typed();
-  // A phone's keyboard would hide what one wants to watch.
+  // A phone's keyboard would hide the answer.
   if (matchMedia("(hover: hover)").matches) message.focus();
   else message.blur();
   say(text);
@@ -346,7 +346,7 @@ $("theme").onclick = () => {
   paint(theme);
 };
 
-// The end of the conversation stays in view, unless one has scrolled up.
+// The page follows the end of the conversation unless the user has scrolled up.
 let following = true;
 let top = 0;
 main.onscroll = () => {
@@ -366,7 +366,7 @@ for (const [label, text] of EXAMPLES) {
   $("examples").append(button);
 }
 
-// The title appears as answers do: surest first.
+// The title appears as answers do: the surest words first.
 function title() {
   const words = ["Text", ", ", "out", " of", " noise", "."];
   const order = [4, 0, 5, 1, 3, 2];

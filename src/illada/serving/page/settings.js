@@ -1,4 +1,4 @@
-// The settings form: values, what differs from the server's own, and what of it is remembered and sent.
+// The settings form: its values, which of them differ from the server's, are remembered and are sent.
 
 const form = document.getElementById("fields");
 const KEPT = "illada.settings";
@@ -18,13 +18,13 @@ export function setting(name) {
   return field.type === "checkbox" ? field.checked : (read(field, field.value) ?? defaultOf(field));
 }
 
-// Those of the named settings that differ from the defaults.
+// Return those of the named settings that differ from the defaults.
 function changed(...names) {
   const differ = names.filter((name) => setting(name) !== defaultOf(fields[name]));
   return Object.fromEntries(differ.map((name) => [name, setting(name)]));
 }
 
-// Put values into the form, the defaults where there is none.
+// Put values into the form, and the default where a value is missing.
 export function fill(values) {
   for (const field of all()) {
     const value = values[field.name] ?? defaultOf(field);
@@ -47,7 +47,7 @@ export function remember() {
   localStorage.setItem(KEPT, JSON.stringify(changed(...all().map((field) => field.name))));
 }
 
-// Let the server's settings be the defaults.
+// Make the server's settings the defaults.
 export function adopt(defaults) {
   for (const field of all()) {
     const value = field.dataset.from === "" ? null : defaults[field.dataset.from ?? field.name];
@@ -66,13 +66,13 @@ function apply() {
   document.body.classList.toggle("mono", setting("mono"));
 }
 
-// The fields of a request that the settings ask for; what equals the server's own is left to it.
+// Return the fields of a request that the settings ask for; fields that equal the server's own are left out.
 export function wanted() {
   const rule = setting("rule");
   let decoding = changed("block_length");
   if (rule === "fast") decoding = "fast";
   else if (rule !== "server") {
-    // As many passes as a block has tokens: one token a pass.
+    // As many passes as a block has tokens, so each pass keeps one token.
     const exact = { steps_per_block: setting("block_length"), cache: "none" };
     const chosen = rule === "exact" ? exact : { [rule]: setting(rule), cache: setting("cache") };
     decoding = { ...decoding, ...chosen, speculate: setting("speculate") };

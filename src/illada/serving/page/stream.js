@@ -1,6 +1,6 @@
-// Requests to the server, and its answers as they come: server-sent events over fetch.
+// Requests to the server, and their responses as server-sent events over fetch.
 
-// What the server, or the way to it, refused. `status` is 0 when it could not be reached.
+// A request that failed. `status` is 0 when the server could not be reached.
 export class Refusal extends Error {
   constructor(message, status, retryAfter = null) {
     super(message);
@@ -25,8 +25,8 @@ export async function ask(path, { key, body, signal } = {}) {
   throw new Refusal(message, response.status, response.headers.get("Retry-After"));
 }
 
-// Yield { event, data } for every event of a response; a comment, which says that the request waits, is event "wait".
-// Ends at [DONE]; throws a Refusal when the stream ends before it.
+// Yield { event, data } for every event of a response, and event "wait" for a comment: then the request still waits.
+// End at [DONE]; throw a Refusal when the stream ends before it.
 export async function* events(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,17 +1,17 @@
-// An answer as it forms: every step that came, any of them on show, and a picture of all of them.
+// An answer as it forms: it holds every step, shows any one of them, and draws a picture of all.
 //
 // A frame is one step: { start, texts, states, confidences }, tokens from `start` on, one letter of `states` for each:
-// m masked, p proposed, c committed, f given. Tokens before `start` stay as the last frame of an earlier start left them.
+// m masked, p proposed, c committed, f given. Tokens before `start` stay as an earlier frame left them.
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-// How sure a probability is, 0 to 3: the levels of the legend.
+// Return how sure a probability is, from 0 to 3: the levels of the legend.
 export const level = (confidence) => [0.5, 0.7, 0.9].filter((bound) => confidence >= bound).length;
 
-// A frame in which nothing is known yet.
+// Return a frame in which nothing is known yet.
 export const noise = (count) => ({ start: 0, texts: Array(count).fill(""), states: "m".repeat(count), confidences: [] });
 
-// The same frame before anything was committed.
+// Return the same frame as it was before anything was committed.
 const masked = (frame) => ({
   ...frame,
   texts: frame.texts.map((text, i) => (frame.states[i] === "f" ? text : "")),
@@ -35,7 +35,7 @@ export class Tokens {
     this.ends.set(frame.start, this.last);
   }
 
-  // No frame will come. What an answer that ended by itself left undecided is no part of it.
+  // No more frames will come. Tokens still undecided when an answer ended by itself are no part of it.
   finish(complete) {
     this.open = false;
     const frame = this.frames[this.last];
@@ -53,8 +53,8 @@ export class Tokens {
     this.shown = index;
   }
 
-  // Show step after step, each for at least `pace` ms, until the last that ever comes; `moved` is called after each.
-  // A long backlog is skipped through, so that the eye is never far behind the model. Returns a function that ends it.
+  // Show step after step, each for at least `pace` ms, until the last one; `moved` is called after each. Steps are
+  // skipped when many wait, so that the view is never far behind the model. Return a function that ends it.
   play(pace, moved) {
     let due = 0;
     let frame = 0;
@@ -71,7 +71,7 @@ export class Tokens {
     return () => cancelAnimationFrame(frame);
   }
 
-  // Every token after the last step that came, as [text, state].
+  // Return every token after the latest step, as [text, state].
   #final() {
     const tokens = [];
     for (const end of this.ends.values()) {
@@ -85,7 +85,7 @@ export class Tokens {
     return this.#final().filter(([, state]) => state === "c").length;
   }
 
-  // The text as far as it is decided.
+  // The text of the decided tokens.
   get text() {
     return this.#final().map(([text, state]) => ("cf".includes(state) ? text : "")).join("");
   }
@@ -111,7 +111,7 @@ export class Tokens {
     });
   }
 
-  // Say what is known about the token that `span` shows, or "".
+  // Return what is known about the token that `span` shows, or "".
   describe(span) {
     const cell = this.spans.find((one) => one.span === span);
     if (!cell || cell.confidence === null) return "";
@@ -119,7 +119,7 @@ export class Tokens {
     return cell.state === "c" ? `kept at ${chance}` : `proposed at ${chance}`;
   }
 
-  // Draw all steps: time to the right, generated tokens downwards, the undecided as faint as they are unsure.
+  // Draw all steps: time to the right, generated tokens downwards, undecided tokens fainter the less sure they are.
   draw(canvas) {
     const slots = this.#final().flatMap(([, state], at) => (state === "f" ? [] : [at]));
     const [width, height] = [Math.min(this.frames.length, 800), Math.min(slots.length, 400)];
@@ -141,14 +141,14 @@ export class Tokens {
   }
 }
 
-// Colours that stand out on light and dark alike; what is not decided is grain, the calmer the surer.
+// Return a colour that stands out on light and on dark. Undecided tokens are grain, and less of it the surer they are.
 function shade(state, confidence) {
   if (state === "x") return [0, 0, 0, 0];
   if (state !== "c") return [128, 128, 128, 80 - 40 * confidence + 70 * (1 - confidence) * Math.random()];
   return [...[[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)], 255];
 }
 
-// Grain for what is masked, as a picture that style sheets can name.
+// Make the grain of masked tokens a picture that style sheets can name.
 export function grain() {
   const canvas = Object.assign(document.createElement("canvas"), { width: 120, height: 60 });
   const context = canvas.getContext("2d");

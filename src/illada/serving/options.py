@@ -1,4 +1,4 @@
-"""How to serve: limits, keys, addresses. Imports no torch."""
+"""How to serve: limits, keys, addresses and replicas, as the command line takes them. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,20 @@ class ServerSettings:
 
     Args:
         host: address to listen on; 127.0.0.1 is reachable from this machine only.
-        port: to listen on; 0 takes a free one.
-        name: of the model in the API; null for the folder's.
-        api_key_file: file with an API key on each line; null for those in the environment variable ILLADA_API_KEYS,
-            separated by commas. Without keys everyone who reaches the address may ask.
-        cors_origins: web origins whose pages may ask, as https://example.org; none by default.
-        allowed_hosts: names of this server in requests; none takes any where host is not a loopback address, else the
-            loopback names, so that other sites' pages cannot reach it under a name of theirs (DNS rebinding).
+        port: port to listen on; 0 takes a free one.
+        name: name of the model in the API; null takes the name of its folder.
+        api_key_file: file with an API key on each line; null takes the keys from the environment variable
+            ILLADA_API_KEYS, separated by commas. Without keys everyone who reaches the address may ask.
+        cors_origins: web origins whose pages may ask, such as https://example.org; none by default.
+        allowed_hosts: names by which requests may call this server. By default any name will do, but on a loopback
+            address only the loopback names, so that other sites' pages cannot reach it under a name of theirs (DNS
+            rebinding).
         max_requests: most answers under way and waiting; more are refused with 429.
         max_choices: most answers to one prompt (`n`).
-        max_body_bytes: largest request.
+        max_body_bytes: size of the largest request.
         max_batch_tokens: most positions of one forward pass.
         max_past_tokens: most positions whose keys and values are kept.
-        request_timeout: seconds within which an answer must be finished, its wait included.
+        request_timeout: seconds within which an answer must be finished, including the time it waits.
         drain_timeout: seconds that answers under way get when the server is asked to end.
         log_prompts: write prompts and answers to the log.
 
@@ -47,7 +48,7 @@ class ServerSettings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        """Check every value; lists become tuples."""
+        """Check every value and turn lists into tuples."""
         for name in ("cors_origins", "allowed_hosts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 0 <= self.port < 2**16:
@@ -67,11 +68,11 @@ class Copies:
     """How many replicas, and where (all ours).
 
     Args:
-        replicas: copies of the model, each in a process and, where there are GPUs, on a GPU of its own.
-        max_replicas: most copies when many answers are under way; null for always `replicas`.
+        replicas: copies of the model, each in its own process and, where there are GPUs, on its own GPU.
+        max_replicas: most copies when many answers are under way; null keeps the number at `replicas`.
         cluster: address of a Ray cluster ("auto" for one that runs on this machine); null starts one that only this
-            machine reaches.
-        metrics_port: where this machine's Ray shows Prometheus the figures of every replica; null for a free one.
+            machine can reach.
+        metrics_port: port where this machine's Ray gives Prometheus the metrics of all replicas; null takes a free one.
 
     Raises:
         IlladaError: when a number is out of range.
@@ -95,5 +96,5 @@ class Copies:
 
     @property
     def most(self) -> int:
-        """Most replicas there can be."""
+        """The largest number of replicas that may run."""
         return self.max_replicas or self.replicas

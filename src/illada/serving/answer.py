@@ -1,0 +1,86 @@
+"""One answer on its way from the engine to a client, and what the engine's thread reports about it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from illada.generation.engine import StepEvent
+from illada.generation.request import Request
+from illada.serving.detokenize import Detokenizer, Token
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step made of an answer's active block."""
+
+    event: StepEvent
+    """Its lists begin at the active block; for a text with slots they cover the whole text."""
+    forwards: int
+    """Forward passes of the answer so far."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What has become of an answer since its last update."""
+
+    ids: list[int]
+    """Newly committed tokens in order, with no masked one before them; without the end-of-sequence token."""
+    log_probs: list[float | None]
+    """Log-probability of each id when it was committed; None for given text."""
+    forwards: int
+    """Forward passes of the answer so far."""
+    steps: list[Step]
+    """Every step since the last update, for answers that are watched."""
+    finish: Literal["stop", "length", "error"] | None = None
+    """Why the answer ended, in its last update."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """One choice of an HTTP response: its request to the engine, and the text that has come of the request.
+
+    Only the engine's thread changes `reported` and `steps`; only the event loop changes what follows them.
+
+    Args:
+        index: number of the choice in the response.
+        request: the request to the engine, checked by it.
+        detokenizer: turns the answer's ids into text.
+        limit: most tokens wanted; whole blocks may be computed beyond it.
+        stream: whether updates are wanted before the end.
+        slot: tokens of each slot where the answer is a whole text with slots, else 0.
+    """
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer
+    limit: int
+    stream: bool = False
+    slot: int = 0
+    reported: int = 0
+    """Tokens that the updates so far hold."""
+    steps: list[Step] = field(default_factory=list)
+    """Steps since the last update."""
+    arrived: float = 0.0
+    """When the worker took it, in seconds of the monotonic clock."""
+    committed: int = 0
+    """Generated tokens in the updates so far."""
+    content: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    forwards: int = 0
+    finish: str | None = None
+
+    def fills(self) -> list[str]:
+        """Return what was written into each slot of a text."""
+        ids: list[int] = self.request.ids_G[self.request.slot_G].tolist()
+        return [self.detokenizer.show(ids[start : start + self.slot]) for start in range(0, len(ids), self.slot)]
+
+    def take(self, update: Update) -> tuple[str, list[Token]]:
+        """Take an update; return the text and the tokens that can be sent now."""
+        # A whole text begins with what is given before its first slot.
+        lead = self.request.prompt_P.tolist() if self.slot and not self.forwards else []
+        log_probs = [*[None] * len(lead), *update.log_probs]
+        text, tokens = self.detokenizer.add([*lead, *update.ids], log_probs, last=update.finish is not None)
+        self.content += text
+        self.tokens += tokens
+        self.forwards = update.forwards
+        self.finish = "stop" if self.detokenizer.stopped else update.finish
+        return text, tokens
