@@ -469,7 +469,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     """Return the parser and what each command does; with `sft`, estimates are of a recipe of that command."""
     from illada.generation.settings import GenerationSettings
-    from illada.preparation.prepare import prepare
+    from illada.preparation.settings import PrepareSettings
     from illada.serving.settings import Copies, ServerSettings
     from illada.training.estimate import estimate
     from illada.training.recipe import SFT_DEFAULTS, Recipe
@@ -499,7 +499,9 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
         command.add_function_arguments(function, as_positional=False, skip={name.lstrip("-") for name in many})
 
     def prepare_and_print(arguments: Namespace) -> None:
-        shards = prepare(**_given(arguments))
+        from illada.preparation.prepare import prepare
+
+        shards = prepare(PrepareSettings(**_given(arguments)))
         if isinstance(shards, str):
             print(f"Slurm job {shards} completes {arguments.output}; the same command continues what was interrupted")
             return
@@ -512,17 +514,18 @@ def _build(sft: bool = False) -> tuple[ArgumentParser, dict[str, Callable[[Names
     sources = {"sources": "text files, jsonl, parquet, or folders of them"}
     add_function(demo, {})
     add_function(tokenizer, sources)
-    add_function(
-        prepare,
-        {
-            **sources,
-            "--patterns": "which files of a folder",
-            "--exclude": "but not these",
-            "--filters": "leave out poor text: gopher, gopher-repetition, c4, fineweb (made for English web pages)",
-            "--slurm_options": "more of sbatch's, as account=NAME",
-        },
-        prepare_and_print,
-    )
+    text = "Turn files and folders into a prepared data set; the same call continues where an interrupted one stopped."
+    command = add("prepare", prepare_and_print, text)
+    prepare_lists = {
+        **sources,
+        "--patterns": "which files of a folder",
+        "--exclude": "but not these",
+        "--filters": "leave out poor text: gopher, gopher-repetition, c4, fineweb (made for English web pages)",
+        "--slurm_options": "more of sbatch's, as account=NAME",
+    }
+    for name, help_text in prepare_lists.items():
+        command.add_argument(name, type=str, nargs="+", help=help_text)
+    command.add_class_arguments(PrepareSettings, skip={name.lstrip("-") for name in prepare_lists})
     of_sft = {f"training.{key}": value for key, value in SFT_DEFAULTS.items()}
     for name, text in (("pretrain", "Pre-train a model from a recipe."), ("sft", "Fine-tune a model from a recipe.")):
         command = add(name, partial(_train, name), text)

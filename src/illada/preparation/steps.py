@@ -1,7 +1,7 @@
 """The datatrove steps of data preparation: read documents, write shards, put the shards together.
 
-They find everything they need in the output folder, which makes the pipeline small and the same on the local, Slurm and
-Ray executors of datatrove. Importing this module needs `pip install 'illada[data]'`.
+The steps find their tasks in the output folder, so they are small and the same on the local, Slurm and Ray executors of
+datatrove. Importing this module needs `pip install 'illada[data]'`.
 """
 
 import json
@@ -15,8 +15,10 @@ from pathlib import Path
 from illada.data.shards import ShardWriter
 from illada.errors import IlladaError, needs
 from illada.files import write_json
-from illada.preparation.folder import TOKENIZER, UNITS, WORK, finish, task_folder
+from illada.preparation.finish import finish
+from illada.preparation.plan import TOKENIZER, UNITS, WORK, stats_file, task_folder
 from illada.preparation.readers import Options, ReadStats, Unit, read_unit
+from illada.preparation.settings import PrepareSettings
 from illada.text.chat import encode_conversation, split_turns
 from illada.text.tokenizer import encode_texts, load_tokenizer
 
@@ -35,72 +37,60 @@ class ReadDocuments(PipelineStep):
     type = "READER"
     name = "illada documents"
 
-    def __init__(self, output: str, options: Options):
+    def __init__(self, settings: PrepareSettings):
         super().__init__()
-        self.output, self.options = output, options
+        self.output, self.options = Path(settings.output), Options.of(settings)
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:  # noqa: ARG002
         """Yield the documents of task `rank`; none when the task is finished already."""
-        output = Path(self.output)
         if data:
             yield from data
-        if task_folder(output, rank).exists():
+        if task_folder(self.output, rank).exists():
             return
-        progress, reported, done = output / WORK / f"progress-{rank:05d}", 0, 0
-        odd = ReadStats()
-        with open(output / WORK / UNITS, encoding="utf-8") as file:
+        progress, reported, done = self.output / WORK / f"progress-{rank:05d}", 0, 0
+        stats = ReadStats()
+        with open(self.output / UNITS, encoding="utf-8") as file:
             units = [Unit(**unit) for unit in json.loads(next(islice(file, rank, None)))]
         for unit in units:
-            odd.bytes_read = 0
-            for number, piece in enumerate(read_unit(unit, self.options, odd)):
+            stats.bytes_read = 0
+            for number, piece in enumerate(read_unit(unit, self.options, stats)):
                 metadata = {"last": piece.last, "record": piece.record, "messages": piece.messages}
                 yield Document(text=piece.text, id=f"{rank}/{unit.path}/{unit.start}/{number}", metadata=metadata)
-                now = done + min(odd.bytes_read, unit.end - unit.start)
+                now = done + min(stats.bytes_read, unit.size)
                 if now - reported >= _PROGRESS_BYTES:
                     reported = now
                     progress.write_text(str(now))
-            done += unit.end - unit.start
+            done += unit.size
         progress.write_text(str(done))
-        odd.bytes_read = 0
-        write_json(output / WORK / f"odd-{rank:05d}.json", asdict(odd))
+        stats.bytes_read = 0
+        write_json(stats_file(self.output, rank), asdict(stats))
 
 
 class WriteShards(PipelineStep):
-    """Tokenises the documents of a task and writes them as shards; the last step."""
+    """Tokenises the documents of a task and writes them as shards; the last step of a task."""
 
     type = "WRITER"
     name = "illada shards"
 
-    def __init__(
-        self,
-        output: str,
-        kind: str,
-        add_bos: bool,
-        add_eos: bool,
-        split_turns: bool,
-        tokens_per_shard: int,
-        threads: bool,
-    ):
+    def __init__(self, settings: PrepareSettings, threads: bool):
         super().__init__()
-        self.output, self.kind, self.split_turns = output, kind, split_turns
-        self.add_bos, self.add_eos = add_bos, add_eos
-        self.tokens_per_shard, self.threads = tokens_per_shard, threads
+        self.settings, self.threads = settings, threads
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Write the shards of task `rank` under a name of their own and give them theirs when all is done."""
-        output = Path(self.output)
+        """Write the shards of task `rank` into a folder that gets its final name when all of them are complete."""
+        output = Path(self.settings.output)
         final = task_folder(output, rank)
         if data is None or final.exists():
             return
         if not self.threads:
-            # As many processes as the machine should run; threads in each would fight over it.
+            # There are as many processes as the machine should run; threads in each would fight over it.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.tokenizer = load_tokenizer(output / TOKENIZER)
-        # The process id keeps apart a task and its orphan from a run that was killed.
+        # The process id keeps this task apart from the same task of a killed run that may still be writing.
         partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.writer = ShardWriter(partial, len(self.tokenizer), self.tokens_per_shard)
-        refused, first = self._write_conversations(data) if self.kind == "chat" else self._write_texts(data)
+        self.writer = ShardWriter(partial, len(self.tokenizer), self.settings.tokens_per_shard)
+        refused, first = self._write_conversations(data) if self.settings.kind == "chat" else self._write_texts(data)
         shards = [asdict(shard) for shard in self.writer.finish()]
         write_json(partial / "summary.json", {"shards": shards, "refused": refused, "first_refused": first})
         try:
@@ -111,8 +101,8 @@ class WriteShards(PipelineStep):
             shutil.rmtree(partial)
 
     def _write_texts(self, data: Iterator[Document]) -> tuple[int, str]:
-        bos = [self.tokenizer.bos_token_id] if self.add_bos else []
-        eos = [self.tokenizer.eos_token_id] if self.add_eos else []
+        bos = [self.tokenizer.bos_token_id] if self.settings.add_bos else []
+        eos = [self.tokenizer.eos_token_id] if self.settings.add_eos else []
         begun, source_bytes = False, 0
         for batch in _batches(data):
             for document, ids in zip(batch, encode_texts(self.tokenizer, [d.text for d in batch]), strict=True):
@@ -134,7 +124,7 @@ class WriteShards(PipelineStep):
             try:
                 examples = [
                     (*encode_conversation(self.tokenizer, part, record), part)
-                    for part in (split_turns(messages) if self.split_turns else [messages])
+                    for part in (split_turns(messages) if self.settings.split_turns else [messages])
                 ]
             except IlladaError as error:
                 refused, first = refused + 1, first or str(error)
@@ -146,7 +136,7 @@ class WriteShards(PipelineStep):
 
 
 class Finish(PipelineStep):
-    """Completes the data set when all tasks are done, where nobody waits for them."""
+    """Completes the data set when all tasks are done, for Slurm, where no process waits for them."""
 
     type = "WRITER"
     name = "illada index"
