@@ -222,10 +222,8 @@ def prepared(tmp_path_factory, tokenizer_folder):
 
 def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
     settings, _ = prepared
-    from illada.preparation import steps
-
-    # Unpickled in the worker, the step calls os._exit(9).
-    monkeypatch.setattr(steps.ReadDocuments, "__reduce__", lambda self: (os._exit, (9,)), raising=False)
+    # Unpickled in the worker, the settings of a step call os._exit(9).
+    monkeypatch.setattr(PrepareSettings, "__reduce__", lambda self: (os._exit, (9,)), raising=False)
     with pytest.raises(IlladaError, match="a worker was killed"):
         prepare(output=str(tmp_path / "out"), workers=2, **settings)
 

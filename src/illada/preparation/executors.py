@@ -43,7 +43,7 @@ def run_locally(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -
         context = get_context("forkserver")
         # The slow imports happen once, before the workers are forked.
         context.set_forkserver_preload(["illada.preparation.executors"])
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_silence)
     try:
         for stage in stages:
             executor = LocalPipelineExecutor(stage.steps, tasks=stage.tasks, logging_dir=str(log / stage.name))
@@ -53,9 +53,9 @@ def run_locally(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -
             if pool is None:
                 for rank in ranks:
                     # A copy, because the steps count what they did.
-                    _run_task(copy.deepcopy(executor), rank)
+                    copy.deepcopy(executor)._run_for_rank(rank)
                 continue
-            for future in as_completed([pool.submit(_run_task, executor, rank) for rank in ranks]):
+            for future in as_completed([pool.submit(executor._run_for_rank, rank) for rank in ranks]):
                 future.result()
     except BrokenProcessPool:
         raise IlladaError(
@@ -64,11 +64,6 @@ def run_locally(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-
-
-def _run_task(executor: Any, rank: int) -> None:
-    with _quiet():
-        executor._run_for_rank(rank)
 
 
 def run_on_ray(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -> None:
@@ -82,33 +77,32 @@ def run_on_ray(stages: Sequence[Stage], log: Path, settings: PrepareSettings) ->
 
     started = not ray.is_initialized()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _quiet():
-        if started:
-            try:
-                try:
-                    ray.init(address="auto", **options)
-                except ConnectionError:
-                    ray.init(address="local", num_cpus=settings.workers, include_dashboard=False, **options)
-            except Exception as error:  # Ray also raises bare exceptions
-                raise IlladaError(
-                    f"Ray cannot be used here ({first_line(error)}): check RAY_ADDRESS, or use executor local"
-                ) from error
+    if started:
         try:
-            for stage in stages:
-                executor = RayPipelineExecutor(
-                    stage.steps,
-                    tasks=stage.tasks,
-                    workers=settings.workers,
-                    logging_dir=str(log / stage.name),
-                    mem_per_cpu_gb=settings.memory_gb,
-                )
-                executor.run()
-                # datatrove's run does not fail when a task does.
-                if ranks := executor.get_incomplete_ranks():
-                    raise IlladaError(_failure(log / stage.name, ranks[0]))
-        finally:
-            if started:
-                ray.shutdown()
+            try:
+                ray.init(address="auto", **options)
+            except ConnectionError:
+                ray.init(address="local", num_cpus=settings.workers, include_dashboard=False, **options)
+        except Exception as error:  # Ray also raises bare exceptions
+            raise IlladaError(
+                f"Ray cannot be used here ({first_line(error)}): check RAY_ADDRESS, or use executor local"
+            ) from error
+    try:
+        for stage in stages:
+            executor = RayPipelineExecutor(
+                stage.steps,
+                tasks=stage.tasks,
+                workers=settings.workers,
+                logging_dir=str(log / stage.name),
+                mem_per_cpu_gb=settings.memory_gb,
+            )
+            executor.run()
+            # datatrove's run does not fail when a task does.
+            if ranks := executor.get_incomplete_ranks():
+                raise IlladaError(_failure(log / stage.name, ranks[0]))
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def submit_to_slurm(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -> str:
@@ -122,42 +116,45 @@ def submit_to_slurm(stages: Sequence[Stage], log: Path, settings: PrepareSetting
     pairs = (option.lstrip("-").partition("=") for option in settings.slurm_options)
     options = {name: value for name, _, value in pairs}
     executor: Any = None
-    with _quiet():
-        for stage in stages:
-            executor = SlurmPipelineExecutor(
-                stage.steps,
-                tasks=stage.tasks,
-                workers=settings.workers,
-                partition=settings.partition,
-                time=settings.time,
-                mem_per_cpu_gb=settings.memory_gb,
-                job_name=f"illada-{stage.name}",
-                # The site's own default; "normal", datatrove's, does not exist everywhere.
-                qos=options.get("qos", ""),
-                sbatch_args=options,
-                # The programs that the jobs call stand beside this Python.
-                env_command=f"export PATH={os.path.dirname(sys.executable)}:$PATH",
-                logging_dir=str(log / stage.name),
-                depends=executor,
-            )
-        try:
-            executor.run()
-        except subprocess.CalledProcessError as error:
-            raise IlladaError(
-                f"sbatch refused the job (exit code {error.returncode}; its message is above): check partition, time "
-                "and slurm_options"
-            ) from None
+    for stage in stages:
+        executor = SlurmPipelineExecutor(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=settings.workers,
+            partition=settings.partition,
+            time=settings.time,
+            mem_per_cpu_gb=settings.memory_gb,
+            job_name=f"illada-{stage.name}",
+            # The site's own default; "normal", datatrove's, does not exist everywhere.
+            qos=options.get("qos", ""),
+            sbatch_args=options,
+            # The programs that the jobs call stand beside this Python.
+            env_command=f"export PATH={os.path.dirname(sys.executable)}:$PATH",
+            logging_dir=str(log / stage.name),
+            depends=executor,
+        )
+    try:
+        executor.run()
+    except subprocess.CalledProcessError as error:
+        raise IlladaError(
+            f"sbatch refused the job (exit code {error.returncode}; its message is above): check partition, time "
+            "and slurm_options"
+        ) from None
     return str(executor.job_id)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence datatrove, which logs every task to the terminal; one progress line says enough."""
-    logger.disable("datatrove")
+    _silence()
     try:
         yield
     finally:
         logger.enable("datatrove")
+
+
+def _silence() -> None:
+    logger.disable("datatrove")
 
 
 def _failure(log: Path, rank: int) -> str:
@@ -175,17 +172,18 @@ def progress(work: Path, total_bytes: int) -> AbstractContextManager[Any]:
     """Show the bytes read by all tasks in one line, if someone is looking."""
     if not sys.stderr.isatty():
         return nullcontext()
-    columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = _BytesRead(*columns, console=Console(stderr=True), refresh_per_second=2)
-    bar.work = work
+    bar = _ReadingProgress(work)
     bar.add_task("preparing", total=total_bytes)
     return bar
 
 
-class _BytesRead(Progress):
+class _ReadingProgress(Progress):
     """A progress bar that looks up, whenever it is drawn, how many bytes the tasks have read."""
 
-    work: Path
+    def __init__(self, work: Path):
+        self.work = work
+        columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        super().__init__(*columns, console=Console(stderr=True), refresh_per_second=2)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Add up the progress files of the tasks, then draw the bar."""

@@ -79,8 +79,8 @@ def _dropped_documents(folder: Path, plan: dict[str, Any]) -> Counter[str]:
     dropped: Counter[str] = Counter()
     for log in (LOG, SLURM_LOG):
         for file in (folder / log / "write" / "stats").glob("*.json"):
-            # The first of the steps reads, the last one writes.
-            for name, step in zip(names, json.loads(file.read_text())[1:], strict=False):
+            # Our own steps, the first and the last, have no counts.
+            for name, step in zip(names, json.loads(file.read_text()), strict=True):
                 count = step["stats"].get("dropped", 0)
                 dropped[f"{name}_documents"] += int(count["total"] if isinstance(count, dict) else count)
     return dropped

@@ -5,6 +5,7 @@ Importing this module needs `pip install 'illada[data]'`.
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from illada.errors import needs
 from illada.preparation.filters import FILTER_STEPS, PlainWords
 from illada.preparation.plan import WORK
 from illada.preparation.settings import PrepareSettings
-from illada.preparation.steps import ReadDocuments, WriteShards
+from illada.preparation.steps import finish_data, read_documents, write_shards
 
 with needs("data", "preparing data"):
     from datatrove.data import Document
@@ -37,35 +38,41 @@ def pipeline(settings: PrepareSettings, tasks: int) -> list[Stage]:
     """Return the stages that carry out a plan of so many tasks.
 
     Finding duplicates is a pass of its own, so the documents are read (and filtered) twice then. Of equal documents the
-    first one in the order of the sources stays; of similar ones (MinHash) one of the group.
+    first one in the order of the sources stays; of similar ones (MinHash) one of the group. On Slurm, where no process
+    waits for the tasks, the last stage completes the data set.
     """
     # Other machines may have another working directory.
     settings = replace(settings, output=os.path.abspath(settings.output))
     folder = Path(settings.output, WORK, "dedup")
     signatures, pairs, duplicates = (str(folder / name) for name in ("signatures", "pairs", "duplicates"))
-
-    def read() -> list[Any]:
-        # New steps for each stage, as a step counts what it does.
-        return [ReadDocuments(settings), *(FILTER_STEPS[name](language=PlainWords()) for name in settings.filters)]
-
-    write = WriteShards(settings, threads=settings.executor == "local" and min(settings.workers, tasks) == 1)
-    if settings.dedup == "none":
-        return [Stage("write", tasks, [*read(), write])]
     sha1 = HashConfig(hash_fc="sha1")
-    if settings.dedup == "exact":
-        exact = exact_dedup.ExactDedupConfig(_text, _earlier_first, sha1)
-        return [
-            Stage("signatures", tasks, [*read(), exact_dedup.ExactDedupSignature(signatures, exact)]),
-            Stage("duplicates", 1, [exact_dedup.ExactFindDedups(signatures, duplicates, exact)]),
-            Stage("write", tasks, [*read(), exact_dedup.ExactDedupFilter(duplicates, exact), write]),
-        ]
+    exact = exact_dedup.ExactDedupConfig(_text, _earlier_first, sha1)
     near = minhash.MinhashConfig(hash_config=sha1)
-    return [
-        Stage("signatures", tasks, [*read(), minhash.MinhashDedupSignature(signatures, near, language=PlainWords())]),
-        Stage("pairs", near.num_buckets, [minhash.MinhashDedupBuckets(signatures, pairs, config=near)]),
-        Stage("duplicates", 1, [minhash.MinhashDedupCluster(pairs, duplicates, near)]),
-        Stage("write", tasks, [*read(), minhash.MinhashDedupFilter(duplicates), write]),
-    ]
+
+    def stage(name: str, *steps: Any) -> Stage:
+        """Return a stage whose tasks read and filter documents; the filters are new ones, as each counts its work."""
+        filters = (FILTER_STEPS[filter_](language=PlainWords()) for filter_ in settings.filters)
+        return Stage(name, tasks, [partial(read_documents, settings), *filters, *steps])
+
+    write = partial(write_shards, settings)
+    if settings.dedup == "exact":
+        stages = [
+            stage("signatures", exact_dedup.ExactDedupSignature(signatures, exact)),
+            Stage("duplicates", 1, [exact_dedup.ExactFindDedups(signatures, duplicates, exact)]),
+            stage("write", exact_dedup.ExactDedupFilter(duplicates, exact), write),
+        ]
+    elif settings.dedup == "minhash":
+        stages = [
+            stage("signatures", minhash.MinhashDedupSignature(signatures, near, language=PlainWords())),
+            Stage("pairs", near.num_buckets, [minhash.MinhashDedupBuckets(signatures, pairs, config=near)]),
+            Stage("duplicates", 1, [minhash.MinhashDedupCluster(pairs, duplicates, near)]),
+            stage("write", minhash.MinhashDedupFilter(duplicates), write),
+        ]
+    else:
+        stages = [stage("write", write)]
+    if settings.executor == "slurm":
+        stages.append(Stage("finish", 1, [partial(finish_data, settings)]))
+    return stages
 
 
 def _text(document: Document) -> str:

@@ -8,12 +8,11 @@ import os
 from pathlib import Path
 
 from illada.data.shards import Shards
-from illada.preparation.executors import progress, run_locally, run_on_ray, submit_to_slurm
+from illada.preparation.executors import progress, quiet, run_locally, run_on_ray, submit_to_slurm
 from illada.preparation.finish import finish
-from illada.preparation.pipeline import Stage, pipeline
+from illada.preparation.pipeline import pipeline
 from illada.preparation.plan import LOG, SLURM_LOG, WORK, plan, read_plan
 from illada.preparation.settings import PrepareSettings
-from illada.preparation.steps import Finish
 
 
 def prepare(settings: PrepareSettings) -> Shards | str:
@@ -29,9 +28,9 @@ def prepare(settings: PrepareSettings) -> Shards | str:
         return finish(settings.output)
     output, stages = Path(os.path.abspath(settings.output)), pipeline(settings, tasks)
     if settings.executor == "slurm":
-        stages.append(Stage("finish", 1, [Finish(str(output))]))
-        return submit_to_slurm(stages, output / SLURM_LOG, settings)
+        with quiet():
+            return submit_to_slurm(stages, output / SLURM_LOG, settings)
     run = run_on_ray if settings.executor == "ray" else run_locally
-    with progress(output / WORK, read_plan(output)["source_bytes"]):
+    with quiet(), progress(output / WORK, read_plan(output)["source_bytes"]):
         run(stages, output / LOG, settings)
     return finish(settings.output)

@@ -37,14 +37,6 @@ class SourceFile:
     size: int
     modified_ns: int
 
-    @property
-    def format(self) -> Literal["text", "jsonl", "parquet"]:
-        """How to read the file, by its name."""
-        name = self.path.lower().removesuffix(".gz")
-        if name.endswith((".jsonl", ".ndjson")):
-            return "jsonl"
-        return "parquet" if name.endswith(".parquet") else "text"
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -57,7 +49,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """The number of bytes."""
         return self.end - self.start
 
 
@@ -164,9 +156,18 @@ def fingerprint(files: Sequence[SourceFile]) -> str:
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def _format(path: str) -> Literal["text", "jsonl", "parquet"]:
+    """Return how to read a file, by its name."""
+    name = path.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "jsonl"
+    return "parquet" if name.endswith(".parquet") else "text"
+
+
 def divide(file: SourceFile, options: Options, unit_bytes: int) -> list[Unit]:
     """Divide a file into units of about `unit_bytes`, where its format allows reading to begin in the middle."""
-    by_line = file.format == "jsonl" or (file.format == "text" and options.documents == "line")
+    format_ = _format(file.path)
+    by_line = format_ == "jsonl" or (format_ == "text" and options.documents == "line")
     if not by_line or file.path.lower().endswith(".gz") or file.size <= unit_bytes:
         return [Unit(file.path, 0, file.size)]
     starts = range(0, file.size, unit_bytes)
@@ -179,7 +180,7 @@ def read_unit(unit: Unit, options: Options, stats: ReadStats) -> Iterator[Piece]
     Raises:
         IlladaError: when the file cannot be read, or not one of its records is usable.
     """
-    format_ = SourceFile(unit.path, 0, 0).format
+    format_ = _format(unit.path)
     if options.kind == "chat" and format_ == "text":
         raise IlladaError(f"{unit.path} is plain text: conversations come from .jsonl or .parquet files")
     try:
@@ -215,7 +216,7 @@ def _pieces(chunks: Iterator[str], record: str, options: Options, stats: ReadSta
         buffer += text
         while len(buffer) > limit:
             spaces = [match.start() for match in _SPACE_AFTER_TEXT.finditer(buffer, limit - limit // 8, limit)]
-            # Never inside a run of white space, which may be one token.
+            # The cut is never inside a run of white space, which may be one token.
             cut = spaces[-1] if spaces else limit
             piece, buffer = buffer[:cut], buffer[cut:]
             # A document that begins with megabytes of white space loses them: it might hold nothing else.
