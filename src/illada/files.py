@@ -1,4 +1,4 @@
-"""Small files: whole or absent when written, one clear line when they cannot be read."""
+"""Small files: whole or absent when written; one clear line of error when they cannot be read."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) of a UTF-8 text file, empty lines left out.
 
     Raises:
-        IlladaError: when it is missing, is no text or holds nothing.
+        IlladaError: when the file is missing, is not text or is empty.
     """
     path = Path(file)
     if not path.is_file():
@@ -27,21 +27,6 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, line
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or absent, whatever happens meanwhile."""
-    temporary = file.with_name(file.name + ".partial")
-    write_bytes(temporary, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-    os.replace(temporary, file)
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file and return when the disk has it."""
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,8 +44,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is whole or absent, whatever happens meanwhile."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent, whatever happens meanwhile."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(path)
+    """Write a UTF-8 file so that it is whole or absent, whatever happens meanwhile; lone surrogates become "?"."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, whatever happens meanwhile; return when the disk has it."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

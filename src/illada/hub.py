@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the one place where this package may use the network, and only for a name the user gave."""
+"""The Hugging Face hub: only this module may use the network, and only for a name that the user gave."""
 
 import re
 import sys
@@ -7,11 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
 from illada.errors import IlladaError, first_line
 
-_banned_by_us = threading.Event()
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+
+_banned_by_us = threading.Event()
 
 
 def is_hub_name(name: str) -> bool:
@@ -20,19 +24,17 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_folder(name: str, files: Sequence[str]) -> Path:
-    """Return the folder of the local cache with those files of a hub repository, downloading what is missing.
+    """Return the folder of the local cache that holds files of a hub repository; download what is missing.
 
-    Without a network, what an earlier download left in the cache is used.
+    Without a network, take what an earlier download left in the cache.
 
     Args:
         name: owner/name, for instance GSAI-ML/iLLaDA-8B-Instruct.
-        files: patterns of the files wanted; never code.
+        files: patterns of the files to fetch; never code.
 
     Raises:
         IlladaError: when the repository does not exist, is gated, or cannot be reached or stored.
     """
-    from huggingface_hub import errors, snapshot_download
-
     unreachable = (
         f"no folder {name}, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or fetch it elsewhere "
         f"with `hf download {name} --local-dir FOLDER` and give that folder"
@@ -57,7 +59,7 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             f"{name} could not be stored ({error.strerror or first_line(error)}): free some disk or set HF_HOME to a "
             "larger one; what has arrived is kept"
         ) from error
-    except Exception as error:  # a connection that broke: the transfer libraries have errors of their own
+    except Exception as error:  # a broken connection: the transfer libraries have errors of their own
         try:
             return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
         except Exception:
@@ -65,9 +67,7 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
 
 
 def ban_network() -> None:
-    """Keep the libraries below from the network, except while `hub_folder` fetches what the user named."""
-    from huggingface_hub import constants
-
+    """Keep other libraries from the network, except while `network` lifts the ban."""
     if not constants.HF_HUB_OFFLINE:
         constants.HF_HUB_OFFLINE = True
         _banned_by_us.set()
@@ -75,17 +75,14 @@ def ban_network() -> None:
 
 @contextmanager
 def network() -> Iterator[None]:
-    """Lift our own ban on the network; one that the user set (HF_HUB_OFFLINE) stays."""
-    from huggingface_hub import constants
-    from transformers.utils import logging
-
-    banned, quiet = constants.HF_HUB_OFFLINE, not logging.is_progress_bar_enabled()
+    """Lift our own ban on the network for a while; a ban that the user set (HF_HUB_OFFLINE) stays."""
+    banned, quiet = constants.HF_HUB_OFFLINE, are_progress_bars_disabled()
     constants.HF_HUB_OFFLINE = banned and not _banned_by_us.is_set()
     if sys.stderr.isatty():  # 16 GB take a while
-        logging.enable_progress_bar()
+        enable_progress_bars()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = banned
         if quiet:
-            logging.disable_progress_bar()
+            disable_progress_bars()

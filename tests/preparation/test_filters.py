@@ -7,8 +7,9 @@ import pytest
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.preparation import executors
+from illada.preparation import prepare as preparing
 from illada.preparation.filters import PlainWords
-from illada.preparation.prepare import prepare
+from illada.preparation.settings import PrepareSettings
 from illada.text.tokenizer import load_tokenizer
 
 GOOD = (
@@ -19,6 +20,10 @@ GOOD = (
     "It was said that the old lighthouse had a keeper still, but no one had seen him since the winter.\n"
 )
 OTHER = GOOD.replace("gull", "heron").replace("fishermen", "sailors").replace("keeper", "ghost")
+
+
+def prepare(*arguments, **settings):
+    return preparing.prepare(PrepareSettings(*arguments, **settings))
 
 
 @pytest.fixture
@@ -152,10 +157,10 @@ def test_a_failed_ray_task_says_why(tmp_path):
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "task_00003.log"
     log.write_text("Traceback\n  File\nillada.errors.IlladaError: cannot read a.txt: gone\n")
-    assert executors._why(tmp_path, 3) == "cannot read a.txt: gone"
+    assert executors._failure(tmp_path, 3) == "cannot read a.txt: gone"
     log.write_text("Traceback\nMemoryError: \nValueError: odd\n")
-    assert executors._why(tmp_path, 3).startswith("task 3 failed (ValueError: odd): see ")
-    assert "did not finish" in executors._why(tmp_path, 4)
+    assert executors._failure(tmp_path, 3).startswith("task 3 failed (ValueError: odd): see ")
+    assert "did not finish" in executors._failure(tmp_path, 4)
 
 
 SBATCH = """#!/bin/bash

@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.preparation import prepare as module
+from illada.preparation import prepare as preparing
 from illada.preparation import readers as reading
-from illada.preparation.prepare import prepare
+from illada.preparation.settings import PATTERNS, PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.chat import encode_conversation
 from illada.text.tokenizer import encode_texts, load_tokenizer, tokenizer_sha256
+
+
+def prepare(*arguments, **settings):
+    return preparing.prepare(PrepareSettings(*arguments, **settings))
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +116,7 @@ def test_a_file_may_be_divided_anywhere(tmp_path_factory, lines, newline_at_end,
     rows = lines if kind == "line" else [json.dumps({"text": text}, ensure_ascii=False) for text in lines]
     path.write_bytes(("\n".join(rows) + "\n" * newline_at_end).encode())
     options = reading.Options(documents="line")
-    (file,) = reading.find_files([str(path)], reading.PATTERNS)
+    (file,) = reading.find_files([str(path)], PATTERNS)
     units = reading.divide(file, options, unit_bytes)
     assert len(units) == max(1, -(-file.size // unit_bytes))
     found = [piece.text for unit in units for piece in reading.read_unit(unit, options, reading.ReadStats())]
@@ -122,9 +126,9 @@ def test_a_file_may_be_divided_anywhere(tmp_path_factory, lines, newline_at_end,
 
 
 def pieces(text: str, chunk: int, limit: int) -> tuple[list[reading.Piece], reading.ReadStats]:
-    odd_ = reading.ReadStats()
+    stats = reading.ReadStats()
     chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
-    return list(reading._pieces(chunks, "x", reading.Options(piece_characters=limit), odd_)), odd_
+    return list(reading._pieces(chunks, "x", reading.Options(piece_characters=limit), stats)), stats
 
 
 # Words of at most 4 and gaps of at most 3 characters: the last eighth of 56 characters holds a gap.
@@ -140,19 +144,19 @@ def merging():
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(word.map("".join), min_size=20, max_size=80).map("".join), st.integers(56, 80), st.integers(1, 90))
 def test_pieces_of_a_huge_document_give_the_ids_of_the_whole(merging, text, limit, chunk):
-    found, odd_ = pieces(text, chunk, limit)
+    found, stats = pieces(text, chunk, limit)
     assert "".join(piece.text for piece in found) == text
     assert all(len(piece.text) <= limit for piece in found)
     assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
-    assert odd_.split_documents == (len(found) > 1)
+    assert stats.split_documents == (len(found) > 1)
     whole = encode_texts(merging, [text])[0]
     assert [i for ids in encode_texts(merging, [piece.text for piece in found]) for i in ids] == whole
 
 
 def test_a_document_without_spaces_is_cut_and_one_of_spaces_only_is_empty():
     assert [piece.text for piece in pieces("x" * 25, 7, 10)[0]] == ["x" * 10, "x" * 10, "x" * 5]
-    found, odd_ = pieces(" " * 99, 7, 10)
-    assert (found, odd_.empty_documents, odd_.split_documents) == ([], 1, 0)
+    found, stats = pieces(" " * 99, 7, 10)
+    assert (found, stats.empty_documents, stats.split_documents) == ([], 1, 0)
     assert "".join(piece.text for piece in pieces(" " * 99 + "x  ", 7, 10)[0]).strip() == "x"
 
 
@@ -218,10 +222,8 @@ def prepared(tmp_path_factory, tokenizer_folder):
 
 def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
     settings, _ = prepared
-    from illada.preparation import steps
-
-    # Unpickled in the worker, the step calls os._exit(9).
-    monkeypatch.setattr(steps.ReadDocuments, "__reduce__", lambda self: (os._exit, (9,)), raising=False)
+    # Unpickled in the worker, the settings of a step call os._exit(9).
+    monkeypatch.setattr(PrepareSettings, "__reduce__", lambda self: (os._exit, (9,)), raising=False)
     with pytest.raises(IlladaError, match="a worker was killed"):
         prepare(output=str(tmp_path / "out"), workers=2, **settings)
 
@@ -235,7 +237,8 @@ def test_the_number_of_workers_changes_nothing(tmp_path, prepared):
 KILLED = """
 import json, os, signal, sys
 from illada.data import shards
-from illada.preparation import folder, prepare
+from illada.preparation import prepare
+from illada.preparation.settings import PrepareSettings
 
 def die_at_call_9(original):
     calls = []
@@ -247,14 +250,14 @@ def die_at_call_9(original):
     return call
 
 def finish(output, original=prepare.finish):
-    folder.os.replace = die_at_call_9(os.replace)
+    os.replace = die_at_call_9(os.replace)
     return original(output)
 
 if sys.argv[1] == "document":
     shards.ShardWriter.end_document = die_at_call_9(shards.ShardWriter.end_document)
 else:
     prepare.finish = finish
-prepare.prepare(**json.loads(sys.argv[2]))
+prepare.prepare(PrepareSettings(**json.loads(sys.argv[2])))
 """
 
 
@@ -272,7 +275,7 @@ def test_a_killed_preparation_continues(tmp_path, prepared, where, monkeypatch):
         prepare(**settings, add_eos=False)
     made = {file.parent.name: file.stat().st_mtime_ns for file in finished}
     read = []
-    original = module.finish
+    original = preparing.finish
 
     def finish(output: str) -> Shards:
         for name, time in made.items():
@@ -280,7 +283,7 @@ def test_a_killed_preparation_continues(tmp_path, prepared, where, monkeypatch):
             read.append(summary.stat().st_mtime_ns == time)
         return original(output)
 
-    monkeypatch.setattr(module, "finish", finish)
+    monkeypatch.setattr(preparing, "finish", finish)
     prepare(**settings)
     assert content(tmp_path / "out") == expected
     assert read == [True] * len(made)  # finished tasks were not done again
@@ -290,7 +293,7 @@ def test_a_finished_preparation_returns_at_once_and_another_is_refused(tmp_path,
     settings, expected = prepared
     settings = {**settings, "output": str(tmp_path / "out")}
     prepare(**settings)
-    monkeypatch.setattr(module, "run_locally", None)
+    monkeypatch.setattr(preparing, "run_locally", None)
     prepare(**settings)
     assert content(tmp_path / "out") == expected
     with pytest.raises(IlladaError, match="text_field was text, now body"):

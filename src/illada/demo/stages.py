@@ -22,6 +22,7 @@ from illada.files import write_json
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.preparation.prepare import prepare
+from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.scoring.candidates import Item, score_candidates
 from illada.text.chat import encode_prompt
@@ -167,9 +168,9 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
     text = {"text-train": training_files, "text-validation": validation_files}
     chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
     for name, files in text.items():
-        prepare(files, str(folder / name), str(tokenizer))
+        prepare(PrepareSettings(files, str(folder / name), str(tokenizer)))
     for name, files in chat.items():
-        prepare(files, str(folder / name), str(tokenizer), kind="chat")
+        prepare(PrepareSettings(files, str(folder / name), str(tokenizer), kind="chat"))
     return {name: Shards.open(folder / name) for name in (*text, *chat)}
 
 

@@ -1,4 +1,4 @@
-"""Reading documents from text files, JSON lines and parquet, whatever state they are in.
+"""Read documents from text files, JSON lines and parquet, whatever state the files are in.
 
 A document arrives as one or more *pieces*, so that a file larger than memory can be one document. Broken UTF-8 becomes
 U+FFFD and is counted; what cannot be read at all is counted and skipped, unless it is all there is.
@@ -11,18 +11,17 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
+from illada.preparation.settings import PrepareSettings
 from illada.text.chat import Message, check_messages
 
-# What is read from a folder unless the user says otherwise; a file named directly is always read. No *.json: one big
-# JSON document per file is rarely text worth learning, and a list of records would be taken for text.
-PATTERNS = ("*.txt", "*.text", "*.md", "*.rst", "*.py", "*.txt.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
 PIECE_CHARACTERS = 1_000_000
 
 _CHUNK = 1 << 20
@@ -32,19 +31,11 @@ _SPACE_AFTER_TEXT = re.compile(r"(?<=\S)[ \t\r\n]")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read, with what tells one version of it from another."""
+    """A file to read; its size and time tell one version of it from another."""
 
     path: str
     size: int
     modified_ns: int
-
-    @property
-    def format(self) -> Literal["text", "jsonl", "parquet"]:
-        """How the file is read: its name decides."""
-        name = self.path.lower().removesuffix(".gz")
-        if name.endswith((".jsonl", ".ndjson")):
-            return "jsonl"
-        return "parquet" if name.endswith(".parquet") else "text"
 
 
 @dataclass(frozen=True)
@@ -56,15 +47,27 @@ class Unit:
     end: int
     whole: bool = True
 
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class Options:
-    """How documents are found in files."""
+    """How to find documents in files."""
 
     kind: Literal["text", "chat"] = "text"
     text_field: str = "text"
     documents: Literal["file", "line"] = "file"
     piece_characters: int = PIECE_CHARACTERS
+
+    @classmethod
+    def of(cls, settings: PrepareSettings) -> "Options":
+        """Return the options of a preparation; filters and deduplication judge whole documents, so those stay whole."""
+        options = cls(settings.kind, settings.text_field, settings.documents)
+        judged = settings.filters or settings.dedup != "none"
+        return replace(options, piece_characters=sys.maxsize) if judged else options
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Piece:
 
 @dataclass
 class ReadStats:
-    """What was odd in the units read so far."""
+    """Counts of what was unusual in the units read so far."""
 
     broken_utf8_documents: int = 0
     replaced_characters: int = 0
@@ -87,12 +90,19 @@ class ReadStats:
     split_documents: int = 0
     unusable_records: int = 0
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Files divided into units of which one held no usable record: what else the unit says of them."""
+    """For each file that was divided into units: how many records were good and bad, and why the first was bad."""
     bytes_read: int = 0
+
+    def count_records(self, path: str, good: int, bad: int, first: str) -> None:
+        """Add the records of a unit to those of its file; `first` says why the first bad one was bad."""
+        entry = self.failures.setdefault(path, {"good": 0, "bad": 0, "first": ""})
+        entry["good"] += good
+        entry["bad"] += bad
+        entry["first"] = entry["first"] or first
 
 
 def find_files(sources: Sequence[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[SourceFile]:
-    """Return the files of `sources` in a fixed order: as given, and by name inside a folder.
+    """Return the files of `sources` in a fixed order: sources as they are listed, files of a folder by name.
 
     Patterns match the name of a file or its path inside the folder; hidden files and folders are left out.
 
@@ -101,7 +111,7 @@ def find_files(sources: Sequence[str], patterns: Sequence[str], exclude: Sequenc
     """
     if not sources:
         raise IlladaError("no sources: give at least one file or folder")
-    found: list[SourceFile] = []
+    files: list[SourceFile] = []
     for source in sources:
         root = Path(source)
         if root.is_dir():
@@ -121,8 +131,8 @@ def find_files(sources: Sequence[str], patterns: Sequence[str], exclude: Sequenc
                 raise IlladaError(f"cannot read {path}: {error.strerror}") from None
             if not os.access(path, os.R_OK):
                 raise IlladaError(f"cannot read {path}: permission denied")
-            found.append(SourceFile(os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-    return found
+            files.append(SourceFile(os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+    return files
 
 
 def _walk(root: Path, patterns: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
@@ -146,30 +156,39 @@ def fingerprint(files: Sequence[SourceFile]) -> str:
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def _format(path: str) -> Literal["text", "jsonl", "parquet"]:
+    """Return how to read a file, by its name."""
+    name = path.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "jsonl"
+    return "parquet" if name.endswith(".parquet") else "text"
+
+
 def divide(file: SourceFile, options: Options, unit_bytes: int) -> list[Unit]:
-    """Divide a file into units of about `unit_bytes`, where its format allows to begin in the middle."""
-    by_line = file.format == "jsonl" or (file.format == "text" and options.documents == "line")
+    """Divide a file into units of about `unit_bytes`, where its format allows reading to begin in the middle."""
+    format_ = _format(file.path)
+    by_line = format_ == "jsonl" or (format_ == "text" and options.documents == "line")
     if not by_line or file.path.lower().endswith(".gz") or file.size <= unit_bytes:
         return [Unit(file.path, 0, file.size)]
     starts = range(0, file.size, unit_bytes)
     return [Unit(file.path, start, min(start + unit_bytes, file.size), whole=False) for start in starts]
 
 
-def read_unit(unit: Unit, options: Options, odd: ReadStats) -> Iterator[Piece]:
-    """Yield the pieces of the documents of a unit and count in `odd` what was odd.
+def read_unit(unit: Unit, options: Options, stats: ReadStats) -> Iterator[Piece]:
+    """Yield the pieces of the documents of a unit, and count in `stats` what was unusual.
 
     Raises:
         IlladaError: when the file cannot be read, or not one of its records is usable.
     """
-    format_ = SourceFile(unit.path, 0, 0).format
+    format_ = _format(unit.path)
     if options.kind == "chat" and format_ == "text":
         raise IlladaError(f"{unit.path} is plain text: conversations come from .jsonl or .parquet files")
     try:
         if format_ == "text":
-            yield from _read_text(unit, options, odd)
+            yield from _read_text(unit, options, stats)
         else:
-            records = _jsonl_records(unit, odd) if format_ == "jsonl" else _parquet_records(unit, options, odd)
-            yield from _read_records(unit, records, options, odd)
+            records = _jsonl_records(unit, stats) if format_ == "jsonl" else _parquet_records(unit, options, stats)
+            yield from _read_records(unit, records, options, stats)
     except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
         raise IlladaError(f"cannot read {unit.path}: {error}") from None
 
@@ -187,8 +206,8 @@ def _clean(text: str) -> tuple[str, int]:
     return _SURROGATE.subn("\ufffd", text)
 
 
-def _pieces(chunks: Iterator[str], record: str, options: Options, odd: ReadStats) -> Iterator[Piece]:
-    """Turn one document, given in chunks, into pieces of bounded length, cut before white space where there is some."""
+def _pieces(chunks: Iterator[str], record: str, options: Options, stats: ReadStats) -> Iterator[Piece]:
+    """Turn the chunks of one document into pieces of bounded length, cut before white space where there is some."""
     buffer, replaced, count, limit = "", 0, 0, options.piece_characters
     slices = (chunk[i : i + _CHUNK] for chunk in chunks for i in range(0, len(chunk), _CHUNK))
     for part in slices:
@@ -197,7 +216,7 @@ def _pieces(chunks: Iterator[str], record: str, options: Options, odd: ReadStats
         buffer += text
         while len(buffer) > limit:
             spaces = [match.start() for match in _SPACE_AFTER_TEXT.finditer(buffer, limit - limit // 8, limit)]
-            # Never inside a run of white space, which may be one token.
+            # The cut is never inside a run of white space, which may be one token.
             cut = spaces[-1] if spaces else limit
             piece, buffer = buffer[:cut], buffer[cut:]
             # A document that begins with megabytes of white space loses them: it might hold nothing else.
@@ -205,29 +224,30 @@ def _pieces(chunks: Iterator[str], record: str, options: Options, odd: ReadStats
                 count += 1
                 yield Piece(piece, False, record)
     if replaced:
-        odd.broken_utf8_documents += 1
-        odd.replaced_characters += replaced
+        stats.broken_utf8_documents += 1
+        stats.replaced_characters += replaced
     if count:
-        odd.split_documents += 1
+        stats.split_documents += 1
     elif not buffer.strip():
-        odd.empty_documents += 1
+        stats.empty_documents += 1
         return
     yield Piece(buffer, True, record)
 
 
-def _read_text(unit: Unit, options: Options, odd: ReadStats) -> Iterator[Piece]:
+def _read_text(unit: Unit, options: Options, stats: ReadStats) -> Iterator[Piece]:
     with _open(unit.path) as stream:
         if options.documents == "file":
-            yield from _pieces(_decoded(iter(lambda: stream.read(_CHUNK), b""), odd), unit.path, options, odd)
+            yield from _pieces(_decoded(iter(lambda: stream.read(_CHUNK), b""), stats), unit.path, options, stats)
             return
         for place, parts in _lines(stream, unit):
-            yield from _pieces(_decoded(parts, odd, end_of_line=True), f"{unit.path} at byte {place}", options, odd)
+            yield from _pieces(_decoded(parts, stats, end_of_line=True), f"{unit.path} at byte {place}", options, stats)
 
 
 def _lines(stream: IO[bytes], unit: Unit) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Yield (offset, parts) of every line that begins in the unit; the parts of a line must be used before the next."""
+    """Yield (offset, parts) of every line that begins in the unit; use up the parts of a line before the next line."""
     if unit.start:
-        # The line that began before belongs to the unit before; if it ended exactly here this reads its newline.
+        # A line that begins before the unit belongs to the previous one; if it ends exactly there, this reads its
+        # newline.
         stream.seek(unit.start - 1)
         while (part := stream.readline(_CHUNK)) and not part.endswith(b"\n"):
             pass
@@ -247,12 +267,12 @@ def _lines(stream: IO[bytes], unit: Unit) -> Iterator[tuple[int, Iterator[bytes]
         yield place, parts(first)
 
 
-def _decoded(chunks: Iterator[bytes], odd: ReadStats, end_of_line: bool = False) -> Iterator[str]:
+def _decoded(chunks: Iterator[bytes], stats: ReadStats, end_of_line: bool = False) -> Iterator[str]:
     """Decode UTF-8, with broken bytes escaped as lone surrogates; drops a byte order mark and the end of the line."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     first = True
     for chunk in chunks:
-        odd.bytes_read += len(chunk)
+        stats.bytes_read += len(chunk)
         ending = (2 if chunk.endswith(b"\r\n") else 1) if end_of_line and chunk.endswith(b"\n") else 0
         text = decoder.decode(chunk[: len(chunk) - ending])
         yield text.removeprefix("\ufeff") if first else text
@@ -260,11 +280,11 @@ def _decoded(chunks: Iterator[bytes], odd: ReadStats, end_of_line: bool = False)
     yield decoder.decode(b"", final=True)
 
 
-def _jsonl_records(unit: Unit, odd: ReadStats) -> Iterator[tuple[str, Any]]:
+def _jsonl_records(unit: Unit, stats: ReadStats) -> Iterator[tuple[str, Any]]:
     """Yield (where, record); a record that cannot be parsed is the exception that says why."""
     with _open(unit.path) as stream:
         for number, (place, parts) in enumerate(_lines(stream, unit), start=1):
-            line = "".join(_decoded(parts, odd))
+            line = "".join(_decoded(parts, stats))
             if not line.strip():
                 continue
             where = f"line {number}" if unit.start == 0 else f"the line at byte {place}"
@@ -274,12 +294,10 @@ def _jsonl_records(unit: Unit, odd: ReadStats) -> Iterator[tuple[str, Any]]:
                 yield where, IlladaError(f"not JSON ({error})")
 
 
-def _parquet_records(unit: Unit, options: Options, odd: ReadStats) -> Iterator[tuple[str, Any]]:
-    try:
+def _parquet_records(unit: Unit, options: Options, stats: ReadStats) -> Iterator[tuple[str, Any]]:
+    with needs("data", "reading parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError:
-        raise IlladaError("reading parquet needs pyarrow: pip install 'illada[data]'") from None
     try:
         with pq.ParquetFile(unit.path) as file:
             names = set(file.schema_arrow.names)
@@ -293,7 +311,7 @@ def _parquet_records(unit: Unit, options: Options, odd: ReadStats) -> Iterator[t
                 for record in pa.Table.from_batches([batch]).cast(_as_bytes(pa, batch.schema)).to_pylist():
                     row += 1
                     yield f"row {row}", _from_bytes(record)
-                odd.bytes_read += (unit.end * row) // rows - (unit.end * (row - batch.num_rows)) // rows
+                stats.bytes_read += (unit.end * row) // rows - (unit.end * (row - batch.num_rows)) // rows
     except pa.ArrowException as error:
         raise IlladaError(f"cannot read {unit.path}: {' '.join(str(error).split())}") from None
 
@@ -321,17 +339,20 @@ def _from_bytes(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
-def _read_records(unit: Unit, records: Iterator[tuple[str, Any]], options: Options, odd: ReadStats) -> Iterator[Piece]:
+def _read_records(
+    unit: Unit, records: Iterator[tuple[str, Any]], options: Options, stats: ReadStats
+) -> Iterator[Piece]:
     good = bad = 0
     first_failure = ""
     for where, record in records:
+        name = f"{unit.path} {where}"
         try:
             if isinstance(record, IlladaError):
                 raise record
             if options.kind == "chat":
-                messages = conversation(record)
+                pieces = _conversation_pieces(_conversation(record), name, stats)
             else:
-                text = _text(record, options.text_field)
+                pieces = _pieces(iter((_text(record, options.text_field),)), name, options, stats)
         except IlladaError as error:
             bad += 1
             first_failure = first_failure or f"{where}: {error}"
@@ -340,27 +361,25 @@ def _read_records(unit: Unit, records: Iterator[tuple[str, Any]], options: Optio
                 raise IlladaError(f"{unit.path}: none of the first {bad} records is usable; {first_failure}") from None
             continue
         good += 1
-        name = f"{unit.path} {where}"
-        if options.kind == "text":
-            yield from _pieces(iter((text,)), name, options, odd)
-            continue
-        cleaned = [(message["role"], *_clean(message["content"])) for message in messages]
-        replaced = sum(count for _, _, count in cleaned)
-        odd.broken_utf8_documents += bool(replaced)
-        odd.replaced_characters += replaced
-        messages = [{"role": role, "content": content} for role, content, _ in cleaned]
-        if not any(message["content"].strip() for message in messages if message["role"] == "assistant"):
-            odd.empty_documents += 1
-            continue
-        yield Piece("\n".join(message["content"] for message in messages), True, name, messages)
-    odd.unusable_records += bad
+        yield from pieces
+    stats.unusable_records += bad
     if bad and not good and unit.whole:
         raise IlladaError(f"{unit.path}: none of its {bad} records is usable; {first_failure}")
     if not unit.whole:
-        entry = odd.failures.setdefault(unit.path, {"good": 0, "bad": 0, "first": ""})
-        entry["good"] += good
-        entry["bad"] += bad
-        entry["first"] = entry["first"] or first_failure
+        stats.count_records(unit.path, good, bad, first_failure)
+
+
+def _conversation_pieces(messages: Sequence[Message], record: str, stats: ReadStats) -> Iterator[Piece]:
+    """Yield a conversation as one piece, or nothing when the assistant says nothing in it."""
+    cleaned = [(message["role"], *_clean(message["content"])) for message in messages]
+    replaced = sum(count for _, _, count in cleaned)
+    stats.broken_utf8_documents += bool(replaced)
+    stats.replaced_characters += replaced
+    if any(content.strip() for role, content, _ in cleaned if role == "assistant"):
+        plain = [{"role": role, "content": content} for role, content, _ in cleaned]
+        yield Piece("\n".join(content for _, content, _ in cleaned), True, record, plain)
+    else:
+        stats.empty_documents += 1
 
 
 def _text(record: Any, text_field: str) -> str:
@@ -374,7 +393,7 @@ def _text(record: Any, text_field: str) -> str:
     return text
 
 
-def conversation(record: Any) -> list[dict[str, str]]:
+def _conversation(record: Any) -> list[dict[str, str]]:
     """Return the messages of a record {"messages": [...]} or {"prompt": ..., "response": ...}.
 
     Raises:
@@ -382,7 +401,7 @@ def conversation(record: Any) -> list[dict[str, str]]:
     """
     if not isinstance(record, dict):
         raise IlladaError("not an object")
-    messages: Sequence[Message] | None = record.get("messages")
+    messages = record.get("messages")
     if messages is None:
         if "prompt" not in record or "response" not in record:
             raise IlladaError("neither messages nor prompt and response")

@@ -8,24 +8,24 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError
-from illada.preparation import readers
+from illada.preparation.readers import Options, ReadStats, Unit, find_files, read_unit
+from illada.preparation.settings import PATTERNS
 from illada.text.chat import CHAT_TEMPLATE
 
 # bos, pad, eos and mask have the ids of the released tokenizer (spec §1); the names and the other ids are ours.
 SPECIAL_TOKENS = ("<|bos|>", "<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>", "<[MASK]>", "<|system|>", "<|end|>")
 
-
 # Words as GPT-2 divides them, but every digit by itself, so that arithmetic sees digits.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: every text can be encoded and comes back unchanged.
+    """Train a byte-level BPE tokenizer: it encodes every text, and decoding gives the text back unchanged.
 
-    Ids 0–7 are `SPECIAL_TOKENS`, the next 256 the bytes, the rest are learned: fewer than asked for from little text.
+    Ids 0–7 are `SPECIAL_TOKENS`, the next 256 are the bytes, the rest are learned; little text gives fewer than
+    `vocab_size` ids.
 
     Raises:
         IlladaError: when `vocab_size` leaves no room for the special tokens and bytes.
@@ -66,12 +66,13 @@ def train_tokenizer_from_files(
     output: str | os.PathLike[str],
     max_bytes: int = 1_000_000_000,
     text_field: str = "text",
-    patterns: Sequence[str] = readers.PATTERNS,
+    patterns: Sequence[str] = PATTERNS,
     exclude: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on files and folders (as `prepare` reads them) and save it to the folder `output`.
 
-    When the files hold more than `max_bytes`, each file gives its beginning, in proportion to its size.
+    When the files hold more than `max_bytes`, the tokenizer learns from the beginning of each file, in proportion to
+    the file's size.
 
     Raises:
         IlladaError: when a source is missing or holds no text, or `output` is a folder with files in it.
@@ -79,28 +80,29 @@ def train_tokenizer_from_files(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise IlladaError(f"{output} exists already: choose another output or delete it")
-    files = readers.find_files(sources, patterns, exclude)
+    files = find_files(sources, patterns, exclude)
     share = max_bytes / max(1, sum(file.size for file in files))
-    options = readers.Options(text_field=text_field)
-    seen = 0
+    options = Options(text_field=text_field)
+    total = 0
 
     def texts() -> Iterator[str]:
-        nonlocal seen
+        nonlocal total
         for file in files:
-            unit, left = readers.Unit(file.path, 0, file.size), max_bytes - seen
-            # A compressed file holds more text than its size says: no limit of its own when all is wanted.
+            left = max_bytes - total
+            # A compressed file holds more text than its size says, so it has no limit of its own when all is wanted.
             if share < 1:
                 left = min(left, max(1, int(file.size * share)))
-            for piece in readers.read_unit(unit, options, readers.ReadStats()):
-                text = piece.text.encode()[: max(0, left)].decode(errors="ignore")
-                left -= len(piece.text.encode())
-                seen += len(text.encode())
+            for piece in read_unit(Unit(file.path, 0, file.size), options, ReadStats()):
+                data = piece.text.encode()[:left]
+                text = data.decode(errors="ignore")
+                left -= len(data)
+                total += len(text.encode())
                 yield text
                 if left <= 0:
                     break
 
     tokenizer = train_tokenizer(texts(), vocab_size)
-    if not seen:
+    if not total:
         raise IlladaError(f"no text in {', '.join(sources)}: there is nothing to train a tokenizer on")
     tokenizer.save_pretrained(output)
     return tokenizer

@@ -1,8 +1,8 @@
 """Conversations as token ids: prompt, answer, and exactly one end-of-sequence token (paper §2.3; spec §4).
 
-The template of `CHAT_TEMPLATE` is ours; the functions take any tokenizer with a template. Text in a message that looks
-like a special token is encoded as text, so that nobody can forge the end of a turn (transformers drops its two private
-marker characters from messages while doing so).
+`CHAT_TEMPLATE` is ours; the functions take any tokenizer with a template. Text in a message that looks like a special
+token is encoded as text, so that nobody can forge the end of a turn. transformers does so with two private marker
+characters, which it drops from messages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def check_messages(messages: Any, last: str, record: str = "conversation") -> li
     """Return the messages as plain dictionaries: [system,] user, assistant, user, … ending with the role `last`.
 
     Raises:
-        IlladaError: naming `record`, when they are not of that form.
+        IlladaError: when they have another form; the message names `record`.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise IlladaError(f"{record}: messages must be a non-empty list")
@@ -41,8 +41,8 @@ def check_messages(messages: Any, last: str, record: str = "conversation") -> li
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise IlladaError(f"{record}: message {number} needs a role and a content, both text")
-        turn = number - (1 if plain and plain[0]["role"] == "system" else 0)
-        expected = ("user", "assistant")[turn % 2]
+        has_system = bool(plain) and plain[0]["role"] == "system"
+        expected = ("user", "assistant")[(number - has_system) % 2]
         if role != expected and not (number == 0 and role == "system"):
             raise IlladaError(f"{record}: message {number} is from {role!r}, expected {expected!r}")
         plain.append({"role": role, "content": content})
@@ -52,7 +52,7 @@ def check_messages(messages: Any, last: str, record: str = "conversation") -> li
 
 
 def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Return one conversation per assistant turn, each ending with it: the older LLaDA rule (spec §4)."""
+    """Return one conversation for each assistant turn, which ends it: the older LLaDA rule (spec §4)."""
     return [list(messages[: i + 1]) for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
@@ -72,7 +72,8 @@ def encode_conversation(
 ) -> tuple[list[int], int]:
     """Return (ids, prompt tokens) of a conversation to learn from; its last message is the assistant's.
 
-    The ids end with exactly one EOS. The prompt is everything before the last answer, and equals `encode_prompt` of it.
+    The ids end with exactly one EOS. The prompt is everything before the last answer; its ids are those that
+    `encode_prompt` gives.
 
     Raises:
         IlladaError: when the messages do not alternate, the tokenizer has no EOS, its template refuses them, or renders
@@ -87,11 +88,11 @@ def encode_conversation(
     if ids[: len(prompt)] != prompt:
         raise IlladaError(f"{record}: the chat template renders the prompt differently once an answer follows it")
     answer = ids[len(prompt) :]
-    opening = _unasked_opening(tokenizer, str(tokenizer.chat_template))
+    opening = _next_turn_opening(tokenizer, str(tokenizer.chat_template))
     if opening and answer[-len(opening) :] == opening:
         answer = answer[: -len(opening)]
     if eos in answer:
-        # Templates like to write a newline after the EOS; an answer with anything else there keeps it.
+        # Templates like to write a newline after the EOS: white space there goes, anything else stays.
         end = len(answer) - answer[::-1].index(eos)
         if not tokenizer.decode(answer[end:]).strip():
             answer = answer[:end]
@@ -105,7 +106,7 @@ def _render(
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise IlladaError("the tokenizer has no chat template: use one made by `illada tokenizer` or of a chat model")
-    refused: Exception | None = None
+    first_error: Exception | None = None
     merged = without_system(messages)
     for attempt in (messages,) if merged is messages else (messages, merged):
         try:
@@ -118,24 +119,24 @@ def _render(
             )
             return ids
         except (TemplateError, ValueError, NotImplementedError) as error:
-            refused = refused or error
-    raise IlladaError(f"{record}: the chat template refuses it: {' '.join(str(refused).split())}")
+            first_error = first_error or error
+    raise IlladaError(f"{record}: the chat template refuses it: {' '.join(str(first_error).split())}")
 
 
 @lru_cache(maxsize=4)
-def _unasked_opening(tokenizer: PreTrainedTokenizerFast, _: str) -> list[int]:
-    """Return what the template writes behind the token that ends an answer, to open the next one: mostly nothing.
+def _next_turn_opening(tokenizer: PreTrainedTokenizerFast, _template: str) -> list[int]:
+    """Return what the template writes after the token that ends an answer, to open the next turn: mostly nothing.
 
-    LLaDA's templates open the assistant's turn whether asked to or not.
+    LLaDA's templates open the assistant's turn with or without `add_generation_prompt`.
     """
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    asked = _render(tokenizer, [question], "template", generation=True)
-    if asked != _render(tokenizer, [question], "template", generation=False):
+    prompt = _render(tokenizer, [question], "template", generation=True)
+    if prompt != _render(tokenizer, [question], "template", generation=False):
         return []
-    behind = _render(tokenizer, [question, answer], "template", generation=False)[len(asked) :]
+    rest = _render(tokenizer, [question, answer], "template", generation=False)[len(prompt) :]
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((place for place, token_id in enumerate(behind) if token_id in special), len(behind))
-    return behind[end + 1 :]
+    end = next((place for place, token_id in enumerate(rest) if token_id in special), len(rest))
+    return rest[end + 1 :]
 
 
 def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

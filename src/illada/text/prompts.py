@@ -1,4 +1,4 @@
-"""Prompts as ids, and ids as text again: plain, or a template with slots."""
+"""Prompts as token ids, plain or with slots to fill in, and ids as text again."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ SLOT_SIGN = "___"
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Return BOS (where the tokenizer has one) and the text's ids, as a pre-training document begins."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + list(tokenizer.encode(text, add_special_tokens=False))
+    """Return BOS (where the tokenizer has one) and the ids of the text, as a pre-training document begins."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def encode_template(tokenizer: Any, text: str, slot_tokens: int) -> list[int | None]:
-    """Return a document's ids, from BOS to EOS where the tokenizer has them, with slots in place of each `___`.
+    """Return the ids of a document, from BOS to EOS where the tokenizer has them, with `slot_tokens` None per `___`.
 
     Raises:
-        IlladaError: when there is no slot in the text or none in a slot.
+        IlladaError: when the text has no `___`, or `slot_tokens` is below 1.
     """
     pieces = text.split(SLOT_SIGN)
     if len(pieces) == 1:
@@ -40,23 +40,22 @@ def show_ids(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Return the prompts given, or those of a file: one a line, or the "prompt" of each jsonl record.
+    """Return the prompts of a command, or those in its file: one a line, or the "prompt" of each .jsonl record.
 
     Raises:
-        IlladaError: when neither or both are given, or the file cannot be used.
+        IlladaError: when the command has neither or both, or the file cannot be used.
     """
     if (prompts is None) == (file is None):
         raise IlladaError("give --prompt TEXT (once or more) or --file FILE")
     if prompts is not None:
         return list(prompts)
     assert file is not None
-    found = []
+    if not file.endswith(".jsonl"):
+        return [line for _, line in read_lines(file)]
+    read = []
     for number, line in read_lines(file):
-        if not file.endswith(".jsonl"):
-            found.append(line)
-            continue
         try:
-            found.append(str(json.loads(line)["prompt"]))
+            read.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"prompt": ...}}') from error
-    return found
+    return read

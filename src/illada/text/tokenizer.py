@@ -1,4 +1,4 @@
-"""Tokenizers: train one of our own, load anybody's, and tell two apart."""
+"""Tokenizers: load anybody's, tell two apart, and encode plain text."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def load_tokenizer(path: str | os.PathLike[str], allow_hub: bool = False) -> Pre
     No code that comes with a tokenizer is ever run.
 
     Raises:
-        IlladaError: when there is none.
+        IlladaError: when there is none, or it is damaged.
     """
     name = os.fspath(path)
     if not Path(name).is_dir():
@@ -37,15 +37,15 @@ def load_tokenizer(path: str | os.PathLike[str], allow_hub: bool = False) -> Pre
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a hash of what turns text into ids: equal for a tokenizer and its saved copy, whatever it was used for."""
+    """Return a hash of what turns text into ids: equal for a tokenizer and its saved copy, before and after use."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by the last call that padded or truncated.
+    # The last call that padded or truncated leaves its settings behind.
     state["padding"] = state["truncation"] = None
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as plain text: no token is added, and the text of a special token stays text."""
+    """Encode texts as plain text: nothing is added, and what looks like a special token stays text."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
