@@ -102,7 +102,7 @@ def main() -> None:
         for way in ("nested", "padded"):
             ratios = [b / a for a, b in zip(times["ours"], times[way], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f}")
-        counts = f"{packing.tokens} | {len(packing.lengths)} | {len(packing.runs)}"
+        counts = f"{packing.tokens} | {len(packing.lengths)} | {len(packing.groups)}"
         print(f"| {name} | {counts} | {' | '.join(cells)} |", flush=True)
 
 

@@ -83,21 +83,21 @@ def test_logits_are_those_of_transformers_llama(model, llama, kernel, lengths, s
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_behind_a_past_a_position_sees_what_is_not_after_it(model, kernel):
-    """Three segments in pieces, so that in one pass several positions stand behind pasts of different lengths."""
+def test_with_a_cache_a_position_sees_what_is_not_after_it(model, kernel):
+    """Three segments in pieces, so that in one pass several positions follow caches of different lengths."""
     ids = [torch.arange(first, first + 14) for first in (3, 20, 40)]
     pool = PagePool()
-    pasts = [KVCache(pool) for _ in ids]
+    caches = [KVCache(pool) for _ in ids]
     model.set_attn_implementation(kernel)
     try:
         with torch.no_grad():
             want = [model.model.packed(one, Packing((14,))) for one in ids]
             at = [0, 0, 0]
             for sizes in ((5, 5, 3), (4, 4, 4), (1, 1, 1), (4, 4, 6)):
-                for past, start, size in zip(pasts, at, sizes, strict=True):
-                    past.begin(start, size)
+                for cache, start, size in zip(caches, at, sizes, strict=True):
+                    cache.begin(start, size)
                 piece = [one[start : start + size] for one, start, size in zip(ids, at, sizes, strict=True)]
-                got = model.model.packed(torch.cat(piece), Packing(sizes, tuple(pasts))).split(sizes)
+                got = model.model.packed(torch.cat(piece), Packing(sizes, tuple(caches))).split(sizes)
                 for mine, theirs, start, size in zip(got, want, at, sizes, strict=True):
                     torch.testing.assert_close(mine, theirs[start : start + size], atol=1e-5, rtol=1e-5)
                 at = [start + size for start, size in zip(at, sizes, strict=True)]

@@ -187,13 +187,13 @@ def test_wanted_positions_are_those_of_all(tied, data):
 
 @HYPOTHESIS
 @given(st.lists(st.integers(0, 4), max_size=12))
-def test_runs_and_positions_cover_the_tokens(lengths):
+def test_groups_and_positions_cover_the_tokens(lengths):
     packing = Packing(tuple(lengths))
     assert Packing.from_cu_seqlens([0, *accumulate(lengths)]) == packing
     assert packing.tokens == sum(lengths)
     assert packing.positions().tolist() == [i for length in lengths for i in range(length)]
-    assert [run.length for run in packing.runs for _ in range(run.segments)] == [n for n in lengths if n]
-    assert all(a.length != b.length for a, b in zip(packing.runs, packing.runs[1:], strict=False))
+    assert [group.length for group in packing.groups for _ in range(group.segments)] == [n for n in lengths if n]
+    assert all(a.length != b.length for a, b in zip(packing.groups, packing.groups[1:], strict=False))
 
 
 def test_heads_of_a_group_share_their_key(tied):

@@ -101,7 +101,7 @@ class OutsideModel:
         hidden_LD, pairs = trunk.embed_tokens(ids_L), []
         for layer, block in enumerate(trunk.layers):
             assert isinstance(block, Block)
-            asked = block.before(hidden_LD, rotary, None)
+            asked = block.pre_attention(hidden_LD, rotary, None)
             query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in asked)
             if given is not None:
                 old_key, old_value = given[layer]
@@ -112,7 +112,7 @@ class OutsideModel:
                     key, value = old_key, old_value
             pairs.append((key, value))
             attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
-            hidden_LD = block.behind(hidden_LD, attended[0].transpose(0, 1).flatten(1))
+            hidden_LD = block.post_attention(hidden_LD, attended[0].transpose(0, 1).flatten(1))
         return trunk.norm(hidden_LD), pairs
 
 

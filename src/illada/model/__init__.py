@@ -9,8 +9,8 @@ from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
 AutoConfig.register("illada", IlladaConfig, exist_ok=True)
 AutoConfig.register("llada", LladaConfig, exist_ok=True)
-# Every class gives the model with its head, as the released folders' auto_map does: scripts written for them expect
-# logits of AutoModel. The trunk alone is IlladaModel.
+# Every class gives the model with its head, as the auto_map of the released folders does: scripts written for these
+# folders expect logits from AutoModel. The trunk alone is IlladaModel.
 for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
     auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)
 

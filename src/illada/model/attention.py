@@ -1,7 +1,7 @@
-"""Attention over packed segments: every token sees its whole segment and nothing else; if causal, what is not after it.
+"""Attention over packed segments: each token sees its own segment and nothing else; if causal, nothing after itself.
 
-Shape letters: T tokens of all segments, one after another · M of them ask (all, or those of the last layer that are
-wanted) · S segments · N segments of one run · L length · H query heads · G key/value heads · D head width.
+Shape letters: T tokens of all segments, one after another · M asking positions (all, or the wanted ones in the last
+layer) · S segments · N segments of one group · L length · H query heads · G key/value heads · D head width.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,34 +25,35 @@ class SegmentGroup(NamedTuple):
 
     segments: int
     queries: int
-    """Of each segment, how many positions ask."""
+    """How many positions of each segment ask."""
     length: int
-    pasts: tuple[KVCache, ...] = ()
+    caches: tuple[KVCache, ...] = ()
     """One for each segment, or none."""
 
     @property
     def seen(self) -> list[int]:
         """How many positions each segment sees."""
-        return [past.start + self.length for past in self.pasts] or [self.length] * self.segments
+        return [cache.start + self.length for cache in self.caches] or [self.length] * self.segments
 
-    def takes(self, queries: int, length: int, past: KVCache | None) -> bool:
-        """Return whether a segment may join: alike, and at most half of what the run then sees is padding."""
-        if (queries, length, past is None) != (self.queries, self.length, not self.pasts):
+    def takes(self, queries: int, length: int, cache: KVCache | None) -> bool:
+        """Return whether a segment may join: it is alike, and at most half of what the group then sees is padding."""
+        if (queries, length, cache is None) != (self.queries, self.length, not self.caches):
             return False
-        seen = [*self.seen, length + (past.start if past else 0)]
+        seen = [*self.seen, length + (cache.start if cache else 0)]
         return len(seen) * max(seen) <= 2 * sum(seen)
 
-    def joined(self, past: KVCache | None) -> "SegmentGroup":
-        """Return the run with one more segment."""
-        return self._replace(segments=self.segments + 1, pasts=self.pasts if past is None else (*self.pasts, past))
+    def plus(self, cache: KVCache | None) -> "SegmentGroup":
+        """Return the group with one more segment."""
+        caches = self.caches if cache is None else (*self.caches, cache)
+        return self._replace(segments=self.segments + 1, caches=caches)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How T tokens divide into segments. Lengths live on the host: no device synchronisation is needed to use them."""
+    """How T tokens divide into segments. Lengths live on the host, so using them needs no device synchronisation."""
 
     lengths: tuple[int, ...]
-    pasts: tuple[KVCache | None, ...] = ()
+    caches: tuple[KVCache | None, ...] = ()
     """What each segment continues; empty when none of them continues anything."""
     queries: tuple[int, ...] = ()
     """How many positions of each segment ask; empty when all do."""
@@ -72,42 +73,44 @@ class Packing:
         return sum(self.lengths)
 
     @cached_property
-    def runs(self) -> tuple[SegmentGroup, ...]:
-        """Neighbouring segments that are alike: one batched kernel call each."""
-        runs: list[SegmentGroup] = []
-        pasts = self.pasts or (None,) * len(self.lengths)
-        for queries, length, past in zip(self.queries or self.lengths, self.lengths, pasts, strict=True):
+    def groups(self) -> tuple[SegmentGroup, ...]:
+        """Neighbouring segments that are alike, empty ones left out: one batched kernel call for each group."""
+        groups: list[SegmentGroup] = []
+        caches = self.caches or (None,) * len(self.lengths)
+        for queries, length, cache in zip(self.queries or self.lengths, self.lengths, caches, strict=True):
             if length == 0:
                 continue
-            if runs and runs[-1].takes(queries, length, past):
-                runs[-1] = runs[-1].joined(past)
+            if groups and groups[-1].takes(queries, length, cache):
+                groups[-1] = groups[-1].plus(cache)
             else:
-                runs.append(SegmentGroup(1, queries, length, () if past is None else (past,)))
-        return tuple(runs)
+                groups.append(SegmentGroup(1, queries, length, () if cache is None else (cache,)))
+        return tuple(groups)
 
-    def places(self, device: torch.device, causal: bool) -> list[CacheView | None]:
-        """Return for each run where in the pool it writes and reads; None for one without pasts."""
-        if ("places", device) not in self._on_device:
-            places = [CacheView.of(run.pasts, run.length, device, causal) if run.pasts else None for run in self.runs]
-            self._on_device["places", device] = places
-        return self._on_device["places", device]
+    def views(self, device: torch.device, causal: bool) -> list[CacheView | None]:
+        """Return for each group where in the pool it writes and reads; None for a group without caches."""
+        if ("views", device) not in self._on_device:
+            self._on_device["views", device] = [
+                CacheView.of(group.caches, group.length, device, causal) if group.caches else None
+                for group in self.groups
+            ]
+        return self._on_device["views", device]
 
     def ends(self, device: torch.device) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
         """Return cumulative lengths, int32 from 0 on, and the greatest length: of what asks, and of what it sees."""
         if ("ends", device) not in self._on_device:
-            asking = [run.queries for run in self.runs for _ in range(run.segments)]
-            seen = [length for run in self.runs for length in run.seen]
+            queries = [group.queries for group in self.groups for _ in range(group.segments)]
+            seen = [length for group in self.groups for length in group.seen]
             self._on_device["ends", device] = tuple(
-                (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device), max(each))
-                for each in (asking, seen)
+                (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths))
+                for lengths in (queries, seen)
             )
         return self._on_device["ends", device]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
-        """Positions that restart at 0 in every segment, or go on where its past ends, int64 [T]."""
+        """Positions that restart at 0 in every segment, or continue where its cache ends, int64 [T]."""
         if not self.lengths:
             return torch.zeros(0, dtype=torch.int64, device=device)
-        starts = [0 if past is None else past.start for past in self.pasts] or [0] * len(self.lengths)
+        starts = [0 if cache is None else cache.start for cache in self.caches] or [0] * len(self.lengths)
         pairs = zip(starts, self.lengths, strict=True)
         # Counted on the host, so that one copy brings all of them.
         return torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(device)
@@ -148,56 +151,59 @@ def packed_attention(
     layer: int = 0,
     causal: bool = False,
 ) -> Tensor:
-    """Attend within each segment and its past, to all of it or, if causal, to what is not after the position that asks.
+    """Attend within each segment and its cache: to all of it or, if causal, to nothing after the asking position.
 
-    Returns [M, H, D]. `layer` is that of the past. In causal attention all positions ask.
+    Returns [M, H, D]. `layer` is the layer's place in the cache. In causal attention all positions ask.
 
-    Segments of equal length that lie side by side go through one call of a kernel (see `KERNELS`) on a view,
-    so a batch whose segments are sorted by length needs few calls and no copy (`benchmarks/attention.py` compares this with
-    nested tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed
-    sequences, on CUDA in half precision. Heads of one group share their key and value.
+    Neighbouring segments of equal length go through one call of a kernel (see `KERNELS`) on a view, so a batch whose
+    segments are sorted by length needs few calls and no copy (`benchmarks/attention.py` compares this with nested
+    tensors). Kernel "varlen" takes all segments at once, of any lengths: torch's flash attention for packed sequences,
+    on CUDA in half precision. Heads of one group share their key and value.
 
     Raises:
         IlladaError: when "varlen" is asked for elsewhere.
     """
-    gqa = query_MHD.shape[1] != key_TGD.shape[1]
-    runs = packing.runs
-    # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every run.
-    sizes = [run.segments * run.length for run in runs]
-    pairs = list(zip(key_TGD.split(sizes), value_TGD.split(sizes), strict=True))
-    places: list[CacheView | None] = [None] * len(runs)
-    if packing.pasts:
-        places = packing.places(query_MHD.device, causal)
-        pairs = [
-            pair if place is None else place.extend(layer, *pair, padded=kernel != "varlen")
-            for place, pair in zip(places, pairs, strict=True)
-        ]
+    groups, views = packing.groups, packing.views(query_MHD.device, causal)
+    # split, not slices: the backward pass of a slice would fill a tensor of all T tokens for every group.
+    sizes = [group.segments * group.length for group in groups]
+    pairs = [
+        pair if view is None else view.extend(layer, *pair, padded=kernel != "varlen")
+        for view, pair in zip(views, zip(key_TGD.split(sizes), value_TGD.split(sizes), strict=True), strict=True)
+    ]
     if kernel == "varlen":
-        if packing.pasts:
+        if packing.caches:
             key_TGD, value_TGD = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
-        window = (-1, 0 if causal else -1)  # counted from the ends, so behind a past too
-        try:
-            attended = varlen_attn(
-                query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, window_size=window, enable_gqa=gqa
-            )
-        except RuntimeError as error:
-            where, dtype = query_MHD.device.type, query_MHD.dtype
-            if where == "cuda" and dtype in (torch.bfloat16, torch.float16):
-                raise
-            what = (
-                f"attn_implementation varlen needs CUDA and bf16 or fp16, not {where} and {str(dtype)[6:]}: take sdpa"
-            )
-            raise IlladaError(what) from error
-        return cast(Tensor, attended)  # a pair only when asked for
+        return _varlen_attention(query_MHD, key_TGD, value_TGD, packing, causal)
+    gqa = query_MHD.shape[1] != key_TGD.shape[1]
     outputs = []
-    queries = query_MHD.split([run.segments * run.queries for run in runs])
-    for run, place, query, pair in zip(runs, places, queries, pairs, strict=True):
-        query_NMHD = query.unflatten(0, (run.segments, run.queries))
-        key_NLGD, value_NLGD = (x.unflatten(0, (run.segments, -1)) for x in pair)
+    queries = query_MHD.split([group.segments * group.queries for group in groups])
+    for group, view, query, pair in zip(groups, views, queries, pairs, strict=True):
+        query_NMHD = query.unflatten(0, (group.segments, group.queries))
+        key_NLGD, value_NLGD = (x.unflatten(0, (group.segments, -1)) for x in pair)
         query_NHMD, key_NGLD, value_NGLD = (x.transpose(1, 2) for x in (query_NMHD, key_NLGD, value_NLGD))
-        mask = None if place is None else place.mask
-        begins = causal and max(run.seen) == run.length  # behind a past the mask says what is not after a position
-        out_NHMD = KERNELS[kernel](query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, is_causal=begins, enable_gqa=gqa)
+        mask = None if view is None else view.mask
+        is_causal = causal and max(group.seen) == group.length  # with cached positions the view's mask is causal
+        out_NHMD = KERNELS[kernel](
+            query_NHMD, key_NGLD, value_NGLD, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa
+        )
         outputs.append(out_NHMD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def _varlen_attention(query_MHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, causal: bool) -> Tensor:
+    """Attend with torch's flash attention for packed sequences; keys and values are all that the segments see."""
+    (ends_q, most_q), (ends_k, most_k) = packing.ends(query_MHD.device)
+    window = (-1, 0 if causal else -1)  # counted from the ends, so it holds for cached positions too
+    gqa = query_MHD.shape[1] != key_TGD.shape[1]
+    try:
+        attended = varlen_attn(
+            query_MHD, key_TGD, value_TGD, ends_q, ends_k, most_q, most_k, window_size=window, enable_gqa=gqa
+        )
+    except RuntimeError as error:
+        where, dtype = query_MHD.device.type, query_MHD.dtype
+        if where == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            raise
+        raise IlladaError(
+            f"attn_implementation varlen needs CUDA and bf16 or fp16, not {where} and {str(dtype)[6:]}: take sdpa"
+        ) from error
+    return cast(Tensor, attended)  # a pair only when asked for

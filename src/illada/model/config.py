@@ -33,7 +33,7 @@ class IlladaConfig(PreTrainedConfig):
         rope_theta: base wavelength of the rotary embedding. Not published; default ours.
         rms_norm_eps: added to the mean square. Not published; default ours.
         initializer_range: standard deviation of the linear layers at the start. Not published; default ours.
-        causal: whether a position sees only itself and those before it, and its logits predict the next token: the
+        causal: whether a position sees only itself and earlier positions, and its logits predict the next token: the
             autoregressive baseline (ours), with which diffusion can be compared at equal data and size.
         tie_word_embeddings: whether the LM head is the embedding (iLLaDA: yes, LLaDA: no).
         mask_token_id: the id that stands for a masked token. The released iLLaDA files do not carry it: it is 5 there.
@@ -120,6 +120,7 @@ class IlladaConfig(PreTrainedConfig):
 
 
 def _small(width: int, layers: int, heads: int, key_value_heads: int, intermediate: int) -> dict[str, Any]:
+    """Return a preset for one machine."""
     return {
         "vocab_size": 4096,
         "hidden_size": width,
@@ -128,13 +129,13 @@ def _small(width: int, layers: int, heads: int, key_value_heads: int, intermedia
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "max_position_embeddings": 1024,
-        # The shorter the context, the shorter the longest wavelength worth having; ours.
+        # A shorter context needs no longer wavelengths; ours.
         "rope_theta": 10_000.0,
     }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, for one machine; sizes are without the embedding. vocab_size is the tokenizer's, given when training.
+    # Ours, for one machine; their names count no embedding. Training replaces vocab_size by the tokenizer's.
     "1m": _small(128, 4, 4, 2, 384),
     "5m": _small(256, 6, 4, 2, 768),
     "15m": _small(384, 8, 6, 2, 1152),
@@ -161,5 +162,5 @@ class LladaConfig(IlladaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build an `IlladaConfig`; errors as there."""
+        """Build an `IlladaConfig`; errors as in `IlladaConfig.from_dict`."""
         return IlladaConfig.from_dict(config_dict, **kwargs)

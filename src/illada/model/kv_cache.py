@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PAGE = 32
-"""Positions of a page."""
+"""Positions in a page."""
 
 
 class PagePool:
-    """Memory for the keys and values of many sequences, in pages; it grows to what is used at once."""
+    """Memory for the keys and values of many sequences, in pages; it grows to what is in use at once."""
 
     def __init__(self) -> None:
         self.layers: list[Tensor] = []
@@ -24,7 +24,7 @@ class PagePool:
         self.pages = 0
 
     def take(self, count: int) -> list[int]:
-        """Return the numbers of so many pages."""
+        """Return the numbers of `count` free pages; the pool grows where it has too few."""
         if (missing := count - len(self.free)) > 0:
             grown = self.pages + max(missing, self.pages)
             self.free += range(self.pages, grown)
@@ -36,7 +36,7 @@ class PagePool:
         """Return the keys and values of a layer, [2, pages x PAGE, G, D]."""
         slots = self.pages * PAGE
         if number == len(self.layers):
-            # Zeros: what nobody wrote is masked in attention, and zero times rubbish might be no number.
+            # Zeros: attention masks the slots that nobody wrote, but a masked NaN would still spoil its sums.
             self.layers.append(like_TGD.new_zeros(2, slots, *like_TGD.shape[1:]))
         elif self.layers[number].shape[1] < slots:
             old = self.layers[number]
@@ -48,20 +48,21 @@ class PagePool:
 class KVCache:
     """Where one sequence has its keys and values.
 
-    A pass over the positions from `start` on writes theirs and attends to those before it as they were last computed:
-    what a fresh pass gives in a causal model, but not in a bidirectional one, whose positions depend on all others.
+    A pass over the positions from `start` on writes their keys and values, and attends to the earlier positions as they
+    were last computed. In a causal model that equals a fresh pass; in a bidirectional one it does not, as every
+    position depends on all others.
     """
 
-    def __init__(self, pool: PagePool, shared: NDArray[np.int64] | None = None):
+    def __init__(self, pool: PagePool, slots: NDArray[np.int64] | None = None):
         self.pool = pool
         self.start = 0
         """Where the positions of the next pass begin."""
-        self.slots = np.zeros(0, dtype=np.int64) if shared is None else shared
-        """Of each position, where in the pool it is."""
+        self.slots = np.zeros(0, dtype=np.int64) if slots is None else slots
+        """For each position, its slot in the pool."""
         self.pages: list[int] = []
 
     def begin(self, start: int, length: int) -> None:
-        """Prepare for a pass over so many positions from `start` on."""
+        """Prepare for a pass over `length` positions from `start` on."""
         self.start = start
         if (missing := start + length - len(self.slots)) > 0:
             pages = self.pool.take(-(-missing // PAGE))
@@ -70,7 +71,7 @@ class KVCache:
             self.slots = np.concatenate((self.slots, fresh.ravel()))
 
     def fork(self, start: int) -> "KVCache":
-        """Return a past that shares the positions before `start` and writes elsewhere."""
+        """Return a cache that shares the positions before `start` and writes elsewhere."""
         return KVCache(self.pool, self.slots[:start])
 
     def release(self) -> None:
@@ -93,25 +94,24 @@ class CacheView(NamedTuple):
     """What is seen, bool [N, 1, 1 or L, longest]: no padding and, if causal, nothing after a position; None for all."""
 
     @classmethod
-    def of(cls, pasts: Sequence[KVCache], length: int, device: torch.device, causal: bool = False) -> "CacheView":
-        """Look them up for a pass over `length` positions of each."""
-        slots = [past.slots[: past.start + length] for past in pasts]
-        flat = np.concatenate(slots)
-        write = np.concatenate([one[-length:] for one in slots])
-        seen = np.array([len(one) for one in slots])
+    def of(cls, caches: Sequence[KVCache], length: int, device: torch.device, causal: bool = False) -> "CacheView":
+        """Look up the slots for a pass over `length` positions of each sequence."""
+        slots = [cache.slots[: cache.start + length] for cache in caches]
+        flat, write = np.concatenate(slots), np.concatenate([row[-length:] for row in slots])
+        seen = np.array([len(row) for row in slots])
         filled = np.arange(seen.max()) < seen[:, None]
-        read = _indices(flat, device)
         visible = filled[:, None]
-        # Without any past, causal attention needs no mask of ours.
+        # Where nothing lies before the pass, the kernel's own causal mask serves.
         if causal and seen.max() > length:
             position = (seen - length)[:, None] + np.arange(length)
             visible = np.arange(seen.max()) <= position[:, :, None]
         mask = None if visible.all() else torch.from_numpy(visible[:, None]).to(device)
-        if filled.all():
-            return cls(pasts[0].pool, _indices(write, device), read, read, mask)
-        padded = np.zeros(filled.shape, dtype=np.int64)
-        padded[filled] = flat
-        return cls(pasts[0].pool, _indices(write, device), read, _indices(padded.ravel(), device), mask)
+        read = padded = _indices(flat, device)
+        if not filled.all():
+            rectangle = np.zeros(filled.shape, dtype=np.int64)
+            rectangle[filled] = flat
+            padded = _indices(rectangle.ravel(), device)
+        return cls(caches[0].pool, _indices(write, device), read, padded, mask)
 
     def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
         """Write the keys and values of a pass, and return all that its sequences see."""
@@ -123,7 +123,7 @@ class CacheView(NamedTuple):
 
 
 def _indices(slots: NDArray[np.int64], device: torch.device) -> Tensor | slice:
-    """Return a slice where the slots are one stretch, as those of a single sequence often are: it needs no copy."""
+    """Return the slots as a tensor; as a slice, which needs no copy, where they are one stretch."""
     first, last = int(slots[0]), int(slots[-1])
     if last - first == len(slots) - 1 and (slots[1:] > slots[:-1]).all():
         return slice(first, last + 1)

@@ -1,4 +1,4 @@
-"""The released checkpoints: what their config.json and tensors are called, and what this network cannot do of them.
+"""The released checkpoints: names in their config.json and of their tensors, and what this network refuses of them.
 
 Two families are read. iLLaDA (model_type "illada", class ILLaDAForCausalLM) uses the names of this package. LLaDA
 (model_type "llada", class LLaDAModelLM: LLaDA-8B-Base, -Instruct, LLaDA-1.5) uses OLMo's; the forward pass is the same
@@ -17,7 +17,7 @@ FAMILY_IDS: dict[str, dict[str, int]] = {
 """Special ids where a checkpoint's own files do not give them (spec §1, §8)."""
 
 MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>")
-"""What the released tokenizers call the mask; neither declares it as its mask_token."""
+"""Names of the mask in the released tokenizers; neither declares it as its mask_token."""
 
 TURN_ENDS = ("<|eot_id|>",)
 """Tokens that end an assistant's turn besides the end-of-sequence token."""
@@ -45,20 +45,15 @@ _LLADA_CONFIG = {
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "max_sequence_length": "max_position_embeddings",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
     "weight_tying": "tie_word_embeddings",
-    "mask_token_id": "mask_token_id",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
     "dtype": "dtype",
     "torch_dtype": "dtype",
-    "attn_implementation": "attn_implementation",
+    **{name: name for name in ("rope_theta", "rms_norm_eps", "attn_implementation")},
+    **{f"{name}_token_id": f"{name}_token_id" for name in ("mask", "bos", "eos", "pad")},
 }
 
-# What the network does, by the configuration's name for it. A checkpoint that asks for anything else is refused.
+# The values of a configuration that this network implements. A checkpoint with any other value is refused.
 _ILLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -83,7 +78,7 @@ _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
 }
 
-# Neutral or only for the authors' own code: of no use in a configuration of ours.
+# These fields are neutral, or serve the authors' own code only.
 _DROPPED = {*_ILLADA_FIXED, "rope_scaling", "rope_parameters", "auto_map", "use_cache", "pretraining_tp"}
 
 
@@ -147,14 +142,14 @@ def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...
 
 
 def released_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json as the released iLLaDA folders have it, given that of `IlladaConfig.to_dict()`.
+    """Return config.json in the form of the released iLLaDA folders, from the values of `IlladaConfig.to_dict()`.
 
-    The mask id is kept beside the released fields: their code ignores it, and ours need not guess. `auto_map` names the
-    two files of the authors' code, which are not ours to copy.
+    The mask id is added to the released fields: the authors' code ignores it, and ours need not guess. `auto_map` names
+    the two files of the authors' code, which are not ours to copy.
 
     Raises:
-        IlladaError: when a head is not hidden_size / num_attention_heads wide, as their code knows no other width, or
-            the model is causal.
+        IlladaError: when a head is not hidden_size / num_attention_heads wide (the authors' code knows no other width),
+            or the model is causal.
     """
     if values.get("causal"):
         raise IlladaError(

@@ -1,16 +1,16 @@
 """The iLLaDA transformer: a pre-norm LLaMA trunk with full bidirectional attention (paper §2.1; spec §1).
 
-Or with causal attention (ours): the autoregressive baseline.
+With causal attention (ours) it is the autoregressive baseline.
 
 There is one path through the network: packed segments. A batch with padding is packed first and unpacked after, so
-neither padding nor company changes a row's result.
+neither padding nor the other rows change a row's result.
 
 Shape letters: B rows · L row length · T packed tokens · D width · H query heads · G key/value heads · K head width ·
-V vocabulary · M selected tokens.
+V vocabulary · C a piece of it · M selected tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from illada.model.config import IlladaConfig
 from illada.model.released import LLADA_TENSORS
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the halves of a head share them, but for the sign."""
+"""Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the same for both halves of a head, but for the sign."""
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Return the rotary angles; no scaling."""
+    """Return cosine and signed sine of the rotary angles, without scaling."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
     angles = position_ids_T.float()[:, None, None] * theta**-exponent
     cos, sin = angles.cos(), angles.sin()
@@ -56,7 +56,7 @@ def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary
 
 
 def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of a head by its angle, in fp32; keeps the dtype."""
+    """Turn each pair (i, i + K/2) of a head by its angle: computed in fp32, returned in the dtype of `x_THK`."""
     first, second = x_THK.chunk(2, dim=-1)
     return torch.addcmul(x_THK * cos, torch.cat((second, first), dim=-1).float(), sin).to(x_THK.dtype)
 
@@ -64,7 +64,7 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def branch_end(inputs: int, outputs: int) -> nn.Linear:
     """Return the last linear layer of a residual branch, marked to start narrower (spec §1).
 
-    A mark and not a class of its own: libraries that replace linear layers look for exactly `nn.Linear`.
+    It is not a subclass, as libraries that replace linear layers look for exactly `nn.Linear`.
     """
     layer = nn.Linear(inputs, outputs, bias=False)
     layer.ends_branch = True  # type: ignore[assignment]
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.o_proj = branch_end(queries, width)
 
     def ask(self, hidden_TD: Tensor, rotary: Rotary, asking_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries of all positions, or of those given [M, H, K], and keys and values of all [T, G, K]."""
+        """Return the queries [M, H, K] of the asking positions (None: of all), and keys and values [T, G, K] of all."""
         heads = (-1, self.head_dim)
         key_TGK = rotate(self.k_proj(hidden_TD).unflatten(-1, heads), *rotary)
         value_TGK = self.v_proj(hidden_TD).unflatten(-1, heads)
@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One pre-norm transformer block: what lies before attention, attention, and what lies behind it.
+    """One pre-norm transformer block in three parts: before attention, attention, after attention.
 
     Attention sees the lengths of the batch, which change from step to step; the other two parts do not, so they can be
     compiled once (`IlladaModel.compile_blocks`).
@@ -129,19 +129,21 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def before(self, hidden_TD: Tensor, rotary: Rotary, asking_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what attention takes."""
+    def pre_attention(
+        self, hidden_TD: Tensor, rotary: Rotary, asking_M: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values."""
         return self.self_attn.ask(self.input_layernorm(hidden_TD), rotary, asking_M)
 
-    def behind(self, hidden_MD: Tensor, attended_MD: Tensor) -> Tensor:
+    def post_attention(self, hidden_MD: Tensor, attended_MD: Tensor) -> Tensor:
         """Add attention and then SwiGLU to the residual stream."""
         hidden_MD = hidden_MD + self.self_attn.o_proj(attended_MD)
         return hidden_MD + self.mlp(self.post_attention_layernorm(hidden_MD))
 
     def forward(self, hidden_TD: Tensor, packing: Packing, rotary: Rotary, asking_M: Tensor | None = None) -> Tensor:
         """Map [T, D] to [T, D], or to the [M, D] of the asking positions alone."""
-        attended = self.self_attn.attend(*self.before(hidden_TD, rotary, asking_M), packing)
-        return self.behind(hidden_TD if asking_M is None else hidden_TD[asking_M], attended)
+        attended = self.self_attn.attend(*self.pre_attention(hidden_TD, rotary, asking_M), packing)
+        return self.post_attention(hidden_TD if asking_M is None else hidden_TD[asking_M], attended)
 
 
 class IlladaPreTrainedModel(PreTrainedModel):
@@ -156,7 +158,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # attention looks at the configuration each time; transformers would guess from the source text
+        return True  # attention reads the configuration each time; transformers would guess from the source text
 
     @classmethod
     def from_pretrained(
@@ -169,16 +171,19 @@ class IlladaPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint of ours, of iLLaDA or of LLaDA; arguments as in transformers.
 
+        Only safetensors are read: a pickle is an error, unless `use_safetensors=False` asks for it.
+
         Raises:
             IlladaError: when a tensor is missing, not expected or of another shape, naming them, or when a head that
                 should be tied differs from the embedding. Nothing is ever initialised afresh.
         """
+        kwargs.setdefault("use_safetensors", True)
         model, notes = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             key_mapping={**LLADA_TENSORS, **(key_mapping or {})},
             output_loading_info=True,
-            # Odd shapes are refused below, together with odd names.
+            # Below, odd shapes are refused together with odd names.
             **{**kwargs, "ignore_mismatched_sizes": True},
         )
         _refuse_odd(pretrained_model_name_or_path, notes)
@@ -200,11 +205,24 @@ class IlladaPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2 * config.hidden_size) ** -0.5)
-            # A slice has lost the flag that says "already loaded", so it is asked for here.
+            # The slice lacks the flag "already loaded" of the whole tensor, which transformers would look for.
             if config.pad_token_id is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[config.pad_token_id])
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+
+
+def misfits(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], stray: str) -> list[str]:
+    """Name each tensor that is missing, is `stray` (has no place) or has another shape than its place."""
+    return [
+        *(f"{name} is missing" for name in places if name not in tensors),
+        *(f"{name} {stray}" for name in tensors if name not in places),
+        *(
+            f"{name} is {list(tensors[name].shape)}, not {list(place.shape)}"
+            for name, place in places.items()
+            if name in tensors and tensors[name].shape != place.shape
+        ),
+    ]
 
 
 def _refuse_odd(path: Any, notes: dict[str, Any]) -> None:
@@ -239,11 +257,11 @@ class IlladaModel(IlladaPreTrainedModel):
         position_ids_T: Tensor | None = None,
         wanted: Sequence[NDArray[np.int64]] | None = None,
     ) -> Tensor:
-        """Return final hidden states [T, D] of packed segments; positions restart in each segment unless given.
+        """Return final hidden states [T, D] of packed segments; without position ids, see `Packing.positions`.
 
-        `wanted` names the positions within each segment whose states are wanted: then they alone are returned, [M, D]
-        in order, and the last layer computes queries, output and SwiGLU for them only (keys and values for all), unless
-        the model is causal.
+        `wanted` lists positions within each segment: then their states alone are returned, [M, D] in order, and the
+        last layer computes queries, output and SwiGLU for them only (keys and values for all), unless the model is
+        causal.
 
         Raises:
             ValueError: when the segments do not add up to T tokens.
@@ -258,27 +276,27 @@ class IlladaModel(IlladaPreTrainedModel):
             *body, last = self.layers
             for block in body:
                 hidden_TD = block(hidden_TD, packing, rotary)
-            asking_M = None
-            if wanted is not None:
+            if wanted is None:
+                hidden_TD = last(hidden_TD, packing, rotary)
+            else:
                 starts = np.cumsum([0, *packing.lengths[:-1]])
                 flat_M = np.concatenate([start + at for start, at in zip(starts, wanted, strict=True)])
                 asking_M = torch.from_numpy(flat_M).to(hidden_TD.device)
-            if self.config.causal and asking_M is not None:  # there attention would have to know which position asks
-                hidden_TD = last(hidden_TD, packing, rotary)[asking_M]
-            else:
-                if wanted is not None:
+                if self.config.causal:  # attention would have to know which position asks
+                    hidden_TD = last(hidden_TD, packing, rotary)[asking_M]
+                else:
                     packing = replace(packing, queries=tuple(map(len, wanted)))
-                hidden_TD = last(hidden_TD, packing, rotary, asking_M)
+                    hidden_TD = last(hidden_TD, packing, rotary, asking_M)
         return self.norm(hidden_TD)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile what lies before and behind attention in every layer, once for all layers and lengths.
+        """Compile all but attention, once for all layers and lengths.
 
-        Same results up to the rounding of fused operations; the first passes take up to a minute. `backend` is one of
-        torch.compile's.
+        Results stay the same up to the rounding of fused operations; the first passes take up to a minute. `backend` is
+        one of torch.compile's.
         """
         for block in self.layers:
-            for part in ("before", "behind"):
+            for part in ("pre_attention", "post_attention"):
                 setattr(block, part, torch.compile(getattr(block, part), dynamic=True, backend=backend))
 
     def forward(
@@ -321,7 +339,7 @@ class IlladaModel(IlladaPreTrainedModel):
 class IlladaForMaskedLM(IlladaPreTrainedModel):
     """The trunk with its LM head. Logits at position i predict token i; there is no shift and no cache.
 
-    Those of a causal model, the autoregressive baseline, predict token i + 1. There is no `labels` argument: the
+    In a causal model, the autoregressive baseline, they predict token i + 1. There is no `labels` argument: the
     diffusion loss needs the noise level, see `illada.diffusion_loss`.
     """
 
@@ -347,11 +365,11 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
 
     @property
     def head_is_divisible(self) -> bool:
-        """Whether the head is a plain matrix that nobody wrapped: some of its rows then give some of the logits."""
+        """Whether the head is a plain matrix that nobody wrapped, so that some of its rows give some of the logits."""
         return type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
 
     def head_pieces(self, hidden_MD: Tensor, pieces: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first id, fp32 logits [M, C]) of the vocabulary in pieces of nearly equal width, or of all of it."""
+        """Yield (first id, fp32 logits [M, C]) of pieces of nearly equal width; an indivisible head is one piece."""
         if pieces == 1 or not self.head_is_divisible:
             yield 0, self.lm_head(hidden_MD).float()
             return
