@@ -21,7 +21,7 @@ _SIZES = (
 class IlladaConfig(PreTrainedConfig):
     """Shape and special ids of a masked diffusion language model; a transformers configuration, model_type "illada".
 
-    Args:
+    Attributes:
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width of the SwiGLU.
