@@ -251,7 +251,8 @@ def main(words: list[str] | None = None) -> None:
         command: Any = COMMANDS
         while isinstance(command, dict):
             command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
-        heavy.hub.keep_libraries_quiet_and_local()
+        heavy.hub.ban_network()
+        heavy.hub.quiet_libraries()
         _call(command, arguments)
     except IlladaError as error:
         sys.exit(_fail(error, 2))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 from illada.errors import IlladaError, first_line
 
@@ -64,6 +65,12 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
         except Exception:
             raise IlladaError(f"{unreachable} ({first_line(error)})") from error
+
+
+def quiet_libraries() -> None:
+    """Let transformers say only what is an error, and draw no progress bars."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def ban_network() -> None:

@@ -41,7 +41,7 @@ with _lazily():
     import illada.generation.engine as generation
     import illada.preparation.prepare as preparation
     import illada.scoring.candidates as scoring
-    import illada.training.estimate as estimation
+    import illada.training.optional.estimate as estimation
     import illada.training.trainer as training
     import illada.weights.load as weights
     from illada import hub

@@ -7,7 +7,8 @@ import signal
 import sys
 
 from illada.commands import heavy
-from illada.training.recipe import EstimateOptions, Recipe
+from illada.training.optional.options import EstimateOptions
+from illada.training.recipe import Recipe
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -38,7 +39,7 @@ def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: 
         json: print a JSON object instead.
         sft: the recipe is for `illada sft`, whose defaults differ.
     """
-    result = heavy.estimation.estimate(recipe, options)
+    result = heavy.estimation.estimate(recipe, **dataclasses.asdict(options))
     print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else heavy.estimation.table(result))
 
 

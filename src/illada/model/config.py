@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from illada.errors import IlladaError
 from illada.model.released import FAMILY_IDS, read_config
@@ -164,3 +164,7 @@ class LladaConfig(IlladaConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build an `IlladaConfig`; errors as in `IlladaConfig.from_dict`."""
         return IlladaConfig.from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register("illada", IlladaConfig, exist_ok=True)
+AutoConfig.register("llada", LladaConfig, exist_ok=True)

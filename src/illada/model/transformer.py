@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
@@ -381,3 +381,9 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """Return the LM head."""
         return self.lm_head
+
+
+# Every class gives the model with its head, as the released folders' auto_map does: scripts written for them expect
+# logits of AutoModel. The trunk alone is IlladaModel.
+for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+    auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)

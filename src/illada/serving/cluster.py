@@ -14,11 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
-from illada.hub import ban_network
+from illada.hub import ban_network, quiet_libraries
 from illada.serving.app import create_app
 from illada.serving.middleware import read_keys
 from illada.serving.options import Copies, ServerSettings
@@ -50,8 +48,7 @@ class Replica:
     ) -> None:
         show_log()
         ban_network()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quiet_libraries()
         network, tokenizer = load_model(model, dtype, device, quantize)
         # The application is made here and not in the caller: threads and locks cannot be sent to another process.
         self.application = create_app(network, tokenizer, name, server, defaults)

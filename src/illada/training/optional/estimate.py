@@ -34,6 +34,7 @@ from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
 from illada.training.parallel import check_divisible, recompute
+from illada.training.optional.options import GpuName
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.weights.adapters import add_adapter
 from illada.weights.load import load_config
@@ -41,7 +42,6 @@ from illada.weights.runs import model_folder
 
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
-GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090", "cpu"]
 
 KEPT_FREE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
