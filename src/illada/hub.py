@@ -1,5 +1,6 @@
-"""The Hugging Face hub: only this module may use the network, and only for a name that the user gave."""
+"""The Hugging Face hub and its libraries: only this module may use the network, and only for a name a user gave."""
 
+import logging
 import re
 import sys
 import threading
@@ -65,6 +66,19 @@ def hub_folder(name: str, files: Sequence[str]) -> Path:
             return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
         except Exception:
             raise IlladaError(f"{unreachable} ({first_line(error)})") from error
+
+
+@contextmanager
+def importing_quietly() -> Iterator[None]:
+    """Silence torchao, which transformers imports wherever it is installed, about kernels for machines unlike this."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def quiet_libraries() -> None:

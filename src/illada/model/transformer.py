@@ -19,15 +19,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from illada.errors import IlladaError
+from illada.hub import importing_quietly
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
 from illada.model.released import LLADA_TENSORS
+
+with importing_quietly():
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+    from transformers import initialization as init
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the same for both halves of a head, but for the sign."""

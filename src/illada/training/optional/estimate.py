@@ -33,8 +33,8 @@ from illada.errors import IlladaError
 from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
-from illada.training.parallel import check_divisible, recompute
 from illada.training.optional.options import GpuName
+from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.weights.adapters import add_adapter
 from illada.weights.load import load_config
