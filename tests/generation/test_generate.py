@@ -773,7 +773,7 @@ def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
 def test_drafts_go_as_far_as_the_last_pass_foretells():
     def drafts(room=1000, **change):
         row = after_one_step(**change)
-        assert row.expect(room) == sum(draft.size for draft in row.drafts) <= max(0, room)
+        assert row.speculate(room) == sum(draft.size for draft in row.drafts) <= max(0, room)
         return [draft.masked_G.tolist().count(False) for draft in row.drafts]
 
     assert drafts(speculate=2) == [2, 3]
@@ -798,9 +798,9 @@ def test_a_draft_counts_only_for_the_state_it_foretold():
         ([0.5, 0.4, 0.3], (6, 7, 8, 9), False),  # doubt: the next pass renews the past
     ):
         row = after_one_step(speculate=1, cache="adaptive", refresh_below=0.75)
-        row.expect(1000)
+        row.speculate(1000)
         row.commit(proposals(1, came, ids))
-        assert row.is_at(row.drafts[0]) == same
+        assert row.matches(row.drafts[0]) == same
 
 
 def test_requests_enter_and_leave_between_passes(tied):
@@ -863,8 +863,8 @@ def test_the_memory_of_caches_is_bounded(tied):
     while engine.busy:
         engine.step()
     assert sorted(engine.pool.free) == list(range(engine.pool.pages))
-    assert Request(np.array([9]), 8, settings).kept == 9
-    assert Request(np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).kept == 18  # two branches
+    assert Request(np.array([9]), 8, settings).cache_size == 9
+    assert Request(np.array([9]), 8, dataclasses.replace(settings, guidance_scale=1.0)).cache_size == 18  # two branches
 
 
 def test_a_row_without_a_cache_does_not_wait_for_its_memory(tied):

@@ -1,6 +1,8 @@
-"""One denoising step for a packed set of rows: a forward pass, then proposals and confidences (spec §5).
+"""One denoising step of many rows: a forward pass over all of them, then what it proposes for each (spec §5).
 
-Nothing a row gets depends on the rows beside it. Shape letters: M masked positions of the active blocks of some rows.
+A row is a request or one of its drafts, and what it gets does not depend on the rows beside it.
+
+Shape letters: M masked positions of the active blocks of some rows · D width.
 """
 
 from collections.abc import Sequence
@@ -23,16 +25,16 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
         pool: memory of their caches.
         logits_held: most logits held at once.
     """
-    # Rows that want the most probable token come first: they need no whole row of logits. Equal lengths side by side
-    # share attention calls, those that see about as much above all.
+    # Rows that want the most probable token come first: their logits need not exist as a whole. Rows of equal length
+    # lie side by side and share attention calls, those that begin to compute at the same position above all.
     plain = [is_plain(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (not plain[i], rows[i].size // rows[i].passes, rows[i].first))
     rows = [rows[i] for i in order]
-    opened = [row.open_positions() for row in rows]
+    open_positions = [row.open_positions() for row in rows]
     inputs: list[NDArray[np.int64]] = []
     pasts: list[KVCache | None] = []
     wanted: list[NDArray[np.int64]] = []
-    for row, position_M in zip(rows, opened, strict=True):
+    for row, position_M in zip(rows, open_positions, strict=True):
         inputs += row.branches(model.config.mask_token_id)
         pasts += row.continued(pool)
         wanted += [len(row.prompt_P) - row.first - row.causal + position_M] * row.passes
@@ -40,18 +42,20 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
     hidden_MD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), tuple(pasts)), wanted=wanted)
 
     count = sum(plain)
-    middle = sum(map(len, opened[:count]))
+    first = sum(map(len, open_positions[:count]))
     parts = []
     if count:
-        parts.append(most_probable(model, hidden_MD[:middle], logits_held))
+        parts.append(most_probable(model, hidden_MD[:first], logits_held))
     if count < len(rows):
-        parts.append(propose(model, rows[count:], opened[count:], hidden_MD[middle:], logits_held))
+        parts.append(propose(model, rows[count:], open_positions[count:], hidden_MD[first:], logits_held))
+    id_M, log_prob_M, score_M = (torch.cat(column) for column in zip(*parts, strict=True))
     # Float bits as integers, so that one copy brings everything to the host.
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    table = torch.stack([columns[0].int(), *(x.view(torch.int32) for x in columns[1:])]).cpu().numpy()
-    ends = np.cumsum([len(position_M) for position_M in opened])[:-1]
+    table = torch.stack((id_M.int(), log_prob_M.view(torch.int32), score_M.view(torch.int32))).cpu().numpy()
+    ends = np.cumsum([len(position_M) for position_M in open_positions])[:-1]
     results = {
-        i: Proposals(position_M, part[0].astype(np.int64), *(x.view(np.float32) for x in part[1:]))
-        for i, position_M, part in zip(order, opened, np.split(table, ends, axis=1), strict=True)
+        i: Proposals(position_M, ids.astype(np.int64), log_probs.view(np.float32), scores.view(np.float32))
+        for i, position_M, (ids, log_probs, scores) in zip(
+            order, open_positions, np.split(table, ends, axis=1), strict=True
+        )
     }
     return [results[i] for i in range(len(rows))]

@@ -1,27 +1,30 @@
 """Generation of many requests at once: who takes part in a pass, steps and blocks, where an answer ends (spec §5)."""
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import Literal, Protocol
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from illada.errors import IlladaError
 from illada.generation.denoise import denoise
 from illada.generation.request import Proposals, Request
-from illada.generation.settings import GenerationSettings
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.model import IlladaForMaskedLM, PagePool
+from illada.text.chat import Message, encode_prompt
+from illada.text.prompts import encode_plain
 
 MAX_BATCH_TOKENS = 2048
-"""Most positions of one forward pass unless told otherwise."""
+"""Most positions of one forward pass, by default."""
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text, a chat, or token ids."""
 
 
 class Tokenizer(Protocol):
-    """What generation asks of a tokenizer; those of transformers fit."""
+    """What the engine asks of a tokenizer; those of transformers have it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text."""
@@ -40,16 +43,19 @@ class Generation:
     """Generated ids, cut before the first end-of-sequence id or stop string."""
     finish_reason: Literal["stop", "length"]
     forwards: int
-    """Forward passes this row took part in; guidance counts two a step, speculation one for all it computes at once."""
+    """Forward passes that the request took part in. Guidance counts two a step; speculation counts one for a request
+    and its drafts."""
     log_probs: list[float] = field(compare=False)
     """Natural log of the confidence at which each id was committed: its softmax probability, over the full vocabulary,
     under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
-    did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step not on each
-    other, so their sum is no likelihood of the answer: see `illada.scoring` for those. Of a causal model it is."""
+    did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step are not
+    conditioned on each other, so their sum is no likelihood of the answer: `illada.scoring` has likelihoods. For a
+    causal model the sum is one."""
     text: str | None = None
-    """Decoded answer, special tokens included, cut before the stop string; None without a tokenizer."""
+    """The decoded ids, cut before the stop string; None without a tokenizer. An answer that ends at an end-of-sequence
+    token does not show that token; other special tokens stand in the text."""
     positions: int = field(default=0, compare=False)
-    """Positions that the passes computed for this row, drafts included; those a cache gave are not among them."""
+    """Positions that the passes computed for the request and its drafts; what came from a cache does not count."""
 
 
 @dataclass(frozen=True)
@@ -68,75 +74,83 @@ class StepEvent:
     confidence: list[float]
     """Probability of each id when it was last proposed."""
     done: bool
-    """Whether the row has ended; its `Generation` may be shorter than `ids`."""
+    """Whether the answer is complete; its `Generation` may be shorter than `ids`."""
 
 
 def generate(
     model: IlladaForMaskedLM,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings | Sequence[GenerationSettings],
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
     tokenizer: Tokenizer | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
-    """Answer every prompt; each answer is the one the prompt would get alone.
+    """Answer every prompt; each answer is the one that its prompt would get alone.
 
-    Rows of all lengths share packed forward passes, stand at any step of any block, and leave when they end. A causal
-    model takes one token a pass, left to right.
+    Requests of all lengths share packed forward passes, stand at any step of any block, and leave when they end. A
+    causal model takes one token a pass, left to right.
 
     Args:
         model: the network; evaluated in inference mode, its training flag restored afterwards.
-        prompts: token ids of each prompt; an empty one generates unconditionally (not from a causal model).
-        settings: for all prompts, or one per prompt.
-        tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
-        on_step: called once per row and step, after the commit.
+        prompts: any mixture of texts, which the model continues, chats (lists of messages with role and content),
+            which it answers in the tokenizer's chat template, and lists of token ids, which are taken as they are. An
+            empty list of ids generates unconditionally (not from a causal model).
+        settings: for all prompts, or one per prompt; taken as they are, `eos_token_id` included (`settings_for` puts
+            the model's in). Without any, the defaults with the model's own end-of-sequence ids.
+        tokenizer: needed for texts and chats (then one of transformers), stop strings, the `</think>` boost and
+            `Generation.text`.
+        on_step: called once per request and step, after the commit.
         max_batch_tokens: most positions of one forward pass, see `Engine`.
 
     Returns:
         one `Generation` per prompt, in order.
 
     Raises:
-        IlladaError: when a prompt does not fit the context or the vocabulary, when the budget is below one block, when
-            settings need a tokenizer and none is given, or when they are about masks and the model is causal.
+        IlladaError: when prompts are not a list, when a prompt does not fit the context or the vocabulary, when the
+            budget is below one block, when prompts or settings need a tokenizer and none is given, or when settings are
+            about masks and the model is causal.
     """
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise IlladaError("give a list of prompts, even for one: each is a text, a list of messages or a list of ids")
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
-    for prompt, one in zip(prompts, _settings_each(settings, len(prompts), "prompts"), strict=True):
-        engine.submit(prompt, one)
+    for i, (prompt, own) in enumerate(_with_settings(model, prompts, settings, "prompts")):
+        engine.submit(_encode(prompt, tokenizer, f"prompt {i}"), own)
     return engine.run()
 
 
 def infill(
     model: IlladaForMaskedLM,
     templates: Sequence[Sequence[int | None]],
-    settings: GenerationSettings | Sequence[GenerationSettings],
+    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
     tokenizer: Tokenizer | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
-    """Fill the slots of every template; each is filled as it would be alone, by the same steps as `generate`.
+    """Fill the slots of every template; each is filled as it would be alone, by the same steps as in `generate`.
 
-    All slots of a template are open at once, and everything fixed, before and behind them, is seen from the start.
+    All slots of a template are open at once, and the fixed ids before and behind them are seen from the start.
 
     Args:
         model: as in `generate`.
         templates: token ids, with None for each token to fill in.
-        settings: as in `generate`; one token a pass unless steps_per_block (for all slots together), threshold or
-            entropy_bound is given; guidance is against a template with all that is fixed masked (ours). How much to
-            generate follows from the template, so max_new_tokens, block_length, eos_token_id and stop are not used.
+        settings: for all templates, or one per template. One token a pass unless steps_per_block (for all slots
+            together), threshold or entropy_bound is given; guidance is against a template with all fixed ids masked
+            (ours). The template says how much to generate: max_new_tokens, block_length, eos_token_id and stop are
+            not used.
         tokenizer: needed for `Generation.text`.
         on_step: as in `generate`; the answer of an event begins at the first slot.
         max_batch_tokens: as in `generate`.
 
     Returns:
-        one `Generation` per template: ids and text are the whole of it, log_probs those of the slots in order.
+        one `Generation` per template: ids and text are the whole template, log_probs belong to the slots in order.
 
     Raises:
         IlladaError: when a template has no slot or does not fit the context or the vocabulary, when the settings ask
             for a boost, which is defined for answers only, or when the model is causal.
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
-    for template, one in zip(templates, _settings_each(settings, len(templates), "templates"), strict=True):
-        engine.submit_template(template, one)
+    for template, own in _with_settings(model, templates, settings, "templates"):
+        engine.submit_template(template, own)
     return engine.run()
 
 
@@ -150,11 +164,11 @@ class Engine:
     Args:
         model: the network.
         tokenizer: needed for stop strings, the `</think>` boost and `Generation.text`.
-        on_step: called once per row and step, after the commit.
+        on_step: called once per request and step, after the commit.
         max_batch_tokens: most positions of one forward pass, the second branch of guidance and drafts included; a
-            single row may exceed it.
+            single request may exceed it.
         max_logits: most logits held at once: the head runs over pieces of the vocabulary or of the positions.
-        max_past_tokens: most positions whose keys and values are kept; a single row may exceed it.
+        max_past_tokens: most positions whose keys and values are kept; a single request may exceed it.
 
     Raises:
         IlladaError: when a limit is below 1.
@@ -190,24 +204,30 @@ class Engine:
 
     def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Request:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
-        return _start(self.model, name, prompt, settings, self.tokenizer)
+        request = Request.of_prompt(self.model.config, prompt, settings, name)
+        for option in ("stop", "think_boost"):
+            if getattr(settings, option) and self.tokenizer is None:
+                raise IlladaError(f"{option} needs a tokenizer: give one to generate")
+        if settings.think_boost and self.tokenizer is not None:
+            request.think = tuple(self.tokenizer.encode("</think>", add_special_tokens=False))
+        return request
 
     def request_template(
         self, template: Sequence[int | None], settings: GenerationSettings, name: str = "the template"
     ) -> Request:
         """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
-        return _open(self.model, name, template, settings)
+        return Request.of_template(self.model.config, template, settings, name)
 
-    def enter(self, row: Request) -> int:
+    def enter(self, request: Request) -> int:
         """Add a request that was checked before and return its index."""
-        row.index = self.submitted
-        self.waiting.append(row)
+        request.index = self.submitted
+        self.waiting.append(request)
         self.submitted += 1
-        return row.index
+        return request.index
 
     def cancel(self, index: int) -> None:
         """Forget a request, if it is still under way."""
-        self.waiting = deque(row for row in self.waiting if row.index != index)
+        self.waiting = deque(request for request in self.waiting if request.index != index)
         self._retire({index})
 
     @property
@@ -217,199 +237,140 @@ class Engine:
 
     def run(self) -> list[Generation]:
         """Advance until every request has ended; return the answers in the order of their requests."""
-        ended: dict[int, Generation] = {}
+        answers: dict[int, Generation] = {}
         while self.busy:
-            ended |= self.step()
-        return [ended[index] for index in sorted(ended)]
+            answers |= self.step()
+        return [answers[index] for index in sorted(answers)]
 
     @torch.inference_mode()
     def step(self) -> dict[int, Generation]:
-        """Run one forward pass, if a request is under way; return by index the answers that it ended."""
-        ended: dict[int, Generation] = {}
+        """Run one forward pass, if a request is under way; return by index the answers that it completed."""
+        answers: dict[int, Generation] = {}
         if not self.busy:
-            return ended
+            return answers
         was_training = self.model.training
         if was_training:
             self.model.eval()
         try:
-            rows = self._next_pass()
-            states = [state for row in rows for state in (row, *row.drafts)]
-            proposals = iter(denoise(self.model, states, self.pool, self.max_logits))
-            for row in rows:
-                generation = self._advance(row, [next(proposals) for _ in (row, *row.drafts)])
-                if generation is not None:
-                    ended[row.index] = generation
+            requests = self._next_pass()
+            rows = [row for request in requests for row in request.rows]
+            proposals = iter(denoise(self.model, rows, self.pool, self.max_logits))
+            for request in requests:
+                if (answer := self._advance(request, proposals)) is not None:
+                    answers[request.index] = answer
         finally:
             if was_training:
                 self.model.train()
-        self._retire(ended)
-        return ended
+        self._retire(answers)
+        return answers
 
     def _retire(self, indices: Container[int]) -> None:
-        for row in self.running:
-            if row.index in indices:
-                row.release()
-        self.running = [row for row in self.running if row.index not in indices]
+        for request in self.running:
+            if request.index in indices:
+                request.release()
+        self.running = [request for request in self.running if request.index not in indices]
 
     def _next_pass(self) -> list[Request]:
-        """Let requests in and return those of the next pass, with drafts where there is room for them."""
-        held, kept = sum(row.size for row in self.running), sum(row.kept for row in self.running)
+        """Let waiting requests in; return those of the next pass, with drafts where there is room for them."""
+        positions = sum(request.size for request in self.running)
+        cached = sum(request.cache_size for request in self.running)
         while self.waiting:
-            row = self.waiting[0]
-            held, kept = held + row.size, kept + row.kept
-            if self.running and (held > self.max_batch_tokens or (row.kept and kept > self.max_past_tokens)):
+            request = self.waiting[0]
+            positions, cached = positions + request.size, cached + request.cache_size
+            no_memory = request.cache_size and cached > self.max_past_tokens
+            if self.running and (positions > self.max_batch_tokens or no_memory):
                 break
             self.running.append(self.waiting.popleft())
-        rows = self.running[:1]
-        room = self.max_batch_tokens - rows[0].size
-        for row in self.running[1:]:
-            if row.size > room:
+        requests = self.running[:1]
+        room = self.max_batch_tokens - requests[0].size
+        for request in self.running[1:]:
+            if request.size > room:
                 break
-            rows.append(row)
-            room -= row.size
-        for row in rows:
-            room -= row.expect(room)
-        return rows
+            requests.append(request)
+            room -= request.size
+        for request in requests:
+            room -= request.speculate(room)
+        return requests
 
-    def _advance(self, row: Request, each: Sequence[Proposals]) -> Generation | None:
-        """Commit a step, and one more for every draft that came true; return the answer when the row has ended."""
-        states = (row, *row.drafts)
-        row.forwards += row.passes
-        row.positions += sum(state.size for state in states)
-        generation = None
-        for state, proposals in zip(states, each, strict=True):
-            if state is not row and (generation is not None or not row.is_at(state)):
+    def _advance(self, request: Request, proposals: Iterator[Proposals]) -> Generation | None:
+        """Commit a step, and one more for every draft that came true; return the answer once it is complete.
+
+        The next of the proposals are those for the request's rows.
+        """
+        rows = [(row, next(proposals)) for row in request.rows]
+        request.forwards += request.passes
+        request.positions += sum(row.size for row, _ in rows)
+        answer = None
+        for row, of_row in rows:
+            if row is not request and (answer is not None or not request.matches(row)):
                 break
-            step = (row.block, row.block_end, row.block_step)
-            if row.commit(proposals):
-                generation = _ended(row, self.tokenizer)
-                if generation is None:
-                    row.open_next_block()
-            if self.on_step is not None and row.watched:
-                self.on_step(_event(row, *step, generation is not None))
-        return generation
+            block, block_end, step = request.block, request.block_end, request.block_step
+            if request.commit(of_row):
+                answer = _finish(request, self.tokenizer)
+                if answer is None:
+                    request.open_next_block()
+            if self.on_step is not None and request.watched:
+                self.on_step(
+                    StepEvent(
+                        request.index,
+                        block,
+                        step,
+                        request.ids_G[:block_end].tolist(),
+                        (~request.masked_G[:block_end]).tolist(),
+                        np.exp(request.log_prob_G[:block_end]).tolist(),
+                        done=answer is not None,
+                    )
+                )
+        return answer
 
 
-def _settings_each(
-    settings: GenerationSettings | Sequence[GenerationSettings], count: int, what: str
-) -> list[GenerationSettings]:
-    each = [settings] * count if isinstance(settings, GenerationSettings) else list(settings)
-    if len(each) != count:
-        raise IlladaError(f"{count} {what} but {len(each)} settings: give one for all or one for each")
-    return each
-
-
-def _start(
+def _with_settings(
     model: IlladaForMaskedLM,
-    name: str,
-    prompt: Sequence[int],
-    settings: GenerationSettings,
-    tokenizer: Tokenizer | None,
-) -> Request:
-    """Check one request and mask its answer."""
-    prompt_P = _checked_ids(model, name, prompt)
-    causal = model.config.causal
-    if causal:
-        settings = settings.left_to_right()
-        if not prompt_P.size:
-            raise IlladaError(f"{name} is empty: a causal model goes on from a token, so begin with BOS")
-    context = model.config.max_position_embeddings
-    block = settings.block_length
-    room = min(settings.max_new_tokens, context - len(prompt_P))
-    if room < block:
-        raise IlladaError(
-            f"{name}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
-            f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}: "
-            "lower block_length or shorten the prompt"
-        )
-    for needing in ("stop", "think_boost"):
-        if getattr(settings, needing) and tokenizer is None:
-            raise IlladaError(f"{needing} needs a tokenizer: give one to generate")
-    think: tuple[int, ...] = ()
-    if settings.think_boost and tokenizer is not None:
-        think = tuple(tokenizer.encode("</think>", add_special_tokens=False))
-    return Request(prompt_P, room // block * block, settings, think, causal=causal)
+    inputs: Sequence[Any],
+    settings: GenerationSettings | Sequence[GenerationSettings] | None,
+    what: str,
+) -> list[tuple[Any, GenerationSettings]]:
+    """Return each prompt or template with its settings."""
+    if settings is None:
+        settings = settings_for(model, GenerationSettings())
+    if isinstance(settings, GenerationSettings):
+        settings = [settings] * len(inputs)
+    if len(settings) != len(inputs):
+        raise IlladaError(f"{len(inputs)} {what} but {len(settings)} settings: give one for all or one for each")
+    return list(zip(inputs, settings, strict=True))
 
 
-def _open(model: IlladaForMaskedLM, name: str, template: Sequence[int | None], settings: GenerationSettings) -> Request:
-    """Check one template and mask its slots; what lies before the first is the prompt, the rest one block."""
-    model.config.refuse_causal("infilling is", "it can only go on from a prompt")
-    if settings.think_boost:
-        raise IlladaError("think_boost cannot be used to fill slots: leave it out")
-    slot_L = np.array([token is None for token in template], dtype=np.bool_)
-    if not slot_L.any():
-        raise IlladaError(f"{name} has no slot to fill: put None where a token is wanted")
-    ids_L = _checked_ids(model, name, [0 if token is None else token for token in template])
-    first = int(slot_L.argmax())
-    budget = len(ids_L) - first
-    whole = replace(
-        settings,
-        max_new_tokens=budget,
-        block_length=budget,
-        steps_per_block=settings.steps_per_block and min(settings.steps_per_block, budget),
-        eos_token_id=None,
-        stop=(),
-        later_masks=False,
-    )
-    row = Request(ids_L[:first], budget, whole, template=True)
-    row.ids_G[:] = ids_L[first:]
-    row.masked_G[:] = row.slot_G[:] = slot_L[first:]
-    return row
-
-
-def _checked_ids(model: IlladaForMaskedLM, name: str, ids: Sequence[int]) -> NDArray[np.int64]:
-    config = model.config
-    if not isinstance(ids, Iterable) or not all(isinstance(i, Integral) for i in ids):
-        raise IlladaError(f"{name} is not a list of token ids: give one list of integers per prompt")
-    ids_L = np.array(ids, dtype=np.int64)
-    if ids_L.size and not 0 <= ids_L.min() <= ids_L.max() < config.vocab_size:
-        raise IlladaError(f"{name} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer")
-    context = config.max_position_embeddings
-    if len(ids_L) > context:
-        raise IlladaError(f"{name} has {len(ids_L)} tokens but the context is {context}: shorten it")
-    return ids_L
-
-
-def _ended(row: Request, tokenizer: Tokenizer | None) -> Generation | None:
-    """Return the answer if the block that has just been finished ends it."""
-    if (stopped := _cut(row, tokenizer)) is not None or row.block_end < row.budget:
-        return stopped
-    ids: list[int] = [*(row.prompt_P.tolist() if row.template else ()), *row.ids_G.tolist()]
-    return _generation(row, ids, "length", None if tokenizer is None else tokenizer.decode(ids))
-
-
-def _cut(row: Request, tokenizer: Tokenizer | None) -> Generation | None:
-    """Return the answer cut before the first end-of-sequence id or stop string, or None when there is neither."""
-    ids: list[int] = row.ids_G[: row.block_end].tolist()
-    # Earlier blocks were looked at when they ended.
-    ends = [i for i in range(row.block, row.block_end) if ids[i] in row.settings.eos_ids]
-    if ends:
-        ids = ids[: ends[0]]
+def _encode(prompt: Any, tokenizer: Tokenizer | None, name: str) -> Sequence[int]:
+    """Return the ids of a text or of a chat, and anything else as it is: the engine checks that it is ids."""
+    is_chat = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
+    if not is_chat and not isinstance(prompt, str):
+        return prompt
     if tokenizer is None:
-        return _generation(row, ids, "stop", None) if ends else None
-    if not ends and not row.settings.stop:
+        raise IlladaError(
+            f"{name} is a {'chat' if is_chat else 'text'}: give a tokenizer, or one list of integers per prompt"
+        )
+    return encode_prompt(tokenizer, prompt, name) if is_chat else encode_plain(tokenizer, prompt)
+
+
+def _finish(request: Request, tokenizer: Tokenizer | None) -> Generation | None:
+    """Return the answer if it ends with the finished block: at an end-of-sequence id, a stop string or the budget."""
+    # Earlier blocks were searched when they were finished.
+    ends = np.flatnonzero(np.isin(request.ids_G[request.block : request.block_end], request.settings.eos_ids))
+    ids = request.ids_G[: request.block + ends[0] if ends.size else request.block_end].tolist()
+    if request.template:
+        ids = [*request.prompt_P.tolist(), *ids]
+    complete = bool(ends.size) or request.block_end == request.budget
+    reason: Literal["stop", "length"] = "stop" if ends.size else "length"
+    text = None
+    if tokenizer is not None and (complete or request.settings.stop):
+        text = tokenizer.decode(ids)
+        cuts = [at for at in (text.find(stop) for stop in request.settings.stop) if at >= 0]
+        if cuts:
+            complete, reason = True, "stop"
+            text = text[: min(cuts)]
+            # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
+            ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
+    if not complete:
         return None
-    text = tokenizer.decode(ids)
-    cuts = [at for at in (text.find(stop) for stop in row.settings.stop) if at >= 0]
-    if cuts:
-        text = text[: min(cuts)]
-        # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
-        ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
-    return _generation(row, ids, "stop", text) if ends or cuts else None
-
-
-def _generation(row: Request, ids: list[int], reason: Literal["stop", "length"], text: str | None) -> Generation:
-    log_probs = row.log_prob_G[row.slot_G] if row.template else row.log_prob_G[: len(ids)]
-    return Generation(ids, reason, row.forwards, log_probs.tolist(), text, row.positions)
-
-
-def _event(row: Request, block: int, block_end: int, step: int, done: bool) -> StepEvent:
-    return StepEvent(
-        row.index,
-        block,
-        step,
-        row.ids_G[:block_end].tolist(),
-        (~row.masked_G[:block_end]).tolist(),
-        np.exp(row.log_prob_G[:block_end]).tolist(),
-        done,
-    )
+    log_probs = request.log_prob_G[request.slot_G] if request.template else request.log_prob_G[: len(ids)]
+    return Generation(ids, reason, request.forwards, log_probs.tolist(), text, request.positions)

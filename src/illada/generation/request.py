@@ -1,21 +1,27 @@
-"""One request under way: what is decided, what the next pass computes, and what it may look like some steps later.
+"""One request under way: what is decided, what its next step computes, and its drafts, which run ahead of it.
 
-Shape letters: P prompt tokens · G answer budget · B block length · M masked positions of the active block ·
-K committed · S ids seen.
+A row of a forward pass is a request or one of its drafts. A draft is a `Request` as well: a copy that has already taken
+the steps which the request will probably take.
+
+Shape letters: L ids of a prompt or template · P prompt tokens · G answer budget · B block length · M masked positions
+of the active block · K committed · S ids seen.
 """
 
 import copy
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit
-from illada.model import KVCache, PagePool
+from illada.model import IlladaConfig, KVCache, PagePool
 
 
 class Proposals(NamedTuple):
@@ -28,32 +34,33 @@ class Proposals(NamedTuple):
     score_M: NDArray[np.float32]
     """What the unmasking rule looks at."""
 
-    def of(self, kept_M: NDArray[np.bool_]) -> "Proposals":
-        """Return those of some positions."""
-        return Proposals(self.position_M[kept_M], self.id_M[kept_M], self.log_prob_M[kept_M], self.score_M[kept_M])
+    def where(self, mask_M: NDArray[np.bool_]) -> "Proposals":
+        """Return the proposals for the positions where the mask is true."""
+        return Proposals(self.position_M[mask_M], self.id_M[mask_M], self.log_prob_M[mask_M], self.score_M[mask_M])
 
 
 @dataclass(eq=False)
 class Request:
-    """One request: its own ids, mask state, settings and counters.
+    """A prompt or a template with its settings, the state of its answer, and counters.
 
-    Mask state lies beside the ids, so a prompt or an answer may hold the mask id. Where `masked_G` is true, `ids_G` and
-    `log_prob_G` hold the last proposal, not a decision.
+    The mask state lies beside the ids, so a prompt or an answer may hold the mask id. Where `masked_G` is true, `ids_G`
+    and `log_prob_G` hold the last proposal, not a decision.
     """
 
     prompt_P: NDArray[np.int64]
     budget: int
+    """Tokens of the whole answer, a multiple of the block length."""
     settings: GenerationSettings
     think: tuple[int, ...] = ()
     """Ids of `</think>` when it is boosted."""
     template: bool = False
-    """Whether this is a text with slots: its result is the whole of it."""
+    """Whether this is a text with slots: its result is the whole text."""
     index: int = -1
-    """Given by the engine when it enters."""
+    """The engine sets it when the request enters."""
     watched: bool = True
-    """Whether its steps are to be told."""
+    """Whether the engine calls `on_step` for it."""
     causal: bool = False
-    """Whether the model is: the token before a position proposes it, and no mask is seen. Blocks are of one token."""
+    """Whether the model is causal: the token before a position proposes it, no mask is seen, a block is one token."""
     block: int = 0
     """Where in the answer the active block begins."""
     block_step: int = 0
@@ -65,7 +72,7 @@ class Request:
     doubt: bool = False
     """Whether an adaptive cache has to be renewed."""
     latest: Proposals | None = None
-    """Those of the last pass."""
+    """Proposals of the last pass."""
     drafts: list["Request"] = field(default_factory=list)
     """States expected after the coming steps, computed together with this one."""
     ids_G: NDArray[np.int64] = field(init=False)
@@ -81,6 +88,63 @@ class Request:
         self.slot_G = self.masked_G.copy()
         self.log_prob_G = np.full(self.budget, np.nan, dtype=np.float32)
 
+    @classmethod
+    def of_prompt(
+        cls, config: IlladaConfig, prompt: Sequence[int], settings: GenerationSettings, name: str
+    ) -> "Request":
+        """Check a prompt, called `name` in errors, and mask its answer; errors as in `generate`."""
+        prompt_P = _check_ids(config, prompt, name)
+        if config.causal:
+            settings = settings.left_to_right()
+            if not prompt_P.size:
+                raise IlladaError(f"{name} is empty: a causal model goes on from a token, so begin with BOS")
+        context = config.max_position_embeddings
+        block = settings.block_length
+        room = min(settings.max_new_tokens, context - len(prompt_P))
+        if room < block:
+            raise IlladaError(
+                f"{name}: budget below one block: max_new_tokens {settings.max_new_tokens} and context {context} - "
+                f"prompt {len(prompt_P)} leave {room} tokens for block_length {block}: "
+                "lower block_length or shorten the prompt"
+            )
+        return cls(prompt_P, room // block * block, settings, causal=config.causal)
+
+    @classmethod
+    def of_template(
+        cls, config: IlladaConfig, template: Sequence[int | None], settings: GenerationSettings, name: str
+    ) -> "Request":
+        """Check a template, called `name` in errors, and mask its slots; errors as in `infill`.
+
+        The ids before the first slot are the prompt; all that follows is one block.
+        """
+        config.refuse_causal("infilling is", "it can only go on from a prompt")
+        if settings.think_boost:
+            raise IlladaError("think_boost cannot be used to fill slots: leave it out")
+        slot_L = np.array([token is None for token in template], dtype=np.bool_)
+        if not slot_L.any():
+            raise IlladaError(f"{name} has no slot to fill: put None where a token is wanted")
+        ids_L = _check_ids(config, [0 if token is None else token for token in template], name)
+        first = int(slot_L.argmax())
+        budget = len(ids_L) - first
+        settings = replace(
+            settings,
+            max_new_tokens=budget,
+            block_length=budget,
+            steps_per_block=settings.steps_per_block and min(settings.steps_per_block, budget),
+            eos_token_id=None,
+            stop=(),
+            later_masks=False,
+        )
+        request = cls(ids_L[:first], budget, settings, template=True)
+        request.ids_G[:] = ids_L[first:]
+        request.masked_G[:] = request.slot_G[:] = slot_L[first:]
+        return request
+
+    @property
+    def rows(self) -> tuple["Request", ...]:
+        """The rows it has in the next pass: itself, then its drafts."""
+        return self, *self.drafts
+
     @property
     def block_end(self) -> int:
         """Where in the answer the active block ends."""
@@ -88,7 +152,7 @@ class Request:
 
     @property
     def view(self) -> int:
-        """How many positions of the answer the model sees: no later mask exists unless asked for, if causal none."""
+        """How many positions of the answer the model sees: masks of later blocks only with `later_masks`."""
         return self.budget if self.settings.later_masks else self.block_end - self.causal
 
     @property
@@ -97,34 +161,34 @@ class Request:
         return 2 if self.settings.guidance_scale else 1
 
     def open_positions(self) -> NDArray[np.int64]:
-        """Return the still-masked positions of the active block, as answer positions [M]."""
+        """Return the masked positions of the active block, as answer positions [M]."""
         return self.block + np.flatnonzero(self.masked_G[self.block : self.block_end])
 
     @property
     def first(self) -> int:
-        """Where in prompt and answer the positions begin that this step computes: those before come from the past."""
+        """Where in prompt and answer this step begins to compute; what lies before comes from the cache."""
         cache, done = self.settings.cache, len(self.prompt_P) + self.block
         if cache == "none" or self.answer_step == 0 or self.doubt:
             return 0
         if self.block_step:
             return done
-        # A new block: the one before it has its last tokens only now.
+        # In the first step of a block the last tokens of the block before it are new.
         return 0 if cache == "prefix" else done - self.settings.block_length
 
     @property
     def size(self) -> int:
-        """How many positions this step computes, drafts left out."""
+        """How many positions this step computes, without its drafts."""
         return self.passes * (len(self.prompt_P) + self.view - self.first)
 
     @property
-    def kept(self) -> int:
-        """How many positions a cache keeps for this row, at most."""
+    def cache_size(self) -> int:
+        """How many positions a cache holds for this request and its drafts, at most."""
         if self.settings.cache == "none":
             return 0
         return self.passes * (len(self.prompt_P) + self.budget + self.settings.speculate * self.settings.block_length)
 
     def branches(self, mask_id: int) -> list[NDArray[np.int64]]:
-        """Return the ids [S] from `first` on as this step computes them; under guidance also without what was given."""
+        """Return the ids [S] that this step computes; under guidance a second time, with all that is fixed masked."""
         answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.view]
         seen = [np.concatenate((self.prompt_P, answer))[self.first :]]
         if self.passes == 2:
@@ -133,7 +197,7 @@ class Request:
         return seen
 
     def continued(self, pool: PagePool) -> list[KVCache | None]:
-        """Return what each branch of this step continues, ready for its pass."""
+        """Return the cache of each branch, ready for this step's pass; None where every pass sees all tokens afresh."""
         if self.settings.cache == "none":
             return [None] * self.passes
         while len(self.pasts) < self.passes:
@@ -143,15 +207,15 @@ class Request:
         return [*self.pasts]
 
     def release(self) -> None:
-        """Give back the memory of the caches, the drafts' included."""
-        for state in (self, *self.drafts):
-            for past in state.pasts:
+        """Give back the memory of the caches, those of the drafts included."""
+        for row in self.rows:
+            for past in row.pasts:
                 past.release()
-            state.pasts = []
+            row.pasts = []
         self.drafts = []
 
     def visible_ids(self) -> NDArray[np.int64]:
-        """Return the distinct ids of the prompt and of the committed answer, never those of proposals."""
+        """Return the distinct ids of the prompt and of the committed answer; proposals do not count."""
         return np.unique(np.concatenate((self.prompt_P, self.ids_G[~self.masked_G])))
 
     def boost(self) -> tuple[int, float] | None:
@@ -166,16 +230,16 @@ class Request:
         if len(committed) >= size and (sliding_window_view(committed, size) == self.think).all(1).any():
             return None
         position = int(self.open_positions()[0])
-        done = min(size - 1, position)
-        while tuple(committed[position - done : position]) != self.think[:done]:
-            done -= 1
+        prefix = min(size - 1, position)
+        while tuple(committed[position - prefix : position]) != self.think[:prefix]:
+            prefix -= 1
         rise = min(1.0, (position + 1) / self.budget) ** self.settings.think_boost_power
-        return self.think[done], self.settings.think_boost * rise
+        return self.think[prefix], self.settings.think_boost * rise
 
     def commit(self, proposals: Proposals) -> bool:
         """Take one step; return whether the block is finished, as far as the answer depends on it.
 
-        Behind an end-of-sequence token with nothing masked before it, nothing can change the answer any more.
+        Once an end-of-sequence token has nothing masked before it, nothing behind it can change the answer.
         """
         self.latest = proposals
         position_M, id_M, log_prob_M, score_M = proposals
@@ -196,26 +260,27 @@ class Request:
         """Go on to the next block."""
         self.block, self.block_step = self.block_end, 0
 
-    def expect(self, room: int) -> int:
+    def speculate(self, room: int) -> int:
         """Draft the states after the coming steps as the last pass foretells them; return the positions they take.
 
-        A draft is the row's own rule applied to old probabilities. It is used only if the row really gets there.
+        A draft takes steps by the request's own rule, with old probabilities. It counts only if the request really
+        comes to the same state.
         """
-        for old in self.drafts:
-            old.release()
+        for draft in self.drafts:
+            draft.release()
         self.drafts = []
         taken = 0
         state = self
-        # A pass that renews a past computes the true state only: drafts continue from where it begins.
+        # A pass that renews a cache computes the true state only: drafts continue from where it begins.
         while not state.doubt and state.latest is not None and len(self.drafts) < self.settings.speculate:
-            still = state.masked_G[state.latest.position_M]
-            if not still.any():  # nothing is foretold about a block that no pass has seen
+            open_M = state.masked_G[state.latest.position_M]
+            if not open_M.any():  # the last pass said nothing about the next block
                 break
             draft = copy.copy(state)
             draft.drafts = []
             draft.ids_G, draft.masked_G = state.ids_G.copy(), state.masked_G.copy()
             draft.log_prob_G = state.log_prob_G.copy()
-            if draft.commit(state.latest.of(still)):
+            if draft.commit(state.latest.where(open_M)):
                 ended = np.isin(draft.ids_G[draft.block : draft.block_end], draft.settings.eos_ids).any()
                 if ended or draft.block_end == draft.budget or draft.settings.cache != "none":
                     break
@@ -228,7 +293,19 @@ class Request:
             state = draft
         return taken
 
-    def is_at(self, draft: "Request") -> bool:
-        """Return whether a draft is the state this row has come to: then its pass was this row's next one."""
+    def matches(self, draft: "Request") -> bool:
+        """Return whether the request has come to the state of a draft, whose pass then was the request's next one."""
         same = self.doubt == draft.doubt and np.array_equal(self.masked_G, draft.masked_G)
-        return same and np.array_equal(self.ids_G[~self.masked_G], draft.ids_G[~self.masked_G])
+        return same and np.array_equal(self.ids_G[~self.masked_G], draft.ids_G[~draft.masked_G])
+
+
+def _check_ids(config: IlladaConfig, ids: Sequence[int], name: str) -> NDArray[np.int64]:
+    if not isinstance(ids, Iterable) or not all(isinstance(i, Integral) for i in ids):
+        raise IlladaError(f"{name} is not a list of token ids: give one list of integers per prompt")
+    ids_L = np.array(ids, dtype=np.int64)
+    if ids_L.size and not 0 <= ids_L.min() <= ids_L.max() < config.vocab_size:
+        raise IlladaError(f"{name} holds ids outside the vocabulary of {config.vocab_size}: check the tokenizer")
+    context = config.max_position_embeddings
+    if len(ids_L) > context:
+        raise IlladaError(f"{name} has {len(ids_L)} tokens but the context is {context}: shorten it")
+    return ids_L

@@ -1,10 +1,13 @@
 """From final hidden states to proposals: the head, what changes its logits, and how a token is chosen (spec §5).
 
+Rows that want the most probable token go through `most_probable`, all others through `propose`.
+
 Shape letters: M masked positions of the active blocks of some rows · C of them in one chunk, or ids in one piece of the
-vocabulary · D width · V vocabulary.
+vocabulary · K best ids · D width · V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ GUMBEL = 16
 """Stream of sampling; the streams of training lie below 16."""
 
 IN_CACHE = 2**19
-"""Logits that the caches of a CPU hold: larger pieces of the vocabulary are slower there (docs/log.md)."""
+"""Logits that fit into the caches of a CPU: larger pieces of the vocabulary are slower there (docs/log.md)."""
 
 NARROWEST = 1024
 """Fewest ids of a piece of the vocabulary, unless the limit on logits or the vocabulary is smaller."""
@@ -39,10 +42,10 @@ def is_plain(row: Request) -> bool:
 
 
 def most_probable(model: IlladaForMaskedLM, hidden_MD: Tensor, logits_held: int) -> Columns:
-    """Propose the best id but MASK; its softmax probability is the score.
+    """Propose at each position the most probable id other than MASK; its softmax probability is the score.
 
-    The vocabulary passes by in pieces; of each only the best logit and the sum of exponentials stay, so no row of
-    logits ever exists as a whole.
+    The head runs over the vocabulary in pieces. Only the best logit and the sum of exponentials of each piece stay, so
+    the logits of a position never exist as a whole.
     """
     mask_id, vocabulary = model.config.mask_token_id, model.config.vocab_size
     narrowest = min(vocabulary, NARROWEST) if model.head_is_divisible else vocabulary
@@ -60,7 +63,7 @@ def most_probable(model: IlladaForMaskedLM, hidden_MD: Tensor, logits_held: int)
         best_M, id_M = logits_MC.max(-1)
         bests.append(best_M)
         ids.append(id_M + first)
-        # Of a piece that holds MASK alone the best is -inf, which must not be taken from itself.
+        # The best logit of a piece that holds MASK alone is -inf, and -inf less -inf is no number.
         sums.append(logits_MC.sub_(best_M[:, None].clamp_min(LEAST)).exp_().sum(-1))
     best_M, piece_M = torch.stack(bests).max(0)
     id_M = torch.stack(ids).gather(0, piece_M[None])[0]
@@ -80,34 +83,35 @@ def propose(
     """Propose under everything the settings ask for; `hidden_MD` holds each row's states, then its second branch's.
 
     Guidance, the repetition penalty and the boost, in this order, make the logits; the penalty sees guided ones as in
-    transformers, and the boost keeps its full size (ours). The proposal is the best id but MASK; at a temperature above
-    0 it is drawn: logits over the temperature, then top-k, then top-p, then Gumbel noise in float64.
+    transformers, and the boost keeps its full size (ours). The proposal is the best id other than MASK; at a
+    temperature above 0 it is drawn: logits over the temperature, then top-k, then top-p, then Gumbel noise in float64.
 
     The confidence is the proposal's softmax probability under the logits, over the full vocabulary: what changes the
     logits counts, what only changes the draw (temperature, top-k, top-p, noise) does not. The score is what the row's
-    unmasking rule looks at: the confidence; under "margin" the probability of the best id but MASK less that of the
-    second; under an entropy bound the entropy in nats of the distribution over all ids but MASK (ours: a model certain
-    of MASK is not certain of any proposal).
+    unmasking rule looks at: the confidence; under "margin" the probability of the best id other than MASK less the
+    probability of the second; under an entropy bound the entropy in nats of the distribution over all ids other than
+    MASK (ours: a model certain of MASK is not certain of any proposal).
     """
-    extras = _Extras(rows, open_positions)
-
-    def head(at_C: NDArray[np.int64]) -> Tensor:
-        return model.lm_head(hidden_MD[_on(at_C, hidden_MD)]).float()
-
+    counts = np.array([len(position_M) for position_M in open_positions])
+    row_M = np.repeat(np.arange(len(rows)), counts)
+    position_M = np.concatenate(open_positions)
+    index_M = np.concatenate([np.arange(count) for count in counts])
+    starts = np.cumsum([0, *(row.passes * count for row, count in zip(rows, counts, strict=True))])
     mask_id = model.config.mask_token_id
-    chunk = max(1, logits_held // model.config.vocab_size)
+    size = max(1, logits_held // model.config.vocab_size)
     parts: list[Columns] = []
-    for first in range(0, len(extras.at_M), chunk):
-        at_C = extras.at_M[first : first + chunk]
-        logits_CV = head(at_C)
-        extras.guide(logits_CV, head, at_C, first)
-        extras.penalise(logits_CV, first)
-        extras.favour(logits_CV, first)
+    for first in range(0, len(row_M), size):
+        row_C, position_C, index_C = (x_M[first : first + size] for x_M in (row_M, position_M, index_M))
+        state_C = starts[row_C] + index_C
+        chunk = _Chunk(rows, row_C, position_C, index_C == 0, state_C, state_C + counts[row_C])
+        logits_CV = chunk.logits(model, hidden_MD)
+        chunk.penalise(logits_CV)
+        chunk.boost(logits_CV)
         log_sum_C = logits_CV.logsumexp(-1)
         logits_CV[:, mask_id] = -torch.inf  # only for the choice, as above
-        proposal_C = extras.sample(logits_CV, first)
+        proposal_C = chunk.sample(logits_CV)
         log_prob_C = logits_CV.gather(1, proposal_C[:, None])[:, 0] - log_sum_C
-        parts.append((proposal_C, log_prob_C, extras.score(logits_CV, log_sum_C, log_prob_C, first)))
+        parts.append((proposal_C, log_prob_C, chunk.score(logits_CV, log_sum_C, log_prob_C)))
     return _joined(parts)
 
 
@@ -117,112 +121,111 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _on(values: NDArray[Any], like: Tensor) -> Tensor:
-    """Move host values to where `like` is."""
+    """Move host values to the device of `like`."""
     return torch.from_numpy(values).to(like.device)
 
 
-class _Extras:
-    """What each of the M positions asks for beyond its plain logits."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Masked positions whose logits exist at the same time, and what their rows ask for."""
 
-    def __init__(self, rows: Sequence[Request], open_positions: Sequence[NDArray[np.int64]]):
-        counts = [len(position_M) for position_M in open_positions]
-        ends = np.cumsum(counts).tolist()
+    rows: Sequence[Request]
+    row_C: NDArray[np.int64]
+    """Index of each position's row."""
+    position_C: NDArray[np.int64]
+    """In the answer."""
+    leftmost_C: NDArray[np.bool_]
+    """Whether it is the left-most open position of its row."""
+    state_C: NDArray[np.int64]
+    """Where among the hidden states the position's own is."""
+    second_C: NDArray[np.int64]
+    """Where the state of the second branch is, under guidance."""
 
-        def spread(values: Sequence[int] | Sequence[float]) -> NDArray[Any]:
-            return np.repeat(np.array(values), counts)
+    def spread(self, value: Callable[[Request], float]) -> NDArray[Any]:
+        """Return a value of each position's row [C]."""
+        return np.array([value(row) for row in self.rows])[self.row_C]
 
-        self.scale_M = spread([row.settings.guidance_scale for row in rows])
-        starts = np.cumsum([0, *(row.passes * count for row, count in zip(rows, counts, strict=True))])[:-1]
-        self.at_M = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
-        self.to_second_M = spread(counts)
-        self.temperature_M = spread([row.settings.temperature for row in rows])
-        self.seed_M = spread([row.settings.seed for row in rows])
-        self.step_M = spread([row.answer_step for row in rows])
-        self.position_M = np.concatenate(open_positions)
-        self.top_k_M = spread([row.settings.top_k or 1 << 62 for row in rows])
-        # No rounded sum of probabilities reaches infinity, so 1 keeps every id.
-        self.top_p_M = spread([row.settings.top_p if row.settings.top_p < 1 else np.inf for row in rows])
-        self.margin_M = spread([row.settings.remasking == "margin" for row in rows])
-        self.entropy_M = spread([row.settings.entropy_bound is not None for row in rows])
-        self.penalties = [
-            (end - count, end, row.visible_ids(), row.settings.repetition_penalty)
-            for row, count, end in zip(rows, counts, ends, strict=True)
-            if row.settings.repetition_penalty != 1
-        ]
-        # A row's left-most open position is the first of its own.
-        boosts = [(end - count, row.boost()) for row, count, end in zip(rows, counts, ends, strict=True)]
-        self.boosts = [(at, *boost) for at, boost in boosts if boost is not None]
+    def logits(self, model: IlladaForMaskedLM, hidden_MD: Tensor) -> Tensor:
+        """Return the logits c [C, V], or u + (w + 1)(c - u) under guidance, where u are those of the second branch."""
 
-    def guide(
-        self, logits_CV: Tensor, head: Callable[[NDArray[np.int64]], Tensor], at_C: NDArray[np.int64], first: int
-    ) -> None:
-        """Turn logits c into u + (w + 1)(c - u), in place, where u are those of the second branch."""
-        scale_C = self.scale_M[first : first + len(at_C)]
+        def head(state_C: NDArray[np.int64]) -> Tensor:
+            return model.lm_head(hidden_MD[_on(state_C, hidden_MD)]).float()
+
+        logits_CV = head(self.state_C)
+        scale_C = self.spread(lambda row: row.settings.guidance_scale)
         guided = np.flatnonzero(scale_C)
         if guided.size:
-            rows = _on(guided, logits_CV)
-            free = head(at_C[guided] + self.to_second_M[first + guided])
-            scale = _on(scale_C[guided], logits_CV).float()[:, None]
-            logits_CV[rows] = free + (scale + 1) * (logits_CV[rows] - free)
+            at = _on(guided, logits_CV)
+            free = head(self.second_C[guided])
+            scale = _on(scale_C[guided, None], logits_CV).float()
+            logits_CV[at] = free + (scale + 1) * (logits_CV[at] - free)
+        return logits_CV
 
-    def penalise(self, logits_CV: Tensor, first: int) -> None:
-        """Divide positive logits of ids the row shows by its penalty and multiply negative ones, in place."""
-        for start, end, ids, penalty in self.penalties:
-            own_CV = logits_CV[max(0, start - first) : max(0, end - first)]
-            if len(own_CV):
-                seen_V = _on(ids, logits_CV)
+    def penalise(self, logits_CV: Tensor) -> None:
+        """Divide positive logits of ids that a row shows by its penalty and multiply negative ones, in place."""
+        for r in np.unique(self.row_C):
+            if (penalty := self.rows[r].settings.repetition_penalty) != 1:
+                first, last = np.flatnonzero(self.row_C == r)[[0, -1]]
+                own_CV = logits_CV[first : last + 1]
+                seen_V = _on(self.rows[r].visible_ids(), logits_CV)
                 x = own_CV[:, seen_V]
                 own_CV[:, seen_V] = torch.where(x < 0, x * penalty, x / penalty)
 
-    def favour(self, logits_CV: Tensor, first: int) -> None:
-        """Add the boosts of `</think>`, in place."""
-        here = [(at - first, i, amount) for at, i, amount in self.boosts if first <= at < first + len(logits_CV)]
-        if here:
-            at, ids, amounts = (torch.tensor(column, device=logits_CV.device) for column in zip(*here, strict=True))
+    def boost(self, logits_CV: Tensor) -> None:
+        """Add the boosts of `</think>` to the left-most open positions, in place."""
+        leftmost = np.flatnonzero(self.leftmost_C).tolist()
+        boosts = [(at, *boost) for at in leftmost if (boost := self.rows[self.row_C[at]].boost()) is not None]
+        if boosts:
+            at, ids, amounts = (torch.tensor(column, device=logits_CV.device) for column in zip(*boosts, strict=True))
             logits_CV[at, ids] += amounts.to(logits_CV)
 
-    def sample(self, logits_CV: Tensor, first: int) -> Tensor:
+    def sample(self, logits_CV: Tensor) -> Tensor:
         """Return the proposals [C]: argmax, of logit - T log(-log u) over the ids kept where T is above 0."""
         proposal_C = logits_CV.argmax(-1)
-        chunk = slice(first, first + len(logits_CV))
-        warm = np.flatnonzero(self.temperature_M[chunk])
+        temperature_C = self.spread(lambda row: row.settings.temperature)
+        warm = np.flatnonzero(temperature_C)
         if warm.size:
-            per_row = (self.temperature_M, self.seed_M, self.step_M, self.position_M)
-            temperature, seed, step, position = (_on(x_M[chunk][warm, None], logits_CV) for x_M in per_row)
+            seed_C, step_C = self.spread(lambda row: row.settings.seed), self.spread(lambda row: row.answer_step)
+            columns = (temperature_C, seed_C, step_C, self.position_C)
+            temperature, seed, step, position = (_on(x_C[warm, None], logits_CV) for x_C in columns)
             ids_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
             # In place: in float64 these are the largest tensors of a step.
             noise_CV = rng.uniform(seed, GUMBEL, step, position, ids_V, dtype=torch.float64)
             noise_CV.log_().neg_().log_().mul_(temperature)
-            rows = _on(warm, logits_CV)
-            choice_CV = logits_CV[rows].double()
-            least_C = self.least(choice_CV, temperature, first + warm)
-            if least_C is not None:
-                choice_CV.masked_fill_(choice_CV < least_C, -torch.inf)
-            proposal_C[rows] = choice_CV.sub_(noise_CV).argmax(-1)
+            at = _on(warm, logits_CV)
+            choice_CV = logits_CV[at].double()
+            least_C1 = self.least_kept(choice_CV, temperature, warm)
+            if least_C1 is not None:
+                choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
+            proposal_C[at] = choice_CV.sub_(noise_CV).argmax(-1)
         return proposal_C
 
-    def least(self, logits_CV: Tensor, temperature_C: Tensor, at_C: NDArray[np.intp]) -> Tensor | None:
-        """Return the least logit [C, 1] that top-k and top-p keep at each of M's positions at_C; None: all keep all."""
-        top_k, top_p = np.minimum(self.top_k_M[at_C], logits_CV.shape[-1]), self.top_p_M[at_C]
-        if (top_k == logits_CV.shape[-1]).all() and np.isinf(top_p).all():
+    def least_kept(self, logits_CV: Tensor, temperature_C1: Tensor, at_C: NDArray[np.intp]) -> Tensor | None:
+        """Return the least logit [C, 1] that top-k and top-p keep at some positions at_C; None where they keep all."""
+        vocabulary = logits_CV.shape[-1]
+        top_k_C1 = self.spread(lambda row: min(row.settings.top_k or vocabulary, vocabulary))[at_C, None]
+        # No rounded sum of probabilities reaches infinity, so a top_p of 1 keeps every id.
+        top_p_C1 = self.spread(lambda row: row.settings.top_p if row.settings.top_p < 1 else np.inf)[at_C, None]
+        if (top_k_C1 == vocabulary).all() and np.isinf(top_p_C1).all():
             return None
-        best_CK = logits_CV.topk(int(top_k.max())).values
-        kept_CK = torch.arange(best_CK.shape[-1], device=best_CK.device) < _on(top_k[:, None], best_CK)
+        best_CK = logits_CV.topk(int(top_k_C1.max())).values
+        kept_CK = torch.arange(best_CK.shape[-1], device=best_CK.device) < _on(top_k_C1, best_CK)
         # From the largest down, so that no quotient overflows at a low temperature.
-        weight_CK = ((best_CK - best_CK[:, :1]) / temperature_C).exp() * kept_CK
+        weight_CK = ((best_CK - best_CK[:, :1]) / temperature_C1).exp() * kept_CK
         above_CK = weight_CK.cumsum(-1) - weight_CK
-        kept_CK &= above_CK < _on(top_p[:, None], best_CK) * weight_CK.sum(-1, keepdim=True)
+        kept_CK &= above_CK < _on(top_p_C1, best_CK) * weight_CK.sum(-1, keepdim=True)
         return best_CK.masked_fill(~kept_CK, torch.inf).amin(-1, keepdim=True)
 
-    def score(self, logits_CV: Tensor, log_sum_C: Tensor, log_prob_C: Tensor, first: int) -> Tensor:
+    def score(self, logits_CV: Tensor, log_sum_C: Tensor, log_prob_C: Tensor) -> Tensor:
         """Return what unmasking looks at [C]: the confidence, or the margin or entropy where a row asks for it."""
         score_C = log_prob_C.exp()
-        chunk = slice(first, first + len(logits_CV))
-        if (margin := np.flatnonzero(self.margin_M[chunk])).size:
-            rows = _on(margin, logits_CV)
-            best_C2 = (logits_CV[rows].topk(2).values - log_sum_C[rows, None]).exp()
-            score_C[rows] = best_C2[:, 0] - best_C2[:, 1]
-        if (entropy := np.flatnonzero(self.entropy_M[chunk])).size:
-            rows = _on(entropy, logits_CV)
-            score_C[rows] = torch.special.entr(logits_CV[rows].softmax(-1)).sum(-1)
+        margin = np.flatnonzero(self.spread(lambda row: row.settings.remasking == "margin"))
+        if margin.size:
+            at = _on(margin, logits_CV)
+            best_C2 = (logits_CV[at].topk(2).values - log_sum_C[at, None]).exp()
+            score_C[at] = best_C2[:, 0] - best_C2[:, 1]
+        entropy = np.flatnonzero(self.spread(lambda row: row.settings.entropy_bound is not None))
+        if entropy.size:
+            at = _on(entropy, logits_CV)
+            score_C[at] = torch.special.entr(logits_CV[at].softmax(-1)).sum(-1)
         return score_C
