@@ -28,7 +28,7 @@ from torch import Tensor
 from illada import IlladaConfig, IlladaForMaskedLM, rng
 from illada.devices import choose_device
 from illada.text.tokenizer import load_tokenizer
-from illada.weights.load import load_config, settle_ids
+from illada.weights.load import complete_ids, load_config
 from illada.weights.quantize import check_shapes, quantized_loading
 
 PLAIN = "unquantised"
@@ -95,7 +95,7 @@ def sample(config: IlladaConfig, folder: str, text: str | None, length: int) -> 
         ids = torch.tensor([int(rng.uniform_int(0, i) * (config.vocab_size - 10)) + 9 for i in range(length)])
     else:
         tokenizer = load_tokenizer(Path(folder))
-        settle_ids(config, Path(folder), tokenizer)
+        complete_ids(config, Path(folder), tokenizer)
         ids = torch.tensor(tokenizer.encode(Path(text).read_text(encoding="utf-8"))[:length])
         if len(ids) < length:
             raise SystemExit(f"{text} has {len(ids)} tokens, fewer than {length}")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,36 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def partial_path(target: Path) -> Path:
+    """Return the name under which `new_folder` fills a folder."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def new_folder(target: Path, into_existing: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `target` at the end; an error deletes it and the parents made for it.
+
+    Args:
+        target: the folder to make.
+        into_existing: where `target` exists, move the files into it one by one, in place of those of the same names.
+    """
+    partial = partial_path(target)
+    new_parents = [path for path in target.parents if not path.exists()]
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if into_existing and target.exists():
+            for path in partial.iterdir():
+                path.replace(target / path.name)
+            partial.rmdir()
+        else:
+            partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in new_parents:
+            with suppress(OSError):
+                path.rmdir()
+        raise

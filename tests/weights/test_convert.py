@@ -20,7 +20,6 @@ from illada import GenerationSettings, cli, diffusion_loss, generate
 from illada.errors import IlladaError
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.tokenizer import load_tokenizer
-from illada.weights import export
 from illada.weights.convert import convert_model
 from illada.weights.load import load_model
 
@@ -394,7 +393,7 @@ def test_the_command_says_what_it_made_and_what_is_next(tmp_path, capsys, monkey
 def test_a_hub_name_is_the_base_in_the_card(tmp_path, monkeypatch, tiny_tokenizer):
     make(tmp_path / "causal", tiny_tokenizer)
     monkeypatch.setattr("illada.weights.runs.hub_folder", lambda name, files: tmp_path / "causal")
-    monkeypatch.setattr(export, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    monkeypatch.setattr("illada.weights.card.try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     convert_model("owner/causal-1b", str(tmp_path / "out"), None, "auto", "5GB")
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/causal-1b"

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from illada import GenerationSettings, cli, confidence_scores, generate
 from illada.errors import IlladaError
-from illada.weights import adapters, export
+from illada.weights import adapters
 from illada.weights import save as model_files
 from illada.weights.export import export_model
 from illada.weights.load import load_model
@@ -300,7 +300,7 @@ def test_the_card_of_a_tuned_checkpoint(run, tmp_path, monkeypatch):
     assert "Validation at step 4: 5.0000 bits per byte" in card
     assert "copy `configuration_illada.py` and `modeling_illada.py`" in card
     assert "layout of the released iLLaDA" in card
-    monkeypatch.setattr(export, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    monkeypatch.setattr("illada.weights.card.try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     export_model(str(path), str(tmp_path / "b"))
     head, card = card_of(tmp_path / "b")
     assert head["base_model"] == "GSAI-ML/LLaDA-8B-Base"

@@ -51,6 +51,19 @@ def test_files_are_safetensors_without_a_copy_of_a_tied_head(saved):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "illada"
 
 
+def test_a_pickle_is_not_read(saved, tmp_path):
+    """Neither by our loader nor by the classes of transformers."""
+    model, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(IlladaError, match=r"there is pytorch_model\.bin; only safetensors are read"):
+        load_model(str(tmp_path))
+    for loader in (AutoModel, AutoModelForMaskedLM, IlladaForMaskedLM, IlladaModel):
+        with pytest.raises(OSError, match="no file named model.safetensors"):
+            loader.from_pretrained(tmp_path)
+
+
 def test_a_pad_row_that_was_trained_survives_loading(build_model, tmp_path):
     model = build_model(tie=True, seed=9)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""LoRA adapters (arXiv 2106.09685) in PEFT's own files: add one to a model, write it, put it back, merge it.
+"""LoRA adapters (arXiv 2106.09685) in PEFT's own files: add an adapter to a model, save it, attach it, merge it.
 
-PEFT replaces linear layers in place, so an adapted model is still the same `IlladaForMaskedLM`: `model.packed`, the
-loss and the sampler work on it unchanged. The base weights are frozen; only `attach(..., merge=True)` writes to them.
+PEFT replaces linear layers in place, so an adapted model is still an `IlladaForMaskedLM`: its methods, the loss and the
+sampler work unchanged. The base weights are frozen; only `attach(..., merge=True)` changes them.
 """
 
 import hashlib
@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from illada.errors import IlladaError, first_line
+from illada.errors import IlladaError, first_line, needs
 from illada.model import IlladaForMaskedLM
+from illada.model.transformer import misfits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names; a folder with the first is an adapter folder."""
 
-_NAME = "default"  # what PEFT calls the only adapter of a model; it is not part of the names in the file
-_PREFIX = "base_model.model."  # of every name in the file, so that PeftModel finds its place
-# How PEFT may have drawn an adapter without changing the weights it belongs to.
+_NAME = "default"  # PEFT's name for the only adapter of a model; the names in the file lack it
+_PREFIX = "base_model.model."  # begins every name in the file, so that PeftModel finds its place
+# With these values of init_lora_weights, PEFT does not change the weights of the base.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -39,13 +40,13 @@ def add_adapter(
     """Freeze the model and add a trainable adapter in fp32 that does not change its output yet.
 
     Args:
-        model: changed in place.
+        model: model to change in place.
         rank: inner width of the two matrices beside each target.
-        alpha: their product is scaled by alpha / rank.
+        alpha: the product of the two matrices is scaled by alpha / rank.
         dropout: chance that an input of the adapter is zeroed in training.
         targets: names of linear layers of the blocks.
-        base: where the model came from; written into the adapter's files.
-        seed: of the first matrix (uniform, as in PEFT); the second is zero.
+        base: path or hub name of the model, to be written into the adapter's files.
+        seed: seed of the first matrix (uniform, as in PEFT); the second is zero.
 
     Raises:
         IlladaError: when PEFT is not installed.
@@ -56,7 +57,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=list(targets),
         base_model_name_or_path=base,
-        # Lets AutoPeftModel find the class of the base.
+        # AutoPeftModel finds the class of the base by this.
         auto_mapping={"base_model_class": "IlladaForMaskedLM", "parent_library": "illada.model.transformer"},
     )
     _place(model, config, seed)
@@ -69,13 +70,13 @@ def is_adapted(model: IlladaForMaskedLM) -> bool:
 
 def adapter_tensors(model: IlladaForMaskedLM) -> dict[str, Tensor]:
     """Return the adapter's own tensors by their names in the file; they share memory with the model's."""
-    # Anything but False would let PEFT look the base up on the hub.
-    named = _peft().get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
-    return {_PREFIX + name: tensor for name, tensor in named.items()}
+    # With any other value than False, PEFT would look the base up on the hub.
+    tensors = _peft().get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    return {_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def base_fingerprint(model: IlladaForMaskedLM) -> str:
-    """Return a hash of the first numbers of every frozen tensor: enough to tell that a base is no longer the same."""
+    """Return a hash of the first numbers of every frozen tensor: enough to notice another base."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -94,8 +95,7 @@ def save_adapter(model: IlladaForMaskedLM, folder: Path) -> None:
 def save_adapter_config(model: IlladaForMaskedLM, folder: Path) -> None:
     """Write the configuration of a model's adapter into `folder`, as PEFT does, in an order that is always the same."""
     values = {**model.peft_config[_NAME].to_dict(), "inference_mode": True}
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
-    (folder / CONFIG).write_text(json.dumps(values, indent=1, sort_keys=True))
+    (folder / CONFIG).write_text(json.dumps(values, indent=1, sort_keys=True, default=sorted))  # sets are sorted
 
 
 def adapter_base(folder: Path) -> str:
@@ -116,9 +116,9 @@ def attach(model: IlladaForMaskedLM, folder: Path, merge: bool) -> IlladaForMask
     Args:
         model: the base (see `adapter_base`), in any dtype, on any device. After an error, throw it away.
         folder: adapter folder.
-        merge: add the adapter to the weights, in fp32 and then rounded once to their dtype, and leave no trace of PEFT.
-            Otherwise it stays beside them, in fp32 and frozen; better so on a quantised base, whose every merge is a
-            second quantisation.
+        merge: add the adapter to the weights in fp32, round once to their dtype, and leave no trace of PEFT. Otherwise
+            the adapter stays beside the weights, in fp32 and frozen; that is better on a quantised base, where a merge
+            would quantise a second time.
 
     Raises:
         IlladaError: when PEFT is not installed, or the adapter is damaged or belongs to a base of another shape.
@@ -142,16 +142,7 @@ def attach(model: IlladaForMaskedLM, folder: Path, merge: bool) -> IlladaForMask
     except Exception as error:
         raise IlladaError(f"{folder} does not fit the model: {first_line(error)}") from error
     places = adapter_tensors(model)
-    odd = [
-        *(f"{name} is missing" for name in sorted(places.keys() - tensors.keys())),
-        *(f"{name} has no place" for name in sorted(tensors.keys() - places.keys())),
-        *(
-            f"{name} is {list(tensors[name].shape)}, not {list(places[name].shape)}"
-            for name in sorted(places.keys() & tensors.keys())
-            if tensors[name].shape != places[name].shape
-        ),
-    ]
-    if odd:
+    if odd := misfits(tensors, places, stray="has no place"):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise IlladaError(
             f"{folder} does not fit the model, it was trained on {adapter_base(folder)}: {'; '.join(odd[:3])}{more}"
@@ -162,24 +153,25 @@ def attach(model: IlladaForMaskedLM, folder: Path, merge: bool) -> IlladaForMask
         return model
     merged: IlladaForMaskedLM = tuner.merge_and_unload()
     for parameter in merged.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())  # as it came; not so bitsandbytes' packed weights
+        parameter.requires_grad_(parameter.is_floating_point())  # as before, but for bitsandbytes' packed weights
     return merged
 
 
 def _place(model: IlladaForMaskedLM, config: Any, seed: int) -> Any:
     """Put a fresh adapter into the model, in fp32; returns PEFT's handle on it."""
-    # fork_rng: the seed must not leak into the caller's random state.
+    # fork_rng keeps the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuner = _peft().LoraModel(model, config, _NAME)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # PEFT makes them in the dtype of their base
+        if ".lora_" in name:  # PEFT makes these in the dtype of the base
             parameter.data = parameter.data.float()
-    model.train(model.training)  # the new dropout layers as the others
+    model.train(model.training)  # puts the new dropout layers into the mode of the others
     return tuner
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of adapter_config.json; its adapter is LoRA."""
     path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -192,10 +184,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _peft() -> Any:
-    # PEFT imports it where it is installed, and it then advises to fetch kernels.
+    """Import PEFT."""
+    # PEFT imports bitsandbytes where it is installed, and bitsandbytes then advises to fetch kernels.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
+    with needs("tune", "an adapter"):
         import peft
-    except ImportError as error:
-        raise IlladaError("adapters need PEFT: pip install 'illada[tune]'") from error
     return peft

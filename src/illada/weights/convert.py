@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-import illada
 from illada.errors import IlladaError, first_line
 from illada.files import read_json
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.model.released import FAMILY_IDS, MASK_TOKENS
 from illada.text.tokenizer import load_tokenizer
-from illada.weights.export import card_head, card_use, on_hub
-from illada.weights.load import check_shards, settle_ids
+from illada.weights.card import converted_card
+from illada.weights.load import check_shards, complete_ids
 from illada.weights.options import Dtype
 from illada.weights.runs import model_folder
 from illada.weights.save import check_output, torch_dtype, write_model
@@ -80,7 +79,7 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     mask = _mask(tokenizer, mask_token, ids)
     shape["vocab_size"] = max(rows, mask.id + 1)
     config = IlladaConfig(**shape, **ids, mask_token_id=mask.id)
-    settle_ids(config, folder, tokenizer)
+    complete_ids(config, folder, tokenizer)
     if mask.fresh:
         for name in (_EMBEDDING, _HEAD):
             if name in tensors:
@@ -93,7 +92,17 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     ]
     if shape["vocab_size"] > rows:
         lines[0] += f"; the vocabulary grew from {rows:,} to {shape['vocab_size']:,}"
-    write_model(target, folder, config, tensors, kind, _card(source, lines[0]), "illada", max_shard_size, tokenizer)
+    write_model(
+        target,
+        folder,
+        config,
+        tensors,
+        kind,
+        converted_card(source, lines[0], _NOT_A_MODEL),
+        "illada",
+        max_shard_size,
+        tokenizer,
+    )
     lines.append(
         f"written to {output}: {_NOT_A_MODEL}. Next: illada prepare TEXTS --tokenizer {output} --output DATA; "
         f"illada pretrain --model.start {output} --data.train DATA --output RUN"
@@ -182,7 +191,7 @@ _ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _special_ids(values: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return bos, eos and pad as config.json has them, else the tokenizer; `settle_ids` adds further ends."""
+    """Return bos, eos and pad as config.json has them, else the tokenizer; `complete_ids` adds further ends."""
     ids = {name: values.get(name) for name in _ID_NAMES}
     # Llama's first files have -1 for "none".
     return {name: getattr(tokenizer, name) if i is None else None if i == -1 else i for name, i in ids.items()}
@@ -227,22 +236,3 @@ def _with_mask(rows_VD: Tensor, mask_id: int, known: int) -> Tensor:
     grown_VD = torch.cat((rows_VD, more_D))
     grown_VD[mask_id] = mean_D
     return grown_VD
-
-
-def _card(source: str, summary: str) -> str:
-    name = source if on_hub(source) else f"`{source}`"
-    return "\n".join(
-        [
-            *card_head(source),
-            f"Converted by illada {illada.__version__} from the causal language model {name}: **{_NOT_A_MODEL}.**",
-            "",
-            f"{summary}. All other weights are those of the source. Its licence applies.",
-            "",
-            "Next: `illada prepare` with this folder's tokenizer, then `illada pretrain --model.start` with this "
-            "folder. The paper (arXiv 2606.25331) trains from random weights instead.",
-            "",
-            "## Use",
-            "",
-            *card_use(),
-        ]
-    )

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from illada.devices import DTYPES, choose_device
@@ -12,7 +13,7 @@ from illada.files import read_json
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.model.released import MASK_TOKENS, TURN_ENDS
 from illada.text.tokenizer import load_tokenizer
-from illada.weights import adapters
+from illada.weights.adapters import adapter_base, attach
 from illada.weights.options import Dtype, Quantization
 from illada.weights.quantize import check_shapes, quantized_loading
 from illada.weights.runs import model_folder
@@ -37,53 +38,59 @@ def load_config(folder: str | Path) -> IlladaConfig:
 def load_model(
     path: str, dtype: Dtype = "auto", device: str = "auto", quantize: Quantization | None = None
 ) -> tuple[IlladaForMaskedLM, Any]:
-    """Load a model for inference, and its tokenizer; weights go straight into their type, without a second copy.
+    """Load a model for inference, and its tokenizer; weights are read into their type without a second copy.
 
-    Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `settle_ids`). An
-    adapter is put onto its base: merged into the weights, or beside them where those are quantised.
+    Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `complete_ids`). An
+    adapter is merged into the weights of its base, or lies beside them where they are quantised.
 
     Args:
         path: model, adapter or run folder, or hub name; iLLaDA's, LLaDA's or our own files.
-        dtype: of the weights; auto is the checkpoint's own.
-        device: to run on; auto takes a GPU where there is one.
-        quantize: how to make the weights smaller while loading (see `illada.weights.quantize`); None for not at all.
+        dtype: type of the weights; auto is the checkpoint's own.
+        device: device to run on; auto takes a GPU where there is one.
+        quantize: way to make the weights smaller while loading (see `illada.weights.quantize`); None leaves them.
 
     Raises:
         IlladaError: when there is no such model, or its weights or tokenizer are missing, damaged or do not fit.
     """
     folder = model_folder(path)
-    adapter = None
-    if not (folder / "config.json").is_file():
-        adapter, folder = folder, model_folder(adapters.adapter_base(folder))
+    adapter = None if (folder / "config.json").is_file() else folder
+    if adapter is not None:
+        folder = model_folder(adapter_base(adapter))
     config = load_config(folder)
     check_shards(folder)
     tokenizer = load_tokenizer(folder)
-    settle_ids(config, folder, tokenizer)
-    place = choose_device(device)
-    options = {} if quantize is None else quantized_loading(quantize, config, place, DTYPES[dtype])
+    complete_ids(config, folder, tokenizer)
+    model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize)
+    if adapter is not None:
+        model = attach(model, adapter, merge=quantize is None)
+    return model.eval(), tokenizer
+
+
+def _load_weights(
+    folder: Path, config: IlladaConfig, dtype: torch.dtype | str, device: torch.device, quantize: Quantization | None
+) -> IlladaForMaskedLM:
+    """Load the weights in `folder` onto the device."""
+    options = {} if quantize is None else quantized_loading(quantize, config, device, dtype)
     try:
         model: IlladaForMaskedLM = IlladaForMaskedLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], local_files_only=True, **options
+            folder, config=config, dtype=dtype, local_files_only=True, **options
         )
         if quantize is None:
-            model = model.to(place)
-        else:
-            check_shapes(model)
+            return model.to(device)
+        check_shapes(model)
+        return model
     except IlladaError:
         raise
     except Exception as error:
         raise IlladaError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
-    if adapter is not None:
-        model = adapters.attach(model, adapter, merge=quantize is None)
-    return model.eval(), tokenizer
 
 
-def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
+def complete_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
     """Complete the special ids in `config` from the folder's own files (spec §1, §8).
 
-    The mask id is that of config.json, else the tokenizer's, else the id of a token with a released model's name for
-    it, else the family's. Generation ends at every id that config.json or generation_config.json calls eos_token_id,
-    and at the tokens that end a turn in the released chat templates.
+    The mask id comes from config.json, else from the tokenizer, else from a token with a released model's name for the
+    mask, else from the family. Generation ends at every id that config.json or generation_config.json calls
+    eos_token_id, and at the tokens that end a turn in the released chat templates.
 
     Raises:
         IlladaError: when the tokenizer has more tokens than the embedding has rows.
@@ -93,19 +100,17 @@ def settle_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
             f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model only {config.vocab_size}: "
             "it belongs to another model"
         )
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if "mask_token_id" not in read_json(folder / "config.json"):
-        named = [known[token] for token in MASK_TOKENS if token in known]
-        if tokenizer.mask_token_id is not None:
-            named.insert(0, tokenizer.mask_token_id)
-        config.mask_token_id = (named or [config.mask_token_id])[0]
+        named = (vocabulary[token] for token in MASK_TOKENS if token in vocabulary)
+        mask_id = tokenizer.mask_token_id
+        config.mask_token_id = next(named, config.mask_token_id) if mask_id is None else mask_id
     if config.bos_token_id is None:
         config.bos_token_id = tokenizer.bos_token_id
     generation = folder / "generation_config.json"
-    written = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ends = [*_ids(config.eos_token_id), *_ids(written), *(known[token] for token in TURN_ENDS if token in known)]
-    ends = list(dict.fromkeys(ends))
-    if ends:
+    generation_ids = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    turn_ends = [vocabulary[token] for token in TURN_ENDS if token in vocabulary]
+    if ends := list(dict.fromkeys([*_as_list(config.eos_token_id), *_as_list(generation_ids), *turn_ends])):
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
@@ -113,20 +118,19 @@ def check_shards(folder: Path) -> list[Path]:
     """Return the files of weights, after checking that each is there and whole, without reading the weights.
 
     Raises:
-        IlladaError: naming the file.
+        IlladaError: when a file is missing, unreadable or damaged, naming it.
     """
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise IlladaError(f"{folder / INDEX} names no files: fetch it again")
-        names = sorted(set(map(str, places.values())))
+        names = sorted(set(map(str, weight_map.values())))
     else:
         names = [WEIGHTS]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         others = [path.name for kind in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for path in folder.glob(kind)]
-        found = f" (there is {', '.join(others[:3])}; only safetensors are read)" if others and len(names) == 1 else ""
-        raise IlladaError(f"{folder} lacks {', '.join(missing)}{found}: fetch the missing files")
+        hint = f" (there is {', '.join(others[:3])}; only safetensors are read)" if others and len(names) == 1 else ""
+        raise IlladaError(f"{folder} lacks {', '.join(missing)}{hint}: fetch the missing files")
     for name in names:
         if not os.access(folder / name, os.R_OK):  # safetensors would say that there is no such file
             raise IlladaError(f"{folder / name} may not be read by this user: chmod it, or run as its owner")
@@ -140,5 +144,5 @@ def check_shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)

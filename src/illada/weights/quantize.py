@@ -10,27 +10,30 @@ the 8B model's weights.
     int8-bnb  bitsandbytes  8, a scale per output                 LLM.int8(): activations in int8 too, outliers apart
     nf4       bitsandbytes  4.5, normal float per 64 inputs       a kernel where the CPU has AVX-512 BF16
 
-With int8-bnb an outlier decides for all rows of a forward pass, so company can change a row by the rounding's error.
+With int8-bnb an outlier changes the rounding of every row in its forward pass, so a row's result may differ by a
+rounding error from its result alone.
 """
 
 import logging
+from importlib import import_module
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.weights.options import Quantization
 
 INT4_GROUP = 32
-"""Inputs that share a scale: 0.75 bits more than torchao's usual 128, for a fifth less error."""
+"""Inputs that share a scale: 0.75 bits more than with torchao's usual 128, for a fifth less error."""
 
 WIDTHS: dict[str, tuple[int, int]] = {"int4": (INT4_GROUP, 16), "nf4": (64, 32)}
-"""What the CPU's kernels demand of a layer: its inputs and outputs are multiples of these."""
+"""The CPU's kernels demand that a layer's inputs and outputs are multiples of these."""
 
 KEPT = ["lm_head"]
-"""Linear layers that keep their type; with the tied embedding it is one tensor."""
+"""Linear layers that keep their type; a tied embedding is the same tensor as the head."""
 
 
 def quantized_loading(
@@ -41,10 +44,10 @@ def quantized_loading(
     The model arrives on its device. Call `check_shapes` on it: transformers does not compare quantised shapes.
 
     Args:
-        name: how to quantise.
-        config: of the model.
-        device: to load on.
-        dtype: of everything that is not quantised, and of the activations; auto is the checkpoint's own.
+        name: way to quantise.
+        config: configuration of the model.
+        device: device to load on.
+        dtype: type of activations and of everything that is not quantised; auto is the checkpoint's own.
 
     Raises:
         IlladaError: when a library is missing, or the device, the type or the model's widths do not allow it.
@@ -53,68 +56,67 @@ def quantized_loading(
         raise IlladaError(f"no quantization {name!r}: choose one of {', '.join(get_args(Quantization))}")
     if device.type == "cpu" and name in WIDTHS:
         _check_widths(name, config)
-    computed = config.dtype if dtype == "auto" else dtype
-    chosen = _bitsandbytes(name, computed) if name in ("int8-bnb", "nf4") else _torchao(name, device, computed)
-    return {"quantization_config": chosen, "device_map": {"": device}}
+    compute = config.dtype if dtype == "auto" else dtype
+    method = _bitsandbytes(name, compute) if name in ("int8-bnb", "nf4") else _torchao(name, device, compute)
+    return {"quantization_config": method, "device_map": {"": device}}
 
 
 def check_shapes(model: IlladaForMaskedLM) -> None:
     """Check that every linear layer of the blocks is quantised and has the shape that it was built for.
 
     Raises:
-        IlladaError: naming those of another shape.
+        IlladaError: when layers have another shape, naming them.
         RuntimeError: when a library passed over a layer.
     """
-    odd, passed = [], []
+    odd, skipped = [], []
     for path, layer in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(layer, nn.Linear):
-            state = getattr(layer.weight, "quant_state", None)  # bitsandbytes' packed weights have lost their shape
+            state = getattr(layer.weight, "quant_state", None)  # bitsandbytes keeps the shape of packed weights here
             shapes = [list((state or layer.weight).shape), [layer.out_features, layer.in_features]]
             if shapes[0] != shapes[1]:
                 odd.append(f"{path}.weight is {shapes[0]}, not {shapes[1]}")
             elif type(layer.weight) is nn.Parameter:
-                passed.append(path)
+                skipped.append(path)
     if odd:
         raise IlladaError(f"the weights do not fit config.json ({len(odd)} tensors): {'; '.join(odd)}")
-    if passed:
-        raise RuntimeError(f"not quantised: {', '.join(passed)}")
+    if skipped:
+        raise RuntimeError(f"not quantised: {', '.join(skipped)}")
 
 
-def _torchao(name: str, device: torch.device, dtype: torch.dtype | str | None) -> Any:
-    _require(name, ("torchao", "accelerate"), "pip install 'illada[quantize]'")
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+def _torchao(name: str, device: torch.device, dtype: torch.dtype | str | None) -> TorchAoConfig:
+    method: Any
+    with needs("quantize", f"quantization {name}"):
+        import_module("accelerate")  # transformers loads with it
+        from torchao import quantization
 
-    way: Any
-    if name == "int8":
-        way = Int8WeightOnlyConfig(set_inductor_config=False)
-    elif dtype != torch.bfloat16:
-        # A GPU's kernel knows no other type; the CPU's takes a hundred times longer in others.
-        raise IlladaError("int4 computes in bf16 only: load the model in bf16, or choose int8")
-    elif device.type == "cpu":
-        # torchao's public layouts of int4 all need a GPU; its CPU layout runs on a kernel of torch itself.
-        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+        if name == "int8":
+            method = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
+        elif dtype != torch.bfloat16:
+            # A GPU's kernel knows no other type; the CPU's takes a hundred times longer in others.
+            raise IlladaError("int4 computes in bf16 only: load the model in bf16, or choose int8")
+        elif device.type == "cpu":
+            # torchao's public layouts of int4 all need a GPU; its CPU layout runs on a kernel of torch itself.
+            from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
-        way = PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP, set_inductor_config=False)
-    elif device.type == "cuda":
-        from torchao.quantization.quantize_.workflows import Int4PackingFormat
+            method = PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP, set_inductor_config=False)
+        elif device.type == "cuda":
+            from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
-        way = Int4WeightOnlyConfig(
-            group_size=INT4_GROUP,
-            int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,  # needs no library but torch
-            set_inductor_config=False,
-        )
-    else:
-        raise IlladaError(f"int4 runs on cpu and cuda, not on {device.type}: choose int8")
-    return TorchAoConfig(way, modules_to_not_convert=KEPT)
+            layout = Int4PackingFormat.TILE_PACKED_TO_4D  # needs no library but torch
+            method = quantization.Int4WeightOnlyConfig(
+                INT4_GROUP, int4_packing_format=layout, set_inductor_config=False
+            )
+        else:
+            raise IlladaError(f"int4 runs on cpu and cuda, not on {device.type}: choose int8")
+    return TorchAoConfig(method, modules_to_not_convert=KEPT)
 
 
-def _bitsandbytes(name: str, dtype: torch.dtype | str | None) -> Any:
-    # It advises to fetch kernels when imported, and says at every product that activations are rounded.
+def _bitsandbytes(name: str, dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
+    # bitsandbytes advises to fetch kernels when imported, and says at every product that activations are rounded.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _require(name, ("bitsandbytes", "accelerate"), "pip install bitsandbytes accelerate")
-    from transformers import BitsAndBytesConfig
-
+    with needs("quantize", f"quantization {name}"):
+        import_module("accelerate")  # transformers loads with it
+        import_module("bitsandbytes")
     if name == "int8-bnb":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT)
     return BitsAndBytesConfig(
@@ -125,17 +127,8 @@ def _bitsandbytes(name: str, dtype: torch.dtype | str | None) -> Any:
     )
 
 
-def _require(name: str, libraries: tuple[str, ...], command: str) -> None:
-    """Raise an error with the command to run when a library cannot be imported."""
-    for library in libraries:
-        try:
-            __import__(library)
-        except ImportError as error:
-            raise IlladaError(f"quantization {name} needs {' and '.join(libraries)}: {command}") from error
-
-
 def _check_widths(name: str, config: IlladaConfig) -> None:
-    """Compare the widths of the blocks' layers with what the kernels demand."""
+    """Raise an error when the widths of the blocks' layers are not what the kernels demand."""
     inputs, outputs = WIDTHS[name]
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim

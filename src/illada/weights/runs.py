@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from illada.errors import IlladaError
+from illada.files import new_folder
 from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.weights import adapters
 
@@ -25,43 +26,36 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def assemble(checkpoint: Path, parent: Path) -> Path:
-    """Put the shards together to a folder that transformers or PEFT loads: parent/model or parent/adapter.
+    """Join the shards of a checkpoint to a folder that transformers or PEFT loads: parent/model or parent/adapter.
 
-    Complete or not at all; the weights pass through memory once.
+    The folder appears whole or not at all; the weights pass through memory once.
     """
     about = checkpoint / ABOUT
     adapter = (about / adapters.CONFIG).is_file()
     target = parent / ("adapter" if adapter else "model")
-    partial = parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(about, partial)
-    found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    entries = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for name, entry in sorted(found.items())
-        if "/" not in name
+        for name, entry in sorted(entries.items())
+        if "/" not in name  # the optimiser's
     }
     load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    if adapter:
-        save_file(tensors, partial / adapters.WEIGHTS, metadata={"format": "pt"})
-    else:
-        save_torch_state_dict(tensors, partial, max_shard_size="5GB", metadata={"format": "pt"})
-    for path in partial.glob("*.safetensors"):
-        path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
-    if not target.exists():
-        partial.rename(target)
-        return target
-    for path in partial.iterdir():
-        path.replace(target / path.name)
-    partial.rmdir()
+    with new_folder(target, into_existing=True) as folder:
+        shutil.copytree(about, folder, dirs_exist_ok=True)
+        if adapter:
+            save_file(tensors, folder / adapters.WEIGHTS, metadata={"format": "pt"})
+        else:
+            save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
+        for path in folder.glob("*.safetensors"):
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
     return target
 
 
 def model_folder(path: str) -> Path:
     """Return the local folder meant by `path`: itself, or a run's finished model or adapter, or its newest checkpoint.
 
-    It holds config.json or adapter_config.json. A checkpoint is put together from its shards when first asked for. A
-    path that does not exist and looks like a hub name is downloaded into the local cache.
+    The folder holds config.json or adapter_config.json. The first call joins the shards of a checkpoint. A path that
+    does not exist and looks like a hub name is downloaded into the local cache.
 
     Raises:
         IlladaError: when there is no model, or it cannot be downloaded.

@@ -1,11 +1,11 @@
-"""Write a model folder: all of it or nothing, and never a second copy of the weights in memory."""
+"""Write a model folder: all of it or nothing, and without a second copy of the weights in memory."""
 
 import errno
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from illada.devices import DTYPES
 from illada.errors import IlladaError, first_line
-from illada.files import read_json
+from illada.files import new_folder, partial_path, read_json
 from illada.model import IlladaConfig
 from illada.model.released import released_config
 from illada.weights.load import INDEX
@@ -42,10 +42,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_output(output: str, source: str, max_shard_size: str) -> Path:
-    """Return the path of a folder to be made, before anything is read.
+    """Check, before anything is read, that the folder `output` can be made; return its path.
 
     Raises:
-        IlladaError: when it exists or would touch what is read, or the size is not a whole number with its unit.
+        IlladaError: when it exists or would touch `source`, or the size is not a whole number with its unit.
     """
     if not re.fullmatch(r"0*[1-9]\d* ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
         raise IlladaError(
@@ -54,17 +54,17 @@ def check_output(output: str, source: str, max_shard_size: str) -> Path:
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise IlladaError(f"{target} exists: choose another --output or delete it")
-    # The weights that are written lie in the files that are read: those must not be touched.
-    read, partial = Path(source).resolve(), _partial(target).resolve()
+    # The weights stay in the files of the source while they are written: these files must not be touched.
+    read, partial = Path(source).resolve(), partial_path(target).resolve()
     if read in partial.parents or partial in (read, *read.parents):
         raise IlladaError(f"{target} cannot be written while {source} is being read: choose another --output")
     return target
 
 
 def torch_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
-    """Return the type called `dtype`, where auto is `own`."""
-    chosen = DTYPES[dtype]
-    return chosen if isinstance(chosen, torch.dtype) else own
+    """Return the type called `dtype`; auto is `own`."""
+    named = DTYPES[dtype]
+    return named if isinstance(named, torch.dtype) else own
 
 
 def write_model(
@@ -83,15 +83,15 @@ def write_model(
     Weights are cast and written a shard at a time, so tensors that lie on disk need no more memory than one shard.
 
     Args:
-        target: folder that does not exist.
-        source: folder that is read, whose generation_config.json and tokenizer files are taken over.
-        config: of the model; its dtype is set.
-        tensors: by our names; "lm_head.weight" too when it is to be written.
-        dtype: of the weights written.
-        card: the model card.
-        layout: how config.json is written.
+        target: folder to make; it does not exist yet.
+        source: folder of the model that was read; its generation_config.json and tokenizer files are taken over.
+        config: configuration of the model; its dtype is set.
+        tensors: weights by our names; "lm_head.weight" too when it is to be written.
+        dtype: type of the weights written.
+        card: text of the model card.
+        layout: form of config.json.
         max_shard_size: largest file of weights, as "5GB".
-        tokenizer: to save; None to copy the source's files as they are.
+        tokenizer: tokenizer to save; None copies the source's files as they are.
 
     Raises:
         IlladaError: when the disk has no room, or a weight is too large for `dtype`.
@@ -109,13 +109,13 @@ def write_model(
     )
     texts = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     size = plan.metadata["total_size"] + sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
-    with _new_folder(target, size) as folder:
+    with _room_for(target, size), new_folder(target) as folder:
         for file, names in plan.filename_to_tensors.items():
             save_file(_shard(tensors, names, dtype), folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
         if plan.is_sharded:
-            places = dict(sorted(plan.tensor_to_filename.items()))
-            _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": places})
+            weight_map = dict(sorted(plan.tensor_to_filename.items()))
+            _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
         _write_json(folder / "config.json", values)
         _write_json(folder / "generation_config.json", _generation_config(source, config))
         if tokenizer is not None:
@@ -129,69 +129,56 @@ def write_model(
 
 
 def _shard(tensors: Mapping[str, Tensor], names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors ready to be saved: of one type, contiguous, and none sharing its memory with another."""
+    """Return tensors ready to be saved: of one type, contiguous, and without memory in common."""
     shard: dict[str, Tensor] = {}
-    places: set[int] = set()
+    addresses: set[int] = set()
     for name in names:
         tensor = tensors[name].to(dtype).contiguous()
         if dtype == torch.float16 and not tensor.isfinite().all() and tensors[name].isfinite().all():
             raise IlladaError(f"{name} holds values too large for fp16: choose --dtype bf16 or fp32")
-        shard[name] = tensor.clone() if tensor.data_ptr() in places else tensor
-        places.add(tensor.data_ptr())
+        shard[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
     return shard
 
 
 @contextmanager
-def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """Yield a folder to fill; it becomes `target` if all goes well, else nothing of it stays."""
-    partial = _partial(target)
-    missing = [path for path in target.parents if not path.exists()]
+def _room_for(target: Path, size: int) -> Iterator[None]:
+    """Turn a disk that has no room for `size` bytes, now or while they are written, into one line that says so."""
     place = next(path for path in target.resolve().parents if path.exists())
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed process left takes room
+
+    def no_room(fact: str) -> IlladaError:
+        return IlladaError(
+            f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {fact}: free some or choose "
+            "another --output; nothing was left behind"
+        )
+
     if (free := shutil.disk_usage(place).free) < size:
-        raise _no_room(target, size, f"{place} has {decimal(free)} free")
+        raise no_room(f"{place} has {decimal(free)} free")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise _no_room(target, size, f"{place} is full") from error
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors names the system's error in its text only.
+        if any(getattr(error, "errno", None) == number or f"os error {number})" in str(error) for number in _FULL):
+            raise no_room(f"{place} is full") from error
         if isinstance(error, SafetensorError):
-            if any(f"os error {number})" in str(error) for number in _FULL):
-                raise _no_room(target, size, f"{place} is full") from error
             raise IlladaError(f"{target} cannot be written: {first_line(error)}") from error
         raise
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _no_room(target: Path, size: int, fact: str) -> IlladaError:
-    return IlladaError(
-        f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {fact}: free some or choose "
-        "another --output; nothing was left behind"
-    )
 
 
 def _generation_config(source: Path, config: IlladaConfig) -> dict[str, Any]:
     """Return the source's generation_config.json with the special ids of `config`."""
     path = source / "generation_config.json"
-    before = read_json(path) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**before, **{name: value for name, value in ids.items() if value is not None}}
+    return values | {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
 def _for_transformers_4(path: Path) -> None:
-    """Rewrite what only transformers 5 understands: the authors' code runs on 4."""
+    """Rewrite what only transformers 5 understands, as the authors' code runs on transformers 4."""
     if not path.is_file():
         return
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         values.pop("backend", None)
@@ -201,4 +188,5 @@ def _for_transformers_4(path: Path) -> None:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON as transformers does."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
