@@ -1,7 +1,8 @@
 """What does each way to generate cost, and what is it worth? The tables of RESULTS.md: seconds beside counters, each
 table of one run in which every repeat runs all variants.
 
-    OMP_NUM_THREADS=1 python benchmarks/generate.py --model FOLDER [--fast_dllm FILE] [--dinfer FOLDER] [--output FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/generate.py --model FOLDER [--fast_dllm FILE] [--dinfer FOLDER]
+        [--output FOLDER]
 
 --model is a trained demo's. --fast_dllm is llada/generate.py in a checkout of NVlabs/Fast-dLLM (its model code needs
 einops), --dinfer is python/dinfer in one of inclusionAI/dInfer; both are run as they are, on our weights.

@@ -31,7 +31,9 @@ def site(tmp_path_factory):
 
 def test_the_site_builds_without_warnings_and_fetches_nothing_when_read(site):
     for page in site.rglob("*.html"):
-        fetched = re.findall(r'(?:<link[^>]* href|<(?:script|img|iframe)[^>]* src)="((?:https?:)?//[^"]+)', page.read_text())
+        fetched = re.findall(
+            r'(?:<link[^>]* href|<(?:script|img|iframe)[^>]* src)="((?:https?:)?//[^"]+)', page.read_text()
+        )
         assert not fetched, page
 
 

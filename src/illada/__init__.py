@@ -7,8 +7,10 @@ Importing it takes no time: a name loads what it needs when it is first used, an
 of the models as soon as transformers loads its own list of them.
 """
 
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -59,8 +61,6 @@ _HOMES = {
     "load_model": "weights.load",
 }
 
-_AUTO = "transformers.models.auto"
-
 
 def __getattr__(name: str) -> Any:
     """Load a public name."""
@@ -73,6 +73,10 @@ def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
 
 
-for _list, _ours in (("configuration_auto", "config"), ("modeling_auto", "transformer")):
-    # Each of the two registers its classes when it is loaded.
-    register_post_import_hook(lambda _, ours=_ours: import_module(f"illada.model.{ours}"), f"{_AUTO}.{_list}")
+def _load(ours: str, _: ModuleType) -> None:
+    import_module(ours)
+
+
+# Each of our two modules tells the Auto classes of its own when it is loaded.
+register_post_import_hook(partial(_load, "illada.model.config"), "transformers.models.auto.configuration_auto")
+register_post_import_hook(partial(_load, "illada.model.transformer"), "transformers.models.auto.modeling_auto")

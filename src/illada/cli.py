@@ -60,6 +60,11 @@ class _Option(NamedTuple):
     """The type of one word, where the option takes several; else None."""
 
 
+def _is_options(kind: Any) -> bool:
+    """Say whether a parameter stands for several options."""
+    return dataclasses.is_dataclass(kind)
+
+
 def _options(source: Callable[..., Any]) -> list[_Option]:
     """Return what a function or dataclass takes, in order."""
     hints = get_type_hints(source)
@@ -85,7 +90,7 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
             parser.add_argument("--config", action=ActionConfigFile, help=text)
             parser.add_class_arguments(Recipe)
             parser.set_defaults(dict(defaults))
-        elif dataclasses.is_dataclass(option.kind):
+        elif _is_options(option.kind):
             several = [field for field in _options(option.kind) if field.item]
             for field in several:
                 _add_words(parser, field)
@@ -96,7 +101,7 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
             flag = f"--{option.name.rstrip('_')}"
             parser.add_argument(flag, dest=option.name, type=option.kind, required=True, help=option.text)
     plain = {o.name for o in options if not (o.positional or o.item or o.name.endswith("_"))}
-    plain -= {option.name for option in options if dataclasses.is_dataclass(option.kind)}
+    plain -= {option.name for option in options if _is_options(option.kind)}
     skip = {option.name for option in options} - plain
     parser.add_function_arguments(command, as_positional=False, skip=skip)
 
@@ -143,7 +148,7 @@ def _call(command: Command, arguments: Namespace) -> None:
 
     def values(source: Callable[..., Any]) -> Iterator[Any]:
         for option in _options(source):
-            if dataclasses.is_dataclass(option.kind) and option.name not in arguments:
+            if _is_options(option.kind) and option.name not in arguments:
                 yield option, option.kind(**{field.name: value for field, value in values(option.kind)})
             elif option.name in arguments and not (option.item and arguments[option.name] is None):
                 yield option, arguments[option.name]

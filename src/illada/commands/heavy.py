@@ -25,11 +25,11 @@ class _LazyFinder:
 
 @contextmanager
 def _lazily() -> Iterator[None]:
-    sys.meta_path.insert(0, _LazyFinder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _LazyFinder)
     try:
         yield
     finally:
-        sys.meta_path.remove(_LazyFinder)  # type: ignore[arg-type]
+        sys.meta_path.remove(_LazyFinder)
 
 
 with _lazily():
