@@ -57,7 +57,7 @@ def plan(settings: PrepareSettings) -> int:
         "source_fingerprint": fingerprint(files),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "chat_template": tokenizer.chat_template if chat else None,
-        **{name: v for name, v in asdict(settings).items() if name not in ("sources", *FREE_TO_CHANGE)},
+        **{name: value for name, value in asdict(settings).items() if name not in ("sources", *FREE_TO_CHANGE)},
         "illada": metadata.version("illada"),
         "datatrove": metadata.version("datatrove"),
         "special_ids": {

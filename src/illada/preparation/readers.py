@@ -268,7 +268,7 @@ def _lines(stream: IO[bytes], unit: Unit) -> Iterator[tuple[int, Iterator[bytes]
 
 
 def _decoded(chunks: Iterator[bytes], stats: ReadStats, end_of_line: bool = False) -> Iterator[str]:
-    """Decode UTF-8, with broken bytes escaped as lone surrogates; drops a byte order mark and the end of the line."""
+    """Decode UTF-8, escape broken bytes as lone surrogates, and drop a byte order mark and the end of the line."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     first = True
     for chunk in chunks:
@@ -281,7 +281,7 @@ def _decoded(chunks: Iterator[bytes], stats: ReadStats, end_of_line: bool = Fals
 
 
 def _jsonl_records(unit: Unit, stats: ReadStats) -> Iterator[tuple[str, Any]]:
-    """Yield (where, record); a record that cannot be parsed is the exception that says why."""
+    """Yield (where, record); in place of a record that cannot be parsed, the exception that says why."""
     with _open(unit.path) as stream:
         for number, (place, parts) in enumerate(_lines(stream, unit), start=1):
             line = "".join(_decoded(parts, stats))
@@ -317,7 +317,7 @@ def _parquet_records(unit: Unit, options: Options, stats: ReadStats) -> Iterator
 
 
 def _as_bytes(pa: Any, schema: Any) -> Any:
-    """Return the schema with text as bytes: arrow refuses to hand over text that is broken UTF-8."""
+    """Return the schema with text as bytes, because arrow refuses to convert broken UTF-8 to str."""
 
     def change(kind: Any) -> Any:
         if pa.types.is_dictionary(kind):
