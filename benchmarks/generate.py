@@ -1,7 +1,8 @@
 """What does each way to generate cost, and what is it worth? The tables of RESULTS.md: seconds beside counters, each
 table of one run in which every repeat runs all variants.
 
-    OMP_NUM_THREADS=1 python benchmarks/generate.py --model FOLDER [--fast_dllm FILE] [--dinfer FOLDER] [--output FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/generate.py --model FOLDER [--output FOLDER]
+        [--fast_dllm FILE] [--dinfer FOLDER]
 
 --model is a trained demo's. --fast_dllm is llada/generate.py in a checkout of NVlabs/Fast-dLLM (its model code needs
 einops), --dinfer is python/dinfer in one of inclusionAI/dInfer; both are run as they are, on our weights.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.bench.generation import bench_generate, table
+from illada.bench.options import BenchGenerateOptions
 from illada.bench.samplers import EXACT, modes, rules
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
@@ -94,7 +96,7 @@ def main() -> None:
     def run(name: str, **options: Any) -> dict[str, Any]:
         print(name, file=sys.stderr)
         output = None if arguments.output is None else str(Path(arguments.output) / name.replace(" ", "-"))
-        return bench_generate(repeats=arguments.repeats, output=output, **options)
+        return bench_generate(BenchGenerateOptions(repeats=arguments.repeats, output=output, **options))
 
     demo = {"model": arguments.model, "limit": arguments.limit, "block_length": BLOCK}
     if not arguments.compare:

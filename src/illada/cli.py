@@ -131,9 +131,10 @@ def evaluate(
         quantize: weights of the blocks in 8 or 4 bits, made while loading.
     """
     arguments: dict[str, Any] = dict(locals())
-    from illada.evaluation import command
+    from illada.evaluation import run as evaluation
+    from illada.evaluation.options import EvalOptions
 
-    if table := command.evaluate(arguments):  # of several processes one has it
+    if table := evaluation.evaluate(EvalOptions(**arguments)):  # of several processes one has it
         print(table)
 
 
@@ -246,8 +247,9 @@ def bench_generate(
     """
     arguments: dict[str, Any] = dict(locals())
     from illada.bench import generation
+    from illada.bench.options import BenchGenerateOptions
 
-    results = generation.bench_generate(**arguments, on_run=_show)
+    results = generation.bench_generate(BenchGenerateOptions(**arguments), on_run=_show)
     _show("")
     print(generation.table(results))
     if output is not None:
@@ -299,8 +301,9 @@ def bench_serve(
     """
     arguments: dict[str, Any] = dict(locals())
     from illada.bench import serving
+    from illada.bench.options import BenchServeOptions
 
-    results = serving.bench_serve(**arguments, on_run=_show)
+    results = serving.bench_serve(BenchServeOptions(**arguments), on_run=_show)
     _show("")
     print(serving.table(results))
     if output is not None:
