@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.bench.generation import bench_generate, table
+from illada.bench.options import BenchGenerateOptions
 from illada.bench.samplers import EXACT, modes, rules
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
@@ -95,7 +96,7 @@ def main() -> None:
     def run(name: str, **options: Any) -> dict[str, Any]:
         print(name, file=sys.stderr)
         output = None if arguments.output is None else str(Path(arguments.output) / name.replace(" ", "-"))
-        return bench_generate(repeats=arguments.repeats, output=output, **options)
+        return bench_generate(BenchGenerateOptions(repeats=arguments.repeats, output=output, **options))
 
     demo = {"model": arguments.model, "limit": arguments.limit, "block_length": BLOCK}
     if not arguments.compare:

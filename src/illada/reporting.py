@@ -1,4 +1,4 @@
-"""What every result carries and how it is shown: environment, tables, colours, result files."""
+"""What the package shows of a measurement: its environment, tables, figures and result files."""
 
 import os
 import platform
@@ -6,21 +6,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from illada.errors import MissingExtraError, needs
 from illada.files import write_json
 from illada.model import IlladaForMaskedLM
 
+INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
+
 
 def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
-    """Return what a number depends on besides settings: versions, commit, device and type of the weights.
+    """Return what a measurement depends on besides its settings: versions, commit, device and type of the weights.
 
-    Without a network, which is then somewhere else, only what is known of this process.
+    Without a network, because a server elsewhere holds it, only this process is described.
     """
-    found = {
+    environment: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("illada", "torch", "transformers", "numpy")},
@@ -30,13 +36,10 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if network is None:
-        return {**found, "device": "unknown"}
-    device = network.device
-    return {
-        **found,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
+        return environment | {"device": "unknown"}
+    cuda = network.device.type == "cuda"
+    return environment | {
+        "device": torch.cuda.get_device_name(network.device) if cuda else f"{network.device.type} {platform.machine()}",
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": network.num_parameters(),
         "vocab_size": network.config.vocab_size,
@@ -44,7 +47,7 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of this package's checkout, "-dirty" behind it if changed; None when it is not in one."""
+    """Return the commit of this package's checkout, with "-dirty" if files have changed; None outside a checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -58,15 +61,48 @@ def _commit() -> str | None:
         return None
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, its first line the head, its first column to the left and the others to the right."""
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table whose first line is the head; `left` columns stand left, those after them right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
-        cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        text.append(f"| {' | '.join(cells)} |")
-    text.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+        cells = zip(line, widths, strict=True)
+        padded = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells)]
+        text.append(f"| {' | '.join(padded)} |")
+    text.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|")
     return "\n".join(text)
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a matplotlib figure, its size in inches, and its axes (an array if there are several).
+
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+    """
+    with needs("report", "a picture"):
+        from matplotlib.figure import Figure
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    axes = drawing.subplots(rows, columns)
+    for part in np.ravel(axes):
+        part.spines[["top", "right"]].set_visible(False)
+        part.tick_params(colors=INK)
+        part.set_prop_cycle(color=COLOURS)
+    return drawing, axes
+
+
+def png(drawing: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = BytesIO()
+    drawing.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def write_picture(path: Path, draw: Callable[[], bytes]) -> None:
+    """Write what `draw` returns; without matplotlib, say on stderr that there is no picture."""
+    try:
+        path.write_bytes(draw())
+    except MissingExtraError as error:
+        print(f"no {path.name}: {error}", file=sys.stderr)
 
 
 def write_results(
@@ -76,15 +112,4 @@ def write_results(
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
     (output / "table.md").write_text(text + "\n")
-    try:
-        drawn = draw(results["rows"])
-    except ImportError:
-        print(f"no {picture}: it needs matplotlib (pip install 'illada[report]')", file=sys.stderr)
-        return
-    (output / picture).write_bytes(drawn)
-
-
-INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
-
-
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
+    write_picture(output / picture, lambda: draw(results["rows"]))

@@ -1,8 +1,8 @@
-"""The demo's instructions: seven tasks whose answers can be checked, with held-out problems.
+"""Seven tasks whose answers can be checked, with held-out problems; the demo teaches them.
 
-A problem is held out by a hash of what makes it the *same* problem, so that no test problem appears in training under
-another name: 12+34 and 34+12, a list in another order, a string and its mirror image, and a sudoku with its digits
-exchanged are each one problem.
+A hash of what makes a problem the *same* problem decides whether it is held out, so that no test problem appears in
+training under another name: 12+34 and 34+12 are one problem; a list in another order, a string's mirror image and a
+sudoku with its digits exchanged are no new problems either.
 """
 
 import ast
@@ -11,6 +11,7 @@ import itertools
 import random
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its only right answer."""
+    """A question with its only right answer."""
 
     task: str
     prompt: str
@@ -31,12 +32,12 @@ class Example:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The example as a conversation."""
+        """The example as a conversation of two messages."""
         return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
 
 
 def _held_out(*identity: object) -> bool:
-    """Put a tenth of all problems into the test split."""
+    """Return whether a problem is in the test split, as a tenth of all problems are."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
@@ -70,13 +71,13 @@ def _capitals(rng: random.Random) -> tuple[Example, bool]:
 def _shift(rng: random.Random) -> tuple[Example, bool]:
     letters = _letters(rng, 6)
     shifted = [LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in letters]
-    # The same letters, moved all together round the alphabet, are one problem.
+    # Letters that all move by one distance round the alphabet stay the same problem.
     steps = tuple((ord(b) - ord(a)) % 26 for a, b in itertools.pairwise(letters))
     return Example("shift", f"Shift: {' '.join(letters)}", " ".join(shifted)), _held_out("shift", steps)
 
 
 def _relabelled(grid: str) -> str:
-    """Return the grid with digits renamed in order of first appearance: equal for all relabellings of one pattern."""
+    """Return the grid with digits renamed in order of first appearance, equal for all relabellings of one pattern."""
     names: dict[str, str] = {}
     return "".join(names.setdefault(digit, str(len(names) + 1)) for digit in grid)
 
@@ -110,7 +111,7 @@ def _sudoku(rng: random.Random) -> tuple[Example, bool]:
     grid = rng.choice(sudoku_grids())
     hidden = rng.sample(range(16), rng.randint(6, 9))
     puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
-    # Ask again until the clues leave one solution.
+    # Draw again until the clues leave one solution.
     if sum(all(p in ("0", g) for p, g in zip(puzzle, other, strict=True)) for other in sudoku_grids()) > 1:
         return _sudoku(rng)
     return Example("sudoku", f"Solve\n{_rows(puzzle)}", _rows(grid)), _sudoku_held_out(grid)
@@ -125,7 +126,7 @@ def standard_library() -> Path:
 def library_names() -> tuple[tuple[str, str], ...]:
     """Return (name, module) for public top-level classes and functions that exactly one module of the library defines.
 
-    Only modules with ten such names or more are kept, so that each module is seen in training and in test.
+    Modules with fewer than ten such names are left out, so that every module is seen in training and in test.
     """
     where: dict[str, set[str]] = {}
     folder = standard_library()
@@ -141,9 +142,7 @@ def library_names() -> tuple[tuple[str, str], ...]:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 where.setdefault(node.name, set()).add(module)
     pairs = [(name, next(iter(modules))) for name, modules in sorted(where.items()) if len(modules) == 1]
-    size: dict[str, int] = {}
-    for _, module in pairs:
-        size[module] = size.get(module, 0) + 1
+    size = Counter(module for _, module in pairs)
     return tuple((name, module) for name, module in pairs if size[module] >= 10)
 
 
@@ -165,7 +164,7 @@ TASKS: dict[str, tuple[Callable[[random.Random], tuple[Example, bool]], float]] 
 
 
 def examples(split: Split, seed: int, tasks: Sequence[str]) -> Iterator[Example]:
-    """Yield examples of a split without end, the tasks mixed in their shares."""
+    """Yield examples of a split without end; the tasks are mixed in their shares."""
     rng = random.Random(f"{split} {seed} {' '.join(tasks)}")
     shares = [TASKS[task][1] for task in tasks]
     while True:
@@ -177,12 +176,18 @@ def examples(split: Split, seed: int, tasks: Sequence[str]) -> Iterator[Example]
 
 def held_out(task: str, count: int, seed: int = 0) -> list[Example]:
     """Return up to `count` different held-out problems of a task."""
-    found: dict[str, Example] = {}
+    problems: dict[str, Example] = {}
     for example in itertools.islice(examples("test", seed, [task]), 40 * count):
-        found.setdefault(example.prompt, example)
-        if len(found) == count:
+        problems.setdefault(example.prompt, example)
+        if len(problems) == count:
             break
-    return list(found.values())
+    return list(problems.values())
+
+
+def held_out_mix(tasks: Sequence[str], count: int, seed: int = 0) -> list[Example]:
+    """Return up to `count` different held-out problems, of all tasks in turn."""
+    columns = [held_out(task, -(-count // len(tasks)), seed) for task in tasks]
+    return [example for row in itertools.zip_longest(*columns) for example in row if example is not None][:count]
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class Choice:
 
 
 def library_choices(count: int, seed: int = 0) -> list[Choice]:
-    """Return held-out library questions with the right module and three others that occur as answers."""
+    """Return held-out library questions, each with the right module and three others that occur as answers."""
     rng = random.Random(f"choices {seed}")
     modules = sorted({module for _, module in library_names()})
     choices = []

@@ -12,7 +12,8 @@ import torch
 from illada import cli
 from illada.bench import generation, samplers
 from illada.bench.external import OutsideModel, outside_samplers
-from illada.bench.measure import agreement, counted, measure
+from illada.bench.measure import agreement, count_work, measure
+from illada.bench.options import BenchGenerateOptions
 from illada.bench.samplers import Answer, engine_samplers, modes, plain_sampler, rules, steps_of_rule
 from illada.errors import IlladaError
 from illada.generation import sampling
@@ -117,7 +118,7 @@ def test_work_of_one_token_a_forward_is_what_arithmetic_says(untied):
     positions = sum(B * (len(prompt) + end) for prompt in PROMPTS for end in (4, 8, 12))
     found = {}
     for name in ("plain loop", "1 token", "2 tokens", "later masks", "one block"):
-        with counted(untied) as work:
+        with count_work(untied) as work:
             samplers[name].answer(PROMPTS)
         found[name] = (work.forwards, work.positions, work.head_positions)
     assert found == {
@@ -130,7 +131,7 @@ def test_work_of_one_token_a_forward_is_what_arithmetic_says(untied):
 
 
 def test_rows_of_a_batch_share_their_forwards(untied):
-    with counted(untied) as work:
+    with count_work(untied) as work:
         by_name(engine_samplers(untied, EXACT, batch=2)[0])["1 token"].answer(PROMPTS)
     assert work.forwards == G
     untied(torch.tensor(PROMPTS[:1]))
@@ -142,7 +143,7 @@ def test_a_head_in_pieces_counts_once(build_model, monkeypatch):
     model = build_model(True, 4, vocab_size=3000)
     pieces, real = [], type(model).head_pieces
     monkeypatch.setattr(type(model), "head_pieces", lambda *a: pieces.append(a[2]) or real(*a))
-    with counted(model) as work:
+    with count_work(model) as work:
         by_name(engine_samplers(model, EXACT, batch=2)[0])["1 token"].answer(PROMPTS)
     assert set(pieces) == {3}
     assert work.head_positions == 2 * 3 * (4 + 3 + 2 + 1)
@@ -154,7 +155,7 @@ def test_plain_loop_is_exact_decoding(tied, stops):
     if stops:  # at what is the second block's first token
         free = plain_sampler(tied, EXACT).answer(PROMPTS)
         settings = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=free[0].ids[B])
-    with counted(tied) as work:
+    with count_work(tied) as work:
         plain = plain_sampler(tied, settings).answer(PROMPTS)
     assert work.forwards == sum(answer.forwards for answer in plain)
     assert work.forwards == sum(min(G, len(ids) // B * B + B) for ids in ids_of(plain))  # to the end of the last block
@@ -224,7 +225,7 @@ def test_outside_samplers_with_a_cache_do_what_our_prefix_cache_does(sure, tmp_p
     ours = by_name(engine_samplers(sure, EXACT, 1)[0])[f"{rule} (prefix cache)"]
     works = []
     for sampler in (theirs, ours):
-        with counted(sure) as work:
+        with count_work(sure) as work:
             answers = sampler.answer(PROMPTS)
         works.append((answers, work.forwards, work.positions))
     assert works[0] == works[1]
@@ -384,7 +385,8 @@ def test_accuracy_is_exact_match_after_stripping(trained_folder, tmp_path, monke
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps({"prompt": "one", "answer": a}) + "\n" for a in ("yes", " yes", "no", "Yes")))
     options = {"repeats": 1, "only": ["1 token"], "max_new_tokens": 16}
-    row = generation.bench_generate(str(trained_folder), tasks=str(tasks), **options)["rows"][0]
+    options = BenchGenerateOptions(str(trained_folder), tasks=str(tasks), **options)
+    row = generation.bench_generate(options)["rows"][0]
     assert (row["accuracy"], row["standard_error"]) == (0.5, 0.25)
 
 
@@ -392,7 +394,7 @@ def test_demo_problems_are_those_of_the_demo(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["one"], 264)
 
     def tasks(model):
-        found = generation._demo_problems(tokenizer, str(model), 5, 0)
+        found = generation._demo_problems(tokenizer, BenchGenerateOptions(str(model), limit=5))
         return [tokenizer.decode(problem.prompt).removeprefix("<|bos|><|user|>").split()[0] for problem in found]
 
     monkeypatch.setattr(generation, "TASKS", {"shift": None, "sorting": None})
@@ -496,7 +498,7 @@ def test_outside_files_that_do_not_work(untied, tmp_path, code, expected):
 def test_bad_tasks(trained_folder, tmp_path, line):
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "one", "answer": "two"}\n' + line)
     with pytest.raises(IlladaError, match="line 2 is not"):
-        generation.bench_generate(str(trained_folder), tasks=str(tmp_path / "tasks.jsonl"))
+        generation.bench_generate(BenchGenerateOptions(str(trained_folder), tasks=str(tmp_path / "tasks.jsonl")))
 
 
 @pytest.mark.parametrize("words", ["bench", "bench generate"])

@@ -14,22 +14,19 @@ from pathlib import Path
 
 import datasets
 
-from illada.evaluation import command
 from illada.evaluation.journal import Journal
-
-ARGUMENTS = dict.fromkeys(("run", "paper", "tasks", "limit", "shots", "settings", "ablate", "values", "quantize"))
-ARGUMENTS |= {"decode": "exact", "lengths": "3-4", "scoring": "confidence", "samples": 4, "chat": False, "seed": 0}
-ARGUMENTS |= {"allow_code": False, "download": False, "max_batch_tokens": 8, "dtype": "fp32", "device": "cpu"}
+from illada.evaluation.options import EvalOptions
+from illada.evaluation.run import evaluate
 
 
-def killed_at_its_second_write(journal, found, add=Journal.add, written=[]):  # noqa: B006
+def killed_at_its_second_write(journal, entries, add=Journal.add, written=[]):  # noqa: B006
     """The first results are kept; in the middle of writing the next ones, the process dies."""
     if written:
-        line = json.dumps([{"key": one.key, "value": one.value} for one in found])
+        line = json.dumps([{"key": entry.key, "value": entry.value} for entry in entries])
         with journal.path.open("a") as file:
             file.write(line[: len(line) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-    written.append(add(journal, found))
+    written.append(add(journal, entries))
 
 
 def forked(output, **environment):
@@ -40,7 +37,8 @@ def forked(output, **environment):
     os.environ |= environment
     code = 1
     try:
-        command.evaluate({**ARGUMENTS, "model": sys.argv[1], "task_files": sys.argv[2], "output": str(output)})
+        options = {"scoring": "confidence", "samples": 4, "max_batch_tokens": 8, "dtype": "fp32", "device": "cpu"}
+        evaluate(EvalOptions(str(output), sys.argv[1], task_files=sys.argv[2], **options))
         code = 0
     finally:
         os._exit(code)

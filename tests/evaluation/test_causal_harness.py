@@ -8,8 +8,9 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from illada.errors import IlladaError
-from illada.evaluation import command
 from illada.evaluation.harness import IlladaLM, Scorable
+from illada.evaluation.options import EvalOptions
+from illada.evaluation.run import evaluate
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.text.prompts import show_ids
@@ -79,14 +80,10 @@ def test_what_is_about_masks_is_refused(folder):
         IlladaLM(folder, threshold=0.9, device="cpu")
 
 
-ARGUMENTS = dict.fromkeys(("run", "paper", "tasks", "limit", "shots", "settings", "ablate", "values", "quantize"))
-ARGUMENTS |= {"decode": "exact", "lengths": "3-4", "scoring": None, "samples": 4, "chat": False, "seed": 0}
-ARGUMENTS |= {"allow_code": False, "download": False, "max_batch_tokens": 64, "dtype": "fp32", "device": "cpu"}
-
-
 def test_an_evaluation_is_that_of_the_same_tasks(folder, tmp_path):
-    options = ARGUMENTS | {"model": folder, "task_files": str(TASKS), "output": str(tmp_path / "out")}
-    table = command.evaluate({**options, "tasks": ["letters", "sums", "text"]})
+    options = {"model": folder, "task_files": str(TASKS), "output": str(tmp_path / "out"), "samples": 4}
+    options |= {"max_batch_tokens": 64, "dtype": "fp32", "device": "cpu"}
+    table = evaluate(EvalOptions(**options, tasks=["letters", "sums", "text"]))
     assert "bits_per_byte" in table
     found = {r["task"]: r for r in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
     assert (found["letters"]["settings"]["scoring"], found["letters"]["settings"]["samples"]) == ("likelihood", 1)
@@ -95,8 +92,8 @@ def test_an_evaluation_is_that_of_the_same_tasks(folder, tmp_path):
     assert (made["block_length"], made["cache"], made["max_new_tokens"]) == (1, "frozen", 12)
     assert math.isfinite(found["text"]["metrics"]["bits_per_byte,none"][0])
     with pytest.raises(IlladaError, match="leave out block_length"):
-        command.evaluate({**options, "tasks": ["sums"], "ablate": "block_length", "values": ["2", "4"]})
+        evaluate(EvalOptions(**options, tasks=["sums"], ablate="block_length", values=["2", "4"]))
     with pytest.raises(IlladaError, match="leave out threshold"):
-        command.evaluate({**options, "tasks": ["sums"], "settings": {"threshold": 0.5}})
+        evaluate(EvalOptions(**options, tasks=["sums"], settings={"threshold": 0.5}))
     with pytest.raises(IlladaError, match="confidence"):
-        command.evaluate({**options, "tasks": ["letters"], "ablate": "scoring"})
+        evaluate(EvalOptions(**options, tasks=["letters"], ablate="scoring"))

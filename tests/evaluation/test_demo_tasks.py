@@ -1,12 +1,11 @@
-"""The demo's problems as task files: the harness asks what the demo asks, and the report shows what it found."""
+"""The demo's problems as task files: the harness asks what the demo asks."""
 
 import json
 import shutil
 
 import pytest
 
-from illada.demo import evaluation
-from illada.demo.report import _harness
+from illada.demo import task_files
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.scoring.candidates import Item, score_candidates
@@ -28,7 +27,7 @@ def demo(tmp_path_factory, model_folder):
     settings = GenerationSettings(max_new_tokens=8, block_length=4, eos_token_id=2)
     said = [tokenizer.decode(a.ids, skip_special_tokens=True) for a in generate(model, prompts, settings, tokenizer)]
     problems = {"shift": [Example("shift", asked[0], said[0]), Example("shift", asked[1], "12")]}
-    rows = evaluation.evaluate(output, problems, CHOICES, {"max_new_tokens": 8, "block_length": 4}, 0)
+    rows = task_files.evaluate_in_harness(output, problems, CHOICES, {"max_new_tokens": 8, "block_length": 4}, 0)
     return output, said, rows
 
 
@@ -42,22 +41,18 @@ def test_answers_and_scores_are_the_demo_s_own(demo):
     model, tokenizer = load_model(str(output / "model"))
     items = [Item(choice.prompt, list(choice.candidates)) for choice in CHOICES]
     scores = score_candidates(model, tokenizer, items, "confidence", 1, 0, chat=True)
-    for sample, want in zip(samples(output, evaluation.CHOICES), scores, strict=True):
+    for sample, want in zip(samples(output, task_files.CHOICES), scores, strict=True):
         assert [float(score) for score, _ in sample["filtered"]] == pytest.approx(want, abs=1e-4)
     right = [max(range(len(s)), key=s.__getitem__) == c.answer for s, c in zip(scores, CHOICES, strict=True)]
     assert [(row["task"], row["metric"], row["value"], row["documents"]) for row in rows] == [
         ("shift", "exact_match", 0.5, 2),
-        (evaluation.CHOICES, "acc", sum(right) / 2, 2),
+        (task_files.CHOICES, "acc", sum(right) / 2, 2),
     ]
     assert rows[0]["standard_error"] == pytest.approx(0.5)
     assert (output / "tasks" / ".cache").is_dir()
 
 
-def test_the_report_has_a_table_or_says_why_not(demo, monkeypatch, tmp_path):
-    kind, table = _harness(demo[2])[1]
-    assert kind == "table"
-    assert table[1][:4] == ["shift", "exact_match", "50.0% ± 50.0%", "2"]
-    monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
-    assert evaluation.evaluate(tmp_path, {}, [], {}, 0) is None
+def test_without_the_harness_nothing_is_evaluated(monkeypatch, tmp_path):
+    monkeypatch.setattr(task_files, "find_spec", lambda _: None)
+    assert task_files.evaluate_in_harness(tmp_path, {}, [], {}, 0) is None
     assert not list(tmp_path.iterdir())
-    assert "pip install 'illada[eval]'" in _harness(None)[0][1]

@@ -13,9 +13,9 @@ from illada import cli
 from illada.errors import IlladaError
 from illada.evaluation import run
 from illada.evaluation.compare import differences, mcnemar
-from illada.evaluation.journal import Found, Journal, fingerprint
-from illada.evaluation.results import Row
-from illada.evaluation.run import Evaluation, Variant, ablation, chosen, evaluate_models, paper_rows, task_manager
+from illada.evaluation.journal import Entry, Journal, fingerprint
+from illada.evaluation.rows import Row, Variant, ablation, paper_rows, select_rows
+from illada.evaluation.run import Evaluation, task_manager
 
 HERE = Path(__file__).parent
 TASKS = HERE / "tasks"
@@ -108,14 +108,14 @@ def test_mcnemar():
 
 def test_a_torn_line_is_cut_off_and_a_damaged_one_named(tmp_path):
     journal = Journal(tmp_path)
-    journal.add([Found("a", [1.5, False], 2, 0.1)])
+    journal.add([Entry("a", [1.5, False], 2, 0.1)])
     with journal.path.open("a") as file:
         file.write('[{"key": "b", "val')
     again = Journal(tmp_path)
-    assert list(again.found) == ["a"]
-    again.add([Found("c", ["text"], 3, 0.1)])
+    assert list(again.entries) == ["a"]
+    again.add([Entry("c", ["text"], 3, 0.1)])
     other = Journal(tmp_path, rank=1)
-    assert list(other.found) == ["a", "c"]
+    assert list(other.entries) == ["a", "c"]
     journal.path.write_text("[1]\n")
     with pytest.raises(IlladaError, match="line 1 is damaged"):
         Journal(tmp_path)
@@ -268,7 +268,7 @@ def test_a_question_is_not_among_its_own_shots(model_folder, tmp_path, in_tasks)
 def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
     rows = [row for row in paper_rows(table, "exact", "3-4") if row.task.startswith("illada_")]
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
-    manager = task_manager(str(run.HERE / "tasks"))
+    manager = task_manager(str(run.TASKS))
     evaluation = Evaluation(manager, tmp_path, allow_code=True)
     lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
     asked = {}
@@ -296,20 +296,19 @@ def test_rows_of_the_paper():
     base, instruct = paper_rows("base", "exact", "3-4"), paper_rows("instruct", "exact", "4-3")
     assert sum(row.paper for row in base if row.average) / 8 == pytest.approx(63.95)
     assert sum(row.paper for row in instruct) / 7 == pytest.approx(67.13, abs=0.01)
-    assert [row.generation["max_gen_toks"] for row in chosen(instruct, ["mmlu", "mmlu_redux_generative"])] == [4, 3]
+    mmlu = select_rows(instruct, ["mmlu", "mmlu_redux_generative"])
+    assert [row.generation["max_gen_toks"] for row in mmlu] == [4, 3]
     fast = {row.name: row for row in paper_rows("base", "fast", "3-4")}
     assert fast["GSM8K"].generation["threshold"] == 0.95
     assert not fast["ARC-C"].generation
     with pytest.raises(IlladaError, match="no task GSM9K"):
-        chosen(base, ["GSM9K"])
+        select_rows(base, ["GSM9K"])
 
 
 def test_what_cannot_be_reached_gets_no_number(model_folder, tmp_path, capsys):
     rows = [row for row in paper_rows("base", "exact", "3-4") if row.task.startswith("illada_")]
-    evaluation = Evaluation(task_manager(str(run.HERE / "tasks")), tmp_path)
-    table = evaluate_models(
-        {"": str(model_folder)}, rows, [Variant()], evaluation, {"dtype": "fp32", "device": "cpu"}, {}, "base"
-    )
+    evaluation = Evaluation(task_manager(str(run.TASKS)), tmp_path, rows, "base")
+    table = evaluation.run({"": str(model_folder)}, [Variant()], {"dtype": "fp32", "device": "cpu"})
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:5]] == ["dataset not reachable"] * 2 + ["–"]
     assert all(not result.metrics for result in evaluation.results)
 

@@ -1,4 +1,4 @@
-"""Samplers of others, as their files are: what `--outside` names, and our network behind the calls that they make.
+"""Samplers of others, run from their unchanged files (`--outside`), with our network behind the calls they make.
 
 Shape letters: P prompt tokens · G answer budget · L tokens put in · K tokens with keys · H key/value heads ·
 D head width · V vocabulary.
@@ -28,16 +28,16 @@ from illada.model.transformer import Block, rotary_angles
 SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
 
 CALLS_PER_TOKEN = 8
-"""Forwards for each token of the budget after which a sampler is taken to go on for ever: those that commit MASK do."""
+"""Most forwards for each token of the budget; a sampler that makes more, as those that commit MASK do, never ends."""
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class OutsideModel:
-    """Our network as LLaDA's and Fast-dLLM's samplers call theirs; what else they ask of it is the model's own.
+    """Our network, called as LLaDA's and Fast-dLLM's samplers call theirs; other attributes are the model's own.
 
-    A key's position is its place among the keys. Fast-dLLM's model code turns keys at each use and this once, when they
-    are made: the same as long as nobody moves them.
+    A key's position is its place among the keys. Fast-dLLM's model code rotates keys at each use, this class once, when
+    they are made; both give the same as long as nobody moves a key.
     """
 
     def __init__(self, model: IlladaForMaskedLM, most_calls: int):
@@ -56,17 +56,18 @@ class OutsideModel:
         replace_position: Tensor | None = None,
         **more: Any,
     ) -> Any:
-        """Return an object with `logits` [1, L, V], and with `past_key_values` where the call has to do with them.
+        """Return an object with `logits` [1, L, V], and with `past_key_values` if the call uses or asks for them.
 
         Args:
             input_ids: [1, L]; without a cache any number of rows.
-            past_key_values: (keys, values) of each layer, [1, H, K, D] each. The tokens stand behind these K.
-            use_cache: return the keys and values of the tokens and of those before.
-            replace_position: true [1, K] where the tokens stand instead: one stretch, whose keys and values they renew.
-            more: as in `IlladaForMaskedLM.forward`, without a cache only.
+            past_key_values: keys and values of every layer, [1, H, K, D] each; the tokens stand after these K.
+            use_cache: return the keys and values of these tokens and of the tokens before them.
+            replace_position: [1, K], true in the one stretch where the tokens stand instead; they renew its keys and
+                values.
+            more: as in `IlladaForMaskedLM.forward`, only without a cache.
 
         Raises:
-            IlladaError: when there are too many calls for one answer, or a call is not like these.
+            IlladaError: when there are too many calls for one answer, or a call is of another kind.
         """
         self.calls += 1
         if self.calls > self.most_calls:
@@ -87,24 +88,24 @@ class OutsideModel:
         return CausalLMOutputWithPast(logits=self.model.lm_head(hidden_LD)[None], past_key_values=kept)
 
     def _continue(
-        self, ids_L: Tensor, given: Pairs | None, replaced: slice | None
+        self, ids_L: Tensor, past: Pairs | None, replaced: slice | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return final states [L, D], and the keys and values that the tokens saw.
 
-        Layer by layer and not through our own caches, which know no keys behind the tokens. New keys and values go
-        behind those given or, as in Fast-dLLM, into them: into the caller's own tensors.
+        This goes layer by layer because our own caches know no keys after the tokens. New keys and values go after the
+        past ones or, as in Fast-dLLM, replace some of them in the caller's own tensors.
         """
         config, trunk = self.model.config, self.model.model
-        start = replaced.start if replaced else given[0][0].shape[2] if given else 0
+        start = replaced.start if replaced else past[0][0].shape[2] if past else 0
         positions_L = torch.arange(start, start + len(ids_L), device=ids_L.device)
         rotary = rotary_angles(positions_L, config.head_dim, config.rope_theta)
         hidden_LD, pairs = trunk.embed_tokens(ids_L), []
         for layer, block in enumerate(trunk.layers):
             assert isinstance(block, Block)
-            asked = block.pre_attention(hidden_LD, rotary, None)
-            query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in asked)
-            if given is not None:
-                old_key, old_value = given[layer]
+            heads = block.pre_attention(hidden_LD, rotary, None)
+            query, key, value = (x_LHD.transpose(0, 1)[None] for x_LHD in heads)
+            if past is not None:
+                old_key, old_value = past[layer]
                 if replaced is None:
                     key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
                 else:
@@ -124,15 +125,15 @@ def _stretch(replace_position: Tensor, length: int) -> slice:
 
 
 def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: GenerationSettings) -> list[Sampler]:
-    """Return the samplers that Python files of the user's define, which are run: each request alone.
+    """Run the user's Python files and return the samplers they define; a sampler answers one request at a time.
 
-    A spec is `FILE.py`, `FILE.py:FUNCTION` (else `generate`), either followed by `,OPTION=VALUE` any number of times,
-    where a VALUE is a Python literal or a string. The function is called as LLaDA's and Fast-dLLM's are, with
-    `(model, prompt [1, P], steps=, gen_length=, block_length=, ...)`: those that it accepts, and the options. It
-    returns ids [1, P + G], alone or first in a tuple. The model it gets is an `OutsideModel`.
+    A spec is `FILE.py` or `FILE.py:FUNCTION` (default `generate`), followed by any number of `,OPTION=VALUE`, where a
+    VALUE is a Python literal or a string. The function is called as LLaDA's and Fast-dLLM's are, with
+    `(model, prompt [1, P], steps=, gen_length=, block_length=, ...)` as far as it accepts them, and with the options.
+    It returns ids [1, P + G], alone or first in a tuple. Its model is an `OutsideModel`.
 
     Raises:
-        IlladaError: when a spec is none, when there is no such file, function or option, or when one fails.
+        IlladaError: when a spec has another form, when there is no such file, function or option, or when one fails.
     """
     files: dict[Path, ModuleType] = {}
     samplers = []
@@ -156,7 +157,7 @@ def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: Gene
 
 
 def _load(file: Path) -> ModuleType:
-    """Run a file; what its top imports is found beside it first, and is not left for others to find."""
+    """Run a file; its imports look beside it first, and modules from there are then forgotten."""
     spec = importlib.util.spec_from_file_location(f"outside_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

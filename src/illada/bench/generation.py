@@ -1,6 +1,7 @@
 """`illada bench generate`: every way to generate, on one model in one run, as a table, JSON and a picture."""
 
 import difflib
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,19 +13,19 @@ import torch
 
 from illada.bench.external import outside_samplers
 from illada.bench.measure import Measurement, agreement, measure
-from illada.bench.samplers import EXACT, PLAIN, engine_samplers, plain_sampler, steps_of_rule
+from illada.bench.options import BenchGenerateOptions
+from illada.bench.samplers import EXACT, PLAIN, Sampler, engine_samplers, plain_sampler, steps_of_rule
 from illada.devices import DTYPES, choose_device
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.files import read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model import IlladaConfig, IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, aligned, environment_of, write_results
+from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
 from illada.rng import bits, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
-from illada.toy_tasks import TASKS, held_out
+from illada.toy_tasks import TASKS, held_out_mix
 from illada.weights.load import load_model
-from illada.weights.options import Dtype
 
 
 @dataclass(frozen=True)
@@ -35,124 +36,102 @@ class Problem:
     answer: str | None = None
 
 
-def bench_generate(
-    model: str | None = None,
-    random: str | None = None,
-    vocab_size: int | None = None,
-    tasks: str | None = None,
-    limit: int = 64,
-    batch: int = 32,
-    block_length: int = 16,
-    max_new_tokens: int = 48,
-    repeats: int = 3,
-    only: Sequence[str] | None = None,
-    outside: Sequence[str] | None = None,
-    output: str | None = None,
-    seed: int = 0,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    on_run: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Measure every mode and rule and return what results.json holds; arguments as in `illada bench generate`.
+def bench_generate(options: BenchGenerateOptions, on_run: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure every mode and rule; return the content of results.json. `on_run` gets the name of what runs next.
 
     Raises:
-        IlladaError: when an argument cannot be used.
+        IlladaError: when an option cannot be used.
     """
-    arguments = {name: value for name, value in locals().items() if name != "on_run"}
-    for name, number in (("limit", limit), ("batch", batch), ("repeats", repeats)):
-        if number < 1:
-            raise IlladaError(f"{name} must be at least 1, got {number}")
-    if output is not None and (Path(output) / "results.json").exists():
-        raise IlladaError(f"{output} holds the results of another run: choose another --output")
-    exact = GenerationSettings(max_new_tokens=max_new_tokens, block_length=block_length, seed=seed, eos_token_id=None)
-    if (model is None) == (random is None):
-        raise IlladaError("give --model FOLDER, or --random SHAPE for random weights")
+    exact = GenerationSettings(
+        max_new_tokens=options.max_new_tokens, block_length=options.block_length, seed=options.seed, eos_token_id=None
+    )
     tokenizer: Any = None
-    if model is not None:
-        if vocab_size is not None:
-            raise IlladaError("--vocab_size goes with --random: a trained model has its own")
-        network, tokenizer = load_model(model, dtype, device)
+    if options.model is None:
+        network = _random_model(options)
+        problems = _random_problems(network, options)
+    else:
+        network, tokenizer = load_model(options.model, options.dtype, options.device)
         network.config.refuse_causal("bench generate is", "it has one way to generate")
         exact = settings_for(network, exact)
-        problems = _read_problems(tokenizer, tasks, limit) if tasks else _demo_problems(tokenizer, model, limit, seed)
-    else:
-        if tasks is not None:
-            raise IlladaError("--tasks needs --model: random weights answer nothing")
-        network = _random_model(str(random), vocab_size, dtype, device, seed)
-        problems = _random_problems(network, limit, max_new_tokens, seed)
+        problems = (_read_problems if options.tasks else _demo_problems)(tokenizer, options)
     exact = _fit(exact, problems, network.config.max_position_embeddings)
-
-    engine, refused = engine_samplers(network, exact, batch)
-    samplers = [plain_sampler(network, exact), *engine]
-    if only:
-        names = [sampler.name for sampler in samplers]
-        if unknown := [name for name in only if name not in names]:
-            close = " or ".join(difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.4))
-            hint = f"did you mean {close}?" if close else "a table made without --only names them all"
-            raise IlladaError(f"no variant {unknown[0]!r}: {hint}")
-        # Exact decoding is what the others are compared with, the plain loop what they are timed against.
-        samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *only)]
-    samplers += outside_samplers(outside or (), network, exact)
+    samplers, refused = _samplers(network, exact, options)
     prompts = [problem.prompt for problem in problems]
-    measurements = measure(network, samplers, prompts, repeats, on_run)
+    measurements = measure(network, samplers, prompts, options.repeats, on_run)
     steps = {}
     for threshold in sorted({sampler.threshold for sampler in samplers if sampler.threshold is not None}):
         on_run(f"steps of threshold {threshold}")
         steps[threshold] = steps_of_rule(network, prompts, replace(exact, threshold=threshold))
     results = {
-        "arguments": arguments,
+        "arguments": asdict(options),
         "environment": environment_of(network),
         "problems": len(problems),
         "rows": _rows(measurements, problems, tokenizer, steps),
         "refused": refused,
     }
-    if output is not None:
-        write_results(Path(output), results, table(results), "frontier.png", frontier)
+    if options.output is not None:
+        write_results(Path(options.output), results, table(results), "frontier.png", frontier)
     return results
 
 
-def _random_model(shape: str, vocab_size: int | None, dtype: Dtype, device: str, seed: int) -> IlladaForMaskedLM:
-    config = IlladaConfig.preset(shape, **({} if vocab_size is None else {"vocab_size": vocab_size}))
-    place = choose_device(device)
-    kind = torch.float32 if dtype == "auto" else DTYPES[dtype]
-    # fork_rng: the seed must not leak into the caller's random state.
+def _samplers(
+    network: IlladaForMaskedLM, exact: GenerationSettings, options: BenchGenerateOptions
+) -> tuple[list[Sampler], dict[str, str]]:
+    """Return the samplers to run, and by name why the settings refuse others."""
+    engine, refused = engine_samplers(network, exact, options.batch)
+    samplers = [plain_sampler(network, exact), *engine]
+    if options.only:
+        names = [sampler.name for sampler in samplers]
+        if unknown := [name for name in options.only if name not in names]:
+            close = " or ".join(difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.4))
+            hint = f"did you mean {close}?" if close else "a table made without --only names them all"
+            raise IlladaError(f"no variant {unknown[0]!r}: {hint}")
+        # The others are compared with exact decoding and timed against the plain loop.
+        samplers = [sampler for sampler in samplers if sampler.name in (EXACT, PLAIN, *options.only)]
+    return samplers + outside_samplers(options.outside or (), network, exact), refused
+
+
+def _random_model(options: BenchGenerateOptions) -> IlladaForMaskedLM:
+    changes = {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
+    config = IlladaConfig.preset(str(options.random), **changes)
+    dtype = torch.float32 if options.dtype == "auto" else DTYPES[options.dtype]
+    device = choose_device(options.device)
+    # fork_rng keeps the seed out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network: IlladaForMaskedLM = IlladaForMaskedLM._from_config(config, dtype=kind)
-    return network.to(place).eval()
+        torch.manual_seed(options.seed)
+        network: IlladaForMaskedLM = IlladaForMaskedLM._from_config(config, dtype=dtype)
+    return network.to(device).eval()
 
 
-def _random_problems(network: IlladaForMaskedLM, count: int, max_new_tokens: int, seed: int) -> list[Problem]:
+def _random_problems(network: IlladaForMaskedLM, options: BenchGenerateOptions) -> list[Problem]:
     """Return prompts of 8 to 64 random ids, or fewer where the context is short."""
-    longest = max(8, min(64, network.config.max_position_embeddings - max_new_tokens))
+    longest = max(8, min(64, network.config.max_position_embeddings - options.max_new_tokens))
     problems = []
-    for number in range(count):
-        length = 8 + int(uniform_int(seed, number) * (longest - 7))
-        problems.append(Problem((bits(seed, number, torch.arange(length)) % network.config.vocab_size).tolist()))
+    for number in range(options.limit):
+        ids = torch.arange(8 + int(uniform_int(options.seed, number) * (longest - 7)))
+        problems.append(Problem((bits(options.seed, number, ids) % network.config.vocab_size).tolist()))
     return problems
 
 
-def _read_problems(tokenizer: Any, file: str, limit: int) -> list[Problem]:
-    problems = []
-    for number, line in read_lines(file):
+def _read_problems(tokenizer: Any, options: BenchGenerateOptions) -> list[Problem]:
+    problems, file = [], str(options.tasks)
+    for number, line in itertools.islice(read_lines(file), options.limit):
         try:
             record = json.loads(line)
             prompt, answer = record["prompt"], record["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"prompt": ..., "answer": ...}}') from error
         problems.append(_problem(tokenizer, str(prompt), str(answer), f"{file} line {number}"))
-        if len(problems) == limit:
-            break
     return problems
 
 
-def _demo_problems(tokenizer: Any, model: str, limit: int, seed: int) -> list[Problem]:
-    """Return the demo's held-out problems, mixed evenly: of the tasks that a demo's model was taught, else of all."""
-    markers = [folder / "demo.json" for folder in (Path(model), Path(model).parent)]
-    names = next((json.loads(marker.read_text())["tasks"] for marker in markers if marker.is_file()), list(TASKS))
-    each = [held_out(name, -(-limit // len(names)), seed) for name in names]
-    mixed = [examples[i] for i in range(max(map(len, each))) for examples in each if i < len(examples)]
-    return [_problem(tokenizer, example.prompt, example.answer, "demo task") for example in mixed[:limit]]
+def _demo_problems(tokenizer: Any, options: BenchGenerateOptions) -> list[Problem]:
+    """Return held-out problems of all tasks in turn; for a demo's model, of the tasks that it was taught."""
+    folder = Path(str(options.model))
+    markers = [place / "demo.json" for place in (folder, folder.parent)]
+    tasks = next((json.loads(marker.read_text())["tasks"] for marker in markers if marker.is_file()), list(TASKS))
+    mix = held_out_mix(tasks, options.limit, options.seed)
+    return [_problem(tokenizer, example.prompt, example.answer, "demo task") for example in mix]
 
 
 def _problem(tokenizer: Any, prompt: str, answer: str, record: str) -> Problem:
@@ -160,7 +139,7 @@ def _problem(tokenizer: Any, prompt: str, answer: str, record: str) -> Problem:
 
 
 def _fit(exact: GenerationSettings, problems: Sequence[Problem], context: int) -> GenerationSettings:
-    """Return the settings with a budget of whole blocks that every prompt leaves room for."""
+    """Return the settings with a budget of whole blocks that fits into the context after every prompt."""
     longest = max(len(problem.prompt) for problem in problems)
     block = exact.block_length
     budget = min(exact.max_new_tokens, context - longest) // block * block
@@ -183,12 +162,12 @@ def _rows(
         row: dict[str, Any] = {
             "name": m.sampler.name,
             "tokens_per_second": m.tokens_per_second,
-            # Paired: each repeat's own quotient, in tokens per second, as answers may differ in length.
+            # Paired: the median of each repeat's quotient of tokens per second, because answers may differ in length.
             "speedup": statistics.median(
                 a / b * m.tokens / max(1, plain.tokens) for a, b in zip(plain.seconds, m.seconds, strict=True)
             ),
             **asdict(m.work),
-            # Of all answers together, each as if alone: beside it, what the threshold itself implies.
+            # Summed over the answers, each as if alone; the threshold itself implies the minimum.
             "answer_forwards": sum(answer.forwards for answer in m.answers),
             "forwards_minimum": steps.get(m.sampler.threshold) if m.sampler.threshold is not None else None,
             "peak_bytes": m.peak_bytes,
@@ -245,25 +224,21 @@ def table(results: dict[str, Any]) -> str:
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Draw speed against accuracy, or against agreement where there is none, as PNG; the line joins what none beats.
+    """Draw speed against accuracy, or against agreement where there is none, as PNG; a line joins the unbeaten rows.
 
-    Named are the rows on the line, exact decoding and samplers other than our engine; the others are dots.
+    Rows on the line, exact decoding and samplers other than our engine have names; the others are dots.
 
     Raises:
-        ImportError: when matplotlib is missing.
+        MissingExtraError: when matplotlib is not installed.
     """
-    from io import BytesIO
-
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
+    with needs("report", "a picture"):
+        from matplotlib.ticker import LogLocator, NullLocator
 
     judged = rows[0]["accuracy"] is not None
     quality = "accuracy" if judged else "same_answers"
     points = [(row["tokens_per_second"], 100 * row[quality]) for row in rows]
     best = sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points))
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing, axes = figure(9, 5)
     axes.plot(*zip(*best, strict=True), color=MUTED, lw=1, zorder=0)
     kinds = [_mode(row) for row in rows]
     colours = dict(zip(dict.fromkeys(kinds), COLOURS, strict=False))
@@ -273,7 +248,7 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
         if point not in best and row["name"] != EXACT and row["settings"] is not None:
             axes.plot(*point, "o", color=colour, ms=3, alpha=0.6)
             continue
-        # The number is the marker: names beside the points would cover one another.
+        # A number is the marker, because names beside the points would cover one another.
         names.append(row["name"])
         style: dict[str, Any] = {"marker": f"${len(names)}$", "ms": 5 * len(str(len(names))) + 2, "ecolor": "#d5dbe1"}
         error = None if row["standard_error"] is None else 100 * row["standard_error"]
@@ -287,14 +262,12 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=7)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    drawing.legend(handles, names, loc="outside right upper", frameon=False, fontsize=7)
+    return png(drawing)
 
 
 def _mode(row: dict[str, Any]) -> str:
-    """Return what gives a row its colour: the cache of our engine, or that it is another sampler."""
+    """Return the kind of a row, which gives it its colour: the cache of our engine, or another sampler."""
     if row["settings"] is None:
         return "other samplers"
     cache = row["settings"]["cache"]

@@ -1,6 +1,6 @@
-"""A load generator: requests sent over HTTP at their times or by so many clients, and what became of each.
+"""A load generator: send requests over HTTP, at given times or by so many clients, and record the outcome of each.
 
-On aiohttp, which costs a tenth of httpx a request: what the generator takes, the server beside it does not have.
+It uses aiohttp, which costs a tenth of httpx a request: the generator takes its time from the server beside it.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from illada.errors import IlladaError, first_line
+from illada.errors import IlladaError, first_line, needs
 from illada.rng import uniform_int
 
-if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+with needs("serve", "a load generator"):
+    import aiohttp
 
 PATIENCE = 600.0
-"""Seconds after which a client gives up an answer."""
+"""Seconds after which a client gives an answer up."""
 WATCH_EVERY = 0.5
 """Seconds between two looks at the server's /metrics."""
 GAUGES = {
@@ -35,34 +35,34 @@ GAUGES = {
     "waiting": "illada_waiting",
     "cpu": "process_cpu_seconds_total",
 }
-"""What is watched, and its name in /metrics."""
+"""Names of the figures that are watched, and their names in /metrics."""
 DONE, DIFFUSION = b"data: [DONE]", b"event: diffusion"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a client sends, and whether it stays to the end."""
+    """A client's request, and whether the client stays to the end."""
 
     path: str
     body: dict[str, Any]
     problem: int
-    """Requests for the same problem have the same answer, streamed or not."""
+    """Number of the problem; requests for the same problem have the same answer, streamed or not."""
     hang_up: float | None = None
-    """Seconds after which the client goes away; None to stay."""
+    """Seconds after which the client goes away; None if it stays."""
 
 
 @dataclass
 class Outcome:
-    """What became of a request; times are seconds since the run began."""
+    """The outcome of a request; times are seconds since the run began."""
 
     request: Request
     due: float
-    """When it should have been sent: what it waited for its turn in the generator counts as latency too."""
+    """When it should have been sent, so that waiting in the generator counts as latency."""
     ended: float = math.nan
     committed: float | None = None
     """When the first token was committed, known from diffusion events."""
     text: float | None = None
-    """When the first piece of text came, of a stream."""
+    """When a stream's first piece of text came."""
     status: str = "lost"
     """"ok", "cancelled" by the client, an HTTP status, "error TYPE" in a stream, or "lost" with the reason."""
     answer: tuple[tuple[str, str | None], ...] = ()
@@ -72,7 +72,7 @@ class Outcome:
 
     @property
     def latency(self) -> float:
-        """Seconds from when it was due to its end."""
+        """Seconds from `due` to the end."""
         return self.ended - self.due
 
 
@@ -82,14 +82,14 @@ class Run:
 
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
-    """From the first request to the last answer."""
+    """Seconds from the first request to the last answer."""
     watched: list[dict[str, float]] = field(default_factory=list)
-    """The server's `GAUGES`, each time with "at", seconds since the run began."""
+    """The server's `GAUGES` at several times; "at" is seconds since the run began."""
 
     def summary(self) -> dict[str, Any]:
-        """Return counts, rates and percentiles, the latter of answers that came whole."""
+        """Return counts, rates and percentiles; percentiles are of complete answers."""
         whole = [outcome for outcome in self.outcomes if outcome.status == "ok"]
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "sent": len(self.outcomes),
             "statuses": dict(sorted(Counter(outcome.status for outcome in self.outcomes).items())),
             "seconds": self.seconds,
@@ -102,20 +102,20 @@ class Run:
         }
         for name in GAUGES:
             values = [sample[name] for sample in self.watched if name in sample]
-            found[name] = {"first": values[0], "most": max(values), "last": values[-1]} if values else None
-        return found
+            figures[name] = {"first": values[0], "most": max(values), "last": values[-1]} if values else None
+        return figures
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Return p50, p90 and p99, each a value that occurred; None of nothing."""
+    """Return p50, p90 and p99, each a value that occurred; None without values."""
     if not seconds:
         return None
-    found = np.quantile(seconds, (0.5, 0.9, 0.99), method="inverted_cdf")
-    return dict(zip(("p50", "p90", "p99"), found.tolist(), strict=True))
+    values = np.quantile(seconds, (0.5, 0.9, 0.99), method="inverted_cdf")
+    return dict(zip(("p50", "p90", "p99"), values.tolist(), strict=True))
 
 
 def poisson(rate: float, count: int, *key: int) -> list[float]:
-    """Return so many arrival times in seconds, `rate` a second on average and independent of one another."""
+    """Return `count` arrival times in seconds, independent of one another and `rate` a second on average."""
     times, now = [], 0.0
     for number in range(count):
         now -= math.log(uniform_int(*key, number)) / rate
@@ -141,23 +141,16 @@ def drive(
     seconds: float = math.inf,
     watch: bool = True,
 ) -> Run:
-    """Send requests to a server and wait for all that were sent.
+    """Send requests to a server and wait for their answers.
 
     Args:
-        url: of the server, without the path.
-        requests: in this order, each once; without end where `seconds` bounds them.
-        clients: closed loop: each of so many sends its next request when it has its answer.
-        arrivals: open loop: when each is due, in seconds, however the server fares.
-        seconds: after so many no request is sent any more.
-        watch: look at the server's metrics meanwhile.
-
-    Raises:
-        IlladaError: when aiohttp is missing.
+        url: address of the server, without the path.
+        requests: requests to send in this order, each once; they may be endless if `seconds` bounds them.
+        clients: number of clients of a closed loop, in which each sends its next request when it has its answer.
+        arrivals: times in seconds at which each request is due in an open loop, however the server fares.
+        seconds: time after which no more requests are sent.
+        watch: read the server's metrics meanwhile.
     """
-    try:
-        import aiohttp
-    except ImportError as error:
-        raise IlladaError("a load generator needs aiohttp: pip install 'illada[serve]'") from error
 
     async def run() -> Run:
         no_limit = aiohttp.ClientTimeout(total=None, sock_connect=60)
@@ -171,7 +164,7 @@ def drive(
 
 
 async def _drive(
-    session: "ClientSession",
+    session: aiohttp.ClientSession,
     url: str,
     requests: Iterable[Request],
     clients: int | None,
@@ -179,25 +172,25 @@ async def _drive(
     seconds: float,
     watch: bool,
 ) -> Run:
-    found, started = Run(), time.perf_counter()
+    run, started = Run(), time.perf_counter()
 
     def now() -> float:
         return time.perf_counter() - started
 
-    async def one(request: Request, due: float) -> None:
+    async def send(request: Request, due: float) -> None:
         outcome = Outcome(request, due)
-        found.outcomes.append(outcome)
+        run.outcomes.append(outcome)
         await _send(session, url, outcome, now)
 
     left = iter(requests)
 
     async def client() -> None:
         while now() < seconds and (request := next(left, None)) is not None:
-            await one(request, now())
+            await send(request, now())
 
     async def look() -> None:
         values = await _gauges(session, url)
-        found.watched.append({"at": now(), **values})
+        run.watched.append({"at": now(), **values})
 
     async def keep_looking() -> None:
         while True:
@@ -217,19 +210,17 @@ async def _drive(
                 if due >= seconds:
                     break
                 await asyncio.sleep(due - now())
-                group.create_task(one(request, due))
-    found.seconds = now() - min((outcome.due for outcome in found.outcomes), default=0.0)
+                group.create_task(send(request, due))
+    run.seconds = now() - min((outcome.due for outcome in run.outcomes), default=0.0)
     if watcher is not None:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
         await look()
-    return found
+    return run
 
 
-async def _gauges(session: "ClientSession", url: str) -> dict[str, float]:
-    """Return the server's `GAUGES`, those that it tells."""
-    import aiohttp
-
+async def _gauges(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """Return those of the `GAUGES` that the server has."""
     try:
         async with session.get(f"{url}/metrics") as response:
             text = await response.text() if response.status == 200 else ""
@@ -239,14 +230,13 @@ async def _gauges(session: "ClientSession", url: str) -> dict[str, float]:
 
 
 def _gauge(text: str, name: str) -> float | None:
-    """Return the value of a gauge, or the sum over its labels, in Prometheus' text; None when it is not there."""
+    """Return the value of a gauge in Prometheus' text, or the sum over its labels; None when it is not there."""
     values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
     return sum(values) if values else None
 
 
-async def _send(session: "ClientSession", url: str, outcome: Outcome, now: Callable[[], float]) -> None:
-    import aiohttp
-
+async def _send(session: aiohttp.ClientSession, url: str, outcome: Outcome, now: Callable[[], float]) -> None:
+    """Send a request and fill in its outcome."""
     request = outcome.request
     try:
         async with (
@@ -281,7 +271,7 @@ def _use(outcome: Outcome, usage: dict[str, int]) -> None:
     outcome.tokens, outcome.forwards = usage["completion_tokens"], usage["forwards"]
 
 
-async def _read_stream(response: "ClientResponse", outcome: Outcome, now: Callable[[], float]) -> None:
+async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, now: Callable[[], float]) -> None:
     texts: dict[int, str] = {}
     reasons: dict[int, str] = {}
     diffusion = False
@@ -292,7 +282,7 @@ async def _read_stream(response: "ClientResponse", outcome: Outcome, now: Callab
         elif not line.startswith(b"data: "):
             diffusion = line.startswith(DIFFUSION) or (diffusion and bool(line.strip()))
         elif diffusion:
-            # Taking every event apart would cost the generator more than all else.
+            # Parsing every event would cost the generator more than all else.
             if outcome.committed is None and "c" in json.loads(line[6:])["states"]:
                 outcome.committed = now()
         else:
@@ -312,21 +302,21 @@ async def _read_stream(response: "ClientResponse", outcome: Outcome, now: Callab
 
 
 def mixed_up(outcomes: Sequence[Outcome], alone: Sequence[Outcome]) -> list[Outcome]:
-    """Return the answers that are not those which the same problems got alone."""
+    """Return the outcomes whose answers differ from those that the same problems got alone."""
     right = {outcome.request.problem: outcome.answer for outcome in alone}
     return [o for o in outcomes if o.status == "ok" and o.answer != right[o.request.problem]]
 
 
 def get_json(url: str) -> dict[str, Any]:
-    """Return what a server says, a JSON object.
+    """Return the JSON object at a URL of a server.
 
     Raises:
-        IlladaError: when it says nothing or no JSON.
+        IlladaError: when there is no answer or it is no JSON.
     """
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=_key()), timeout=30) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
+            content: dict[str, Any] = json.load(answer)
+            return content
     except (OSError, ValueError) as error:
         hint = ": set ILLADA_API_KEYS to a key of it" if getattr(error, "code", None) == 401 else ""
         raise IlladaError(f"no answer from {url} ({first_line(error)}){hint}") from error
@@ -339,18 +329,18 @@ def _key() -> dict[str, str]:
 
 @contextmanager
 def started_server(model: str, flags: Sequence[str] = (), wait: float = 600.0) -> Iterator[str]:
-    """Run `illada serve` in a process of its own while the block runs; yields its URL once it is ready.
+    """Run `illada serve` in a separate process while the block runs; yield its URL once it is ready.
 
     It listens on a free port of 127.0.0.1, with the keys of ILLADA_API_KEYS if there are any.
 
     Raises:
-        IlladaError: when it ends before it is ready, with its last line, or is not ready in `wait` seconds.
+        IlladaError: when the server ends before it is ready, with its last line, or takes longer than `wait` seconds.
     """
     words = [sys.executable, "-m", "illada", "serve", "--model", model, "--port", "0", *flags]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output)
         try:
-            yield _ready(process, said, time.monotonic() + wait)
+            yield _ready(process, output, time.monotonic() + wait)
         finally:
             process.terminate()
             try:
@@ -360,12 +350,12 @@ def started_server(model: str, flags: Sequence[str] = (), wait: float = 600.0) -
                 process.wait()
 
 
-def _ready(process: "subprocess.Popen[bytes]", said: TextIO, end: float) -> str:
-    """Return the URL that a starting server says."""
+def _ready(process: "subprocess.Popen[bytes]", output: TextIO, end: float) -> str:
+    """Wait for a starting server and return the URL in its output."""
     while True:
         ended = process.poll() is not None
-        said.seek(0)
-        lines = said.read().splitlines()
+        output.seek(0)
+        lines = output.read().splitlines()
         if ready := [line.split()[1] for line in lines if line.startswith("ready: ") and "(" in line]:
             return ready[0]
         if ended or time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Time, work and memory of samplers on one model, paired: every repeat runs all of them, one after the other."""
+"""Time, work and memory of samplers on one model, paired: every repeat runs all samplers, one after the other."""
 
 import statistics
 import time
@@ -16,14 +16,14 @@ from illada.model import IlladaForMaskedLM
 
 @dataclass
 class Work:
-    """What went through the network."""
+    """Amount of work of the network."""
 
     forwards: int = 0
-    """Calls of the trunk, however many rows each held."""
+    """Calls of the trunk, whatever the number of rows in a call."""
     positions: int = 0
-    """Tokens put through it."""
+    """Tokens that went through the trunk."""
     head_positions: int = 0
-    """Of these, the ones whose logits were computed."""
+    """Tokens whose logits were computed."""
 
 
 @dataclass
@@ -32,32 +32,32 @@ class Measurement:
 
     sampler: Sampler
     seconds: list[float] = field(default_factory=list)
-    """One per repeat."""
+    """Seconds of each repeat."""
     cpu_seconds: list[float] = field(default_factory=list)
-    """Processor time of the process, all its threads: other work on the machine hardly changes it."""
+    """Processor time of the process with all its threads, which other work on the machine hardly changes."""
     peak_bytes: int | None = None
-    """Most memory in use, weights included: allocated on a GPU, resident in the process otherwise; None if unknown."""
+    """Most memory in use, weights included: allocated on a GPU, else resident in the process; None if unknown."""
     answers: list[Answer] = field(default_factory=list)
     work: Work = field(default_factory=Work)
-    """Answers and work are the same in every repeat; these are the last one's."""
+    """Work of the last repeat; answers and work are the same in all repeats."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the answers, without end-of-sequence."""
+        """Tokens of all answers, without end-of-sequence."""
         return sum(len(answer.ids) for answer in self.answers)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens by the median time."""
+        """Tokens per second of the median time."""
         return self.tokens / statistics.median(self.seconds)
 
 
 @contextmanager
-def counted(model: IlladaForMaskedLM) -> Iterator[Work]:
-    """Count the work of the network in the block.
+def count_work(model: IlladaForMaskedLM) -> Iterator[Work]:
+    """Count the network's work in the block.
 
-    Hooks on the embedding and on the last norm, which every way through it passes: what is not wanted is dropped before
-    that norm, and the head may work in pieces of the vocabulary.
+    The hooks are on the embedding and on the last norm, which every way through the network passes: positions without
+    logits are dropped before that norm, and the head may work in pieces of the vocabulary.
     """
     work = Work()
 
@@ -85,7 +85,7 @@ def measure(
 ) -> list[Measurement]:
     """Run every sampler over all prompts `repeats` times, interleaved; every second repeat goes backwards.
 
-    Each is first run on one prompt, unmeasured. `on_run` is told the name of what runs next.
+    Every sampler first runs on one prompt, unmeasured. `on_run` gets the name of the sampler that runs next.
     """
     measurements = [Measurement(sampler) for sampler in samplers]
     for sampler in samplers:
@@ -94,15 +94,15 @@ def measure(
     for repeat in range(repeats):
         for measurement in measurements if repeat % 2 == 0 else measurements[::-1]:
             on_run(measurement.sampler.name)
-            known = _reset_peak(model.device)
-            with counted(model) as work:
+            has_peak = _reset_peak(model.device)
+            with count_work(model) as work:
                 _synchronise(model.device)
                 started, cpu_started = time.perf_counter(), time.process_time()
                 answers = measurement.sampler.answer(prompts)
                 _synchronise(model.device)
                 measurement.seconds.append(time.perf_counter() - started)
                 measurement.cpu_seconds.append(time.process_time() - cpu_started)
-            if known:
+            if has_peak:
                 measurement.peak_bytes = max(_peak(model.device), measurement.peak_bytes or 0)
             measurement.answers, measurement.work = answers, work
     return measurements
@@ -111,7 +111,7 @@ def measure(
 def agreement(answers: Sequence[Answer], exact: Sequence[Answer]) -> tuple[float, float | None]:
     """Return (share of identical answers, share of equal tokens up to the shorter length of each pair).
 
-    The second is None when every pair holds an empty answer.
+    The second share is None when every pair has an empty answer.
     """
     pairs = [(a.ids, b.ids) for a, b in zip(answers, exact, strict=True)]
     same = sum(a == b for a, b in pairs) / len(pairs)
@@ -126,7 +126,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> bool:
-    """Forget the peak of memory so far; return whether that is possible here."""
+    """Reset the peak of memory; return whether that is possible here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

@@ -1,4 +1,4 @@
-"""What is compared: our engine under every mode and rule, and the paper's loop written plainly.
+"""The samplers to compare: our engine under every mode and rule, and the paper's loop written plainly.
 
 Shape letters: L tokens in view · V vocabulary.
 """
@@ -22,12 +22,12 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Answer(NamedTuple):
-    """What a sampler made of one prompt."""
+    """A sampler's answer to one prompt."""
 
     ids: list[int]
-    """Cut before the first end-of-sequence id."""
+    """Ids before the first end-of-sequence id."""
     forwards: int
-    """Forward passes that it took part in."""
+    """Forward passes that the answer took part in."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Sampler:
     name: str
     answer: Callable[[Prompts], list[Answer]]
     threshold: float | None = None
-    """The probability at which it commits tokens, if that is its rule."""
+    """Probability from which on the sampler commits tokens, if that is its rule."""
     settings: GenerationSettings | None = None
-    """Of our engine; None for another sampler."""
+    """Settings of our engine; None for another sampler."""
 
 
 def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
-    """Return what each rule changes in the settings of exact decoding; a new variant is one more line."""
+    """Return the changes that each rule makes to the settings of exact decoding; a new variant is one more line."""
     return {
         EXACT: {},
         **{f"{k} tokens": {"steps_per_block": -(-block // k)} for k in (2, 4, 8) if k <= block},
@@ -63,18 +63,15 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
 
 
 def modes() -> dict[str, dict[str, Any]]:
-    """Return what each mode changes in the settings, above all every cache that they accept, as for `rules`."""
+    """Return the changes that each mode makes to the settings, one mode for every cache that they accept."""
     caches = sorted(get_args(get_type_hints(GenerationSettings)["cache"]))
-    return {
-        "": {},
-        **{f" ({cache} cache)": {"cache": cache} for cache in caches if cache != "none"},
-    }
+    return {"": {}, **{f" ({cache} cache)": {"cache": cache} for cache in caches if cache != "none"}}
 
 
 def engine_samplers(
     model: IlladaForMaskedLM, exact: GenerationSettings, batch: int
 ) -> tuple[list[Sampler], dict[str, str]]:
-    """Return our engine under every mode and rule, and by name why the settings refuse the others."""
+    """Return our engine under every mode and rule, and by name the reasons why the settings refuse the others."""
     samplers, refused = [], {}
     for mode, of_mode in modes().items():
         for rule, of_rule in rules(exact.block_length, exact.max_new_tokens).items():
@@ -90,13 +87,13 @@ def engine_samplers(
 def _engine_sampler(name: str, model: IlladaForMaskedLM, settings: GenerationSettings, batch: int) -> Sampler:
     def answer(prompts: Prompts) -> list[Answer]:
         groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-        return [Answer(found.ids, found.forwards) for group in groups for found in generate(model, group, settings)]
+        return [Answer(row.ids, row.forwards) for group in groups for row in generate(model, group, settings)]
 
     return Sampler(name, answer, settings.threshold, settings)
 
 
 def steps_of_rule(model: IlladaForMaskedLM, prompts: Prompts, settings: GenerationSettings) -> int:
-    """Return how many steps commit something when each prompt is answered alone: what the rule itself implies."""
+    """Return how many steps commit something when every prompt is answered alone, as the rule itself implies."""
     known = [0]
 
     def on_step(event: StepEvent) -> None:
@@ -134,7 +131,7 @@ def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sample
                 masked_L[best] = False
             if any(token in exact.eos_ids for token in ids_L[-block:].tolist()):
                 break
-        # One token a forward, so as many forwards as tokens before the cut.
+        # A forward commits one token, so there are as many forwards as tokens before the cut.
         return Answer(cut(ids_L[len(prompt) :].tolist(), exact.eos_ids), len(ids_L) - len(prompt))
 
     return Sampler(PLAIN, lambda prompts: [answer_one(prompt) for prompt in prompts])

@@ -4,157 +4,95 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from illada.bench.external import outside_samplers
 from illada.bench.load import Request, Run, drive, get_json, mixed_up, percentiles, poisson, queued, started_server
+from illada.bench.options import MIXES, BenchServeOptions, Mix
 from illada.bench.samplers import PLAIN, Sampler, plain_sampler
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model import IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, aligned, environment_of, write_results
+from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
 from illada.rng import shuffled_index, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import encode_plain, read_prompts
-from illada.toy_tasks import TASKS, held_out
+from illada.toy_tasks import TASKS, held_out_mix
 from illada.weights.load import load_model
-from illada.weights.options import Dtype
 
 SHARES_OF_MOST = (0.5, 0.8, 1.2)
-"""Rates when none are given: these shares of the most answers a second under any number of clients."""
+"""Default rates: these shares of the most answers a second under any number of clients."""
 SHARE_OF_ALONE = 0.8
-"""And this share of what the plain loop can do, so that the queue before it would not grow for ever."""
+"""Share of the plain loop's answers a second, one more default rate, at which a queue before the loop stays finite."""
 TEMPLATE_TOKENS = 32
-"""Tokens that a chat template may add to a prompt, about."""
+"""Tokens that a chat template may add to a prompt, roughly."""
 TEXT, TOKENS, WHICH, KIND, STAY, ARRIVAL = range(6)
 """Streams of random numbers."""
 
 
-@dataclass(frozen=True)
-class Mix:
-    """What clients ask for; a third of them wants the answer whole, a third streams, a third also diffusion events."""
-
-    long: bool = False
-    """Every second prompt is several of the prompts in one, as many as the context allows."""
-    short_answers: bool = False
-    """max_tokens is anything from one block to the server's own, not the latter."""
-    leaving: float = 0.0
-    """Share of the clients that may go away before the end."""
-
-
-MIXES = {
-    "short": Mix(),
-    "long": Mix(long=True),
-    "mixed": Mix(long=True, short_answers=True),
-    "cancels": Mix(long=True, short_answers=True, leaving=0.5),
-}
-
-
 @dataclass
 class Alone:
-    """A sampler that answers one request at a time, without a server before it."""
+    """Measurements of a sampler that answers one request at a time, without a server."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
-    """Of each problem, one for each time that it was answered."""
+    """Seconds of every answer to each problem."""
     cpu_seconds: float = 0.0
-    """Of all these together: processor time, which other work on the machine hardly changes."""
+    """Processor time of all answers together, which other work on the machine hardly changes."""
     tokens: int = 0
 
     @property
     def services(self) -> dict[int, float]:
         """Mean seconds of each problem."""
-        return {problem: statistics.mean(each) for problem, each in self.seconds.items()}
+        return {problem: statistics.mean(seconds) for problem, seconds in self.seconds.items()}
 
     @property
     def answers_per_second(self) -> float:
-        """The most that can be served this way."""
+        """Most answers a second that can be served this way."""
         return 1 / statistics.mean(self.services.values())
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is done with every mix."""
-
-    clients: list[int]
-    rates: list[float]
-    """Requests a second; none to take those of `SHARES_OF_MOST` and `SHARE_OF_ALONE`."""
-    requests: int
-    seconds: float
-    seed: int
-    on_run: Callable[[str], None]
-
-
 Work = list[tuple[list[int], list[Sampler]]]
-"""Of each problem its ids and the samplers that answer it alone."""
+"""For each problem its ids and the samplers that answer it alone."""
 
 
-def bench_serve(
-    model: str | None = None,
-    url: str | None = None,
-    mixes: Sequence[str] | None = None,
-    clients: Sequence[int] | None = None,
-    rates: Sequence[float] | None = None,
-    requests: int = 200,
-    seconds: float = 60.0,
-    limit: int = 24,
-    file: str | None = None,
-    decoding: str | None = None,
-    outside: Sequence[str] | None = None,
-    block_length: int = 16,
-    max_new_tokens: int = 48,
-    output: str | None = None,
-    seed: int = 0,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    on_run: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Load a server and return what results.json holds; arguments as in `illada bench serve`.
+def bench_serve(options: BenchServeOptions, on_run: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Load a server and return the content of results.json. `on_run` gets the name of what runs next.
 
     Raises:
-        IlladaError: when an argument cannot be used, or there is no such server.
+        IlladaError: when an option cannot be used, or there is no such server.
     """
-    arguments = {name: value for name, value in locals().items() if name != "on_run"}
-    for name, number in (("limit", limit), ("requests", requests), ("clients", min(clients or (1,)))):
-        if number < 1:
-            raise IlladaError(f"{name} must be at least 1, got {number}")
-    for name, value in (("seconds", seconds), ("rates", min(rates or (1,)))):
-        if value <= 0:
-            raise IlladaError(f"{name} must be above 0, got {value}")
-    if unknown := [mix for mix in mixes or () if mix not in MIXES]:
-        raise IlladaError(f"no mix {unknown[0]!r}: there are {', '.join(MIXES)}")
-    if model is None and (url is None or outside):
-        raise IlladaError("give --model FOLDER to serve and to compare with, or --url of a server alone")
-    if output is not None and (Path(output) / "results.json").exists():
-        raise IlladaError(f"{output} holds the results of another run: choose another --output")
-
-    network, tokenizer = (None, None) if model is None else load_model(model, dtype, device)
-    plan = Plan(list(clients or (1, 8, 32)), list(rates or ()), requests, seconds, seed, on_run)
-    flags = ["--block_length", block_length, "--max_new_tokens", max_new_tokens, "--dtype", dtype, "--device", device]
-    with nullcontext(url) if url else started_server(str(model), [str(flag) for flag in flags]) as base:
-        card, rows = _card(base), []
-        texts = read_prompts(None, file)[:limit] if file else _demo_texts(limit, seed)
-        for name in mixes or MIXES:
-            problems = _problems(texts, MIXES[name], card, decoding, seed)
+    network, tokenizer = None, None
+    if options.model is not None:
+        network, tokenizer = load_model(options.model, options.dtype, options.device)
+    flags = [f"--{name}={getattr(options, name)}" for name in ("block_length", "max_new_tokens", "dtype", "device")]
+    with nullcontext(options.url) if options.url else started_server(str(options.model), flags) as url:
+        card, rows = _card(url), []
+        if options.file:
+            texts = read_prompts(None, options.file)[: options.limit]
+        else:
+            texts = [example.prompt for example in held_out_mix(list(TASKS), options.limit, options.seed)]
+        for name in options.mixes or MIXES:
+            problems = _problems(texts, MIXES[name], card, options.decoding, options.seed)
             work: Work = []
             if network is not None and not MIXES[name].leaving:  # a sampler alone does not learn that a client has left
-                work = _work(problems, network, tokenizer, card["defaults"]["block_length"], outside or ())
-            rows += _load_of_mix(name, base, problems, work, plan)
+                work = _work(problems, network, tokenizer, card["defaults"]["block_length"], options.outside or ())
+            rows += _load_of_mix(name, url, problems, work, options, on_run)
     results = {
-        "arguments": arguments,
+        "arguments": asdict(options),
         "environment": environment_of(network),
-        "server": {"url": url, **card},
+        "server": {"url": options.url, **card},
         "rows": rows,
     }
-    if output is not None:
-        write_results(Path(output), results, table(results), "load.png", draw)
+    if options.output is not None:
+        write_results(Path(options.output), results, table(results), "load.png", draw)
     return results
 
 
 def _card(url: str) -> dict[str, Any]:
-    """Return what the server says about its model."""
+    """Return the server's entry for its model."""
     try:
         card: dict[str, Any] = get_json(f"{url.rstrip('/')}/v1/models")["data"][0]
         if {"defaults", "context_length", "chat"} <= card.keys():
@@ -164,28 +102,22 @@ def _card(url: str) -> dict[str, Any]:
     raise IlladaError(f"{url} is no server of this package: its /v1/models has another form")
 
 
-def _demo_texts(count: int, seed: int) -> list[str]:
-    each = [held_out(task, -(-count // len(TASKS)), seed) for task in TASKS]
-    return [example.prompt for examples in zip(*each, strict=False) for example in examples][:count]
-
-
 def _problems(texts: Sequence[str], mix: Mix, card: dict[str, Any], decoding: str | None, seed: int) -> list[Request]:
-    """Return what is asked, each answered whole and at temperature 0."""
+    """Return a request for each text, to be answered whole and at temperature 0."""
     block, most = card["defaults"]["block_length"], card["defaults"]["max_new_tokens"]
     room = card["context_length"] - most - TEMPLATE_TOKENS  # in bytes: no token is less than one
     problems = []
     for number, text in enumerate(texts):
+        prompt = text
         if mix.long and number % 2:
             parts = [text, *(texts[shuffled_index(i, len(texts), seed, TEXT, number)] for i in range(len(texts)))]
             ends = accumulate(len(part.encode()) + 1 for part in parts)
-            asked = "\n".join(part for part, end in zip(parts, ends, strict=True) if end <= room) or text
-        else:
-            asked = text
+            prompt = "\n".join(part for part, end in zip(parts, ends, strict=True) if end <= room) or text
         blocks = max(1, most // block)
         if mix.short_answers:
             blocks = 1 + int(uniform_int(seed, TOKENS, number) * blocks)
         body: dict[str, Any] = {"model": card["id"], "max_tokens": blocks * block, "temperature": 0}
-        body |= {"messages": [{"role": "user", "content": asked}]} if card["chat"] else {"prompt": asked}
+        body |= {"messages": [{"role": "user", "content": prompt}]} if card["chat"] else {"prompt": prompt}
         if decoding is not None:
             body["decoding"] = decoding
         problems.append(Request("/v1/chat/completions" if card["chat"] else "/v1/completions", body, number))
@@ -195,7 +127,7 @@ def _problems(texts: Sequence[str], mix: Mix, card: dict[str, Any], decoding: st
 def _work(
     problems: Sequence[Request], model: IlladaForMaskedLM, tokenizer: Any, block: int, outside: Sequence[str]
 ) -> Work:
-    """Return what answers each problem alone: the paper's loop written plainly, and samplers of others."""
+    """Return each problem with the samplers that answer it alone: the paper's loop written plainly, and others'."""
     samplers: dict[int, list[Sampler]] = {}
     work = []
     for problem in problems:
@@ -211,26 +143,33 @@ def _work(
 
 
 def _answer_alone(work: Work, alone: dict[str, Alone]) -> None:
-    """Answer every problem by every sampler, one after the other, and add what it took."""
+    """Answer every problem by every sampler, one after the other, and add up time and tokens."""
     for number, (ids, samplers) in enumerate(work):
         for sampler in samplers:
             started, cpu_started = time.perf_counter(), time.process_time()
             (answer,) = sampler.answer([ids])
-            found = alone.setdefault(sampler.name, Alone())
-            found.seconds.setdefault(number, []).append(time.perf_counter() - started)
-            found.cpu_seconds += time.process_time() - cpu_started
-            found.tokens += len(answer.ids)
+            total = alone.setdefault(sampler.name, Alone())
+            total.seconds.setdefault(number, []).append(time.perf_counter() - started)
+            total.cpu_seconds += time.process_time() - cpu_started
+            total.tokens += len(answer.ids)
 
 
-def _load_of_mix(name: str, url: str, problems: list[Request], work: Work, plan: Plan) -> list[dict[str, Any]]:
+def _load_of_mix(
+    name: str,
+    url: str,
+    problems: list[Request],
+    work: Work,
+    options: BenchServeOptions,
+    on_run: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """Return a row for every number of clients and every rate.
 
-    What answers one request at a time is timed before and after, while the server has nothing to do.
+    The samplers that answer one request at a time are timed before and after, while the server is idle.
     """
     alone: dict[str, Alone] = {}
-    plan.on_run(f"{name}, one at a time")
+    on_run(f"{name}, one at a time")
     _answer_alone(work, alone)
-    plan.on_run(f"{name}, each problem alone")
+    on_run(f"{name}, each problem alone")
     reference = drive(url, problems)
     if statuses := {o.status for o in reference.outcomes if o.status != "ok"}:
         raise IlladaError(f"{url} does not answer the problems of mix {name}: {', '.join(sorted(statuses))}")
@@ -240,34 +179,34 @@ def _load_of_mix(name: str, url: str, problems: list[Request], work: Work, plan:
 
     def load(clients: int | None, rate: float | None) -> None:
         title = f"{rate:.3g} a second" if rate else f"{clients} client{'s' * (clients != 1)}"
-        plan.on_run(f"{name}, {title}")
-        key = (plan.seed, *name.encode(), len(runs))
-        sent = [_sent(problems, MIXES[name], stay, *key, number) for number in range(plan.requests)]
+        on_run(f"{name}, {title}")
+        key = (options.seed, *name.encode(), len(runs))
+        sent = [_sent(problems, MIXES[name], stay, *key, number) for number in range(options.requests)]
         arrivals = poisson(rate, len(sent), *key, ARRIVAL) if rate else None
-        run = drive(url, sent, clients=clients, arrivals=arrivals, seconds=plan.seconds)
+        run = drive(url, sent, clients=clients, arrivals=arrivals, seconds=options.seconds)
         wrong = len(mixed_up(run.outcomes, reference.outcomes))
         row = {"mix": name, "load": title, "clients": clients, "rate": rate, **run.summary(), "mixed_up": wrong}
         runs.append((row, run))
 
-    for clients in plan.clients:
+    for clients in options.clients or (1, 8, 32):
         load(clients, None)
     if not (most := max(row["answers_per_second"] for row, _ in runs)):
         raise IlladaError(f"{url} answered nothing of mix {name} under load: {runs[-1][0]['statuses']}")
-    rates = plan.rates or [share * most for share in SHARES_OF_MOST]
-    if alone and not plan.rates:
+    rates = options.rates or [share * most for share in SHARES_OF_MOST]
+    if alone and not options.rates:
         rates = sorted([*rates, SHARE_OF_ALONE * alone[PLAIN].answers_per_second])
     for rate in rates:
         load(None, rate)
-    plan.on_run(f"{name}, one at a time")
+    on_run(f"{name}, one at a time")
     _answer_alone(work, alone)
     for row, run in runs:
-        row["alone"] = {sampler: _beside(row, run, found) for sampler, found in alone.items()}
+        row["alone"] = {sampler: _beside(row, run, total) for sampler, total in alone.items()}
         row["watched"] = run.watched
     return [row for row, _ in runs]
 
 
 def _sent(problems: list[Request], mix: Mix, stay: float, *key: int) -> Request:
-    """Return one of the problems as some client asks for it; one that leaves does within `stay` seconds."""
+    """Return one of the problems as some client asks for it; a client that leaves does so within `stay` seconds."""
     problem = problems[int(uniform_int(*key, WHICH) * len(problems))]
     kind, leaving = int(uniform_int(*key, KIND) * 3), uniform_int(*key, STAY)
     stream = {"stream": True, "stream_options": {"include_usage": True}, "diffusion": kind == 2}
@@ -276,13 +215,13 @@ def _sent(problems: list[Request], mix: Mix, stay: float, *key: int) -> Request:
 
 
 def _beside(row: dict[str, Any], run: Run, alone: Alone) -> dict[str, Any]:
-    """Return what serving one at a time gives for the same load, and how many times that the server did.
+    """Return the figures of serving one request at a time under the same load, and the server's as multiples of them.
 
-    Under a rate the latencies are those of a queue with one worker, given the same arrivals and the measured times.
+    Under a rate, latencies come from a queue before one worker, with the same arrivals and the measured times.
     """
-    spent = sum(sum(each) for each in alone.seconds.values())
+    spent = sum(sum(seconds) for seconds in alone.seconds.values())
     answers, cpu = sum(map(len, alone.seconds.values())), row["cpu"]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "answers_per_second": alone.answers_per_second,
         "tokens_per_second": alone.tokens / spent,
         "answers_per_cpu_second": answers / alone.cpu_seconds,
@@ -290,12 +229,12 @@ def _beside(row: dict[str, Any], run: Run, alone: Alone) -> dict[str, Any]:
     }
     if cpu is not None and cpu["last"] > cpu["first"]:
         served = row["statuses"].get("ok", 0) / (cpu["last"] - cpu["first"])
-        found["cpu_times"] = served / found["answers_per_cpu_second"]
+        figures["cpu_times"] = served / figures["answers_per_cpu_second"]
     if row["rate"] is not None:
         services = alone.services
         due = [outcome.due for outcome in run.outcomes]
-        found["latency"] = percentiles(queued(due, [services[o.request.problem] for o in run.outcomes]))
-    return found
+        figures["latency"] = percentiles(queued(due, [services[o.request.problem] for o in run.outcomes]))
+    return figures
 
 
 def table(results: dict[str, Any]) -> str:
@@ -313,10 +252,10 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['mix']}, {row['load']}",
                 f"{row['answers_per_second']:.1f}",
                 f"{row['tokens_per_second']:.1f}",
-                *(_times(found) if row["rate"] is None else "" for found in alone),
-                *(_shown(row[name], "p50") for name in ("first_committed", "first_text", "latency")),
-                *(_shown(row["latency"], name) for name in ("p90", "p99")),
-                *(f"{_shown(found.get('latency'), 'p50', 'p99')}" for found in alone),
+                *(_times(figures) if row["rate"] is None else "" for figures in alone),
+                *(_seconds(row[name], "p50") for name in ("first_committed", "first_text", "latency")),
+                *(_seconds(row["latency"], name) for name in ("p90", "p99")),
+                *(_seconds(figures.get("latency"), "p50", "p99") for figures in alone),
                 "" if row["waiting"] is None else f"{row['waiting']['most']:.0f}",
                 "" if row["memory"] is None else f"{row['memory']['last'] / 1e6:.0f}",
                 ", ".join(f"{count} {name}" for name, count in odd.items()),
@@ -336,12 +275,12 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def _times(found: dict[str, Any]) -> str:
-    cpu = f" ({found['cpu_times']:.2f})" if "cpu_times" in found else ""
-    return f"{found['times']:.2f}{cpu}" if found else ""
+def _times(figures: dict[str, Any]) -> str:
+    cpu = f" ({figures['cpu_times']:.2f})" if "cpu_times" in figures else ""
+    return f"{figures['times']:.2f}{cpu}" if figures else ""
 
 
-def _shown(values: dict[str, float] | None, *names: str) -> str:
+def _seconds(values: dict[str, float] | None, *names: str) -> str:
     return "" if values is None else " / ".join(f"{values[name]:.3f}" for name in names)
 
 
@@ -349,14 +288,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
     """Draw answers a second by clients, latency by rate, queue and memory over time, as PNG.
 
     Raises:
-        ImportError: when matplotlib is missing.
+        MissingExtraError: when matplotlib is not installed.
     """
-    from io import BytesIO
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    (many, late), (queue, memory) = figure.subplots(2, 2)
+    drawing, ((many, late), (queue, memory)) = figure(11, 7, 2, 2)
     many.set(xlabel="clients", ylabel="answers per second", xscale="log")
     late.set(xlabel="requests per second", ylabel="latency, s: p50 to p99", xscale="log", yscale="log")
     queue.set(xlabel="seconds of load", ylabel="requests waiting")
@@ -391,8 +325,4 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.minorticks_off()
     for axes in (many, queue, memory):
         axes.set_ylim(0)
-    for axes in (many, late, queue, memory):
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(drawing)

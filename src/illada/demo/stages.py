@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from illada.data.shards import Shards
-from illada.demo.evaluation import evaluate
 from illada.demo.report import best_accuracies, write_report
+from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
 from illada.files import write_json
 from illada.generation.engine import generate
@@ -95,7 +95,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
     stage("5/7  Answers: accuracy on held-out problems, and how few passes suffice")
     results.update(_measure_answers(output, scale, seed, console))
     stage("6/7  The same problems through lm-evaluation-harness")
-    results["harness"] = evaluate(
+    results["harness"] = evaluate_in_harness(
         output,
         {task: held_out(task, scale.test_problems, seed) for task in scale.tasks},
         library_choices(scale.test_problems, seed),

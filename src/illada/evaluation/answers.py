@@ -1,6 +1,6 @@
-"""What an answer says: the number, the letter, the box, the program in a generated text, and whether it is right.
+"""Find the number, letter, box or program in a generated text, and say whether it is right.
 
-The functions named `*_results` are `process_results` of task files. They take the document and [the answer].
+The functions named `*_results` serve as `process_results` of task files. They take the document and [the answer].
 """
 
 import ast
@@ -22,7 +22,7 @@ LETTER_PATTERNS = (
     r"\(([A-J])\)",
     r"\b([B-HJ])\b",  # A and I are also words
 )
-"""From the surest sign of a letter to the least; the last match of the first that matches counts (ours)."""
+"""Signs of a letter, the surest first; the last match of the first pattern that matches counts (ours)."""
 
 
 def after_thinking(text: str) -> str:
@@ -34,42 +34,42 @@ def after_thinking(text: str) -> str:
 
 
 def hash_answer(text: str) -> str | None:
-    """Return what follows the last `####` on its line, after the thinking (authors' evaluation code)."""
-    found = re.findall(r"####[ \t]*(\S[^\n]*)", after_thinking(text))
-    return found[-1].strip() if found else None
+    """Return the rest of the line after the last `####`, after the thinking (authors' evaluation code)."""
+    lines = re.findall(r"####[ \t]*(\S[^\n]*)", after_thinking(text))
+    return lines[-1].strip() if lines else None
 
 
 def number(text: str) -> Fraction | None:
-    """Return the first number, behind the last `=` if there is one: 1,234.50 · $7 · -3/4 · 20% (the percents)."""
+    """Return the first number, after the last `=` if there is one: 1,234.50 · $7 · -3/4 · 20% (as 20)."""
     text = re.sub(r"(?<=\d)(?:,|\\,|\{,\})(?=\d{3}(?!\d))", "", text.rpartition("=")[2])
-    found = re.search(r"(-?)\s*\$?\s*(-?)(\d+\.?\d*|\.\d+)(?:\s*/\s*(\d+))?", text)
-    if found is None or not int(found[4] or 1):
+    match = re.search(r"(-?)\s*\$?\s*(-?)(\d+\.?\d*|\.\d+)(?:\s*/\s*(\d+))?", text)
+    if match is None or not int(match[4] or 1):
         return None
-    return Fraction(found[3].rstrip(".")) / int(found[4] or 1) * (-1 if found[1] or found[2] else 1)
+    return Fraction(match[3].rstrip(".")) / int(match[4] or 1) * (-1 if match[1] or match[2] else 1)
 
 
 def hash_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """GSM8K: the numbers behind `####` in the answer and in doc["answer"] are equal."""
-    said, truth = hash_answer(results[0]), hash_answer(doc["answer"]) or doc["answer"]
-    return {"exact_match": float(said is not None and number(said) is not None and number(said) == number(truth))}
+    """Score GSM8K: the numbers after `####` in the answer and in doc["answer"] are equal."""
+    answer, truth = hash_answer(results[0]), hash_answer(doc["answer"]) or doc["answer"]
+    return {"exact_match": float(answer is not None and number(answer) is not None and number(answer) == number(truth))}
 
 
 # Formulas
 
 
 def boxed(text: str) -> str | None:
-    r"""Return what the last complete \boxed{...} or \fbox{...} holds, nested braces included; or a bare `\boxed 7`."""
-    for found in reversed(list(re.finditer(r"\\f?box(?:ed)?\s*", text))):
-        inside = _braces(text, found.end())
+    r"""Return the content of the last complete \boxed{...} or \fbox{...}, nested braces included, or of `\boxed 7`."""
+    for box in reversed(list(re.finditer(r"\\f?box(?:ed)?\s*", text))):
+        inside = _braces(text, box.end())
         if inside is not None:
             return inside
-        if bare := re.match(r"[^\s{}$\\][^\s{}$]*", text[found.end() :]):
+        if bare := re.match(r"[^\s{}$\\][^\s{}$]*", text[box.end() :]):
             return bare[0].rstrip(".")
     return None
 
 
 def _braces(text: str, start: int) -> str | None:
-    """Return what stands in the braces that open at `start`, or None when they do not open or never close."""
+    """Return the content of the braces that open at `start`, or None when none open there or they never close."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -79,26 +79,26 @@ def _braces(text: str, start: int) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """Return the answer to a MATH problem: behind the last `####` after the thinking, else in the last box."""
-    found = hash_answer(text)
-    return (boxed(found) or found) if found else boxed(after_thinking(text)) or boxed(text)
+    """Return the answer to a MATH problem: after the last `####` after the thinking, else in the last box."""
+    line = hash_answer(text)
+    return (boxed(line) or line) if line else boxed(after_thinking(text)) or boxed(text)
 
 
 def math_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """MATH: the answer equals the box in doc["solution"]."""
-    said, truth = math_answer(results[0]), boxed(doc["solution"])
-    return {"exact_match": float(said is not None and truth is not None and same_formula(said, truth))}
+    """Score MATH: the answer equals the box in doc["solution"]."""
+    answer, truth = math_answer(results[0]), boxed(doc["solution"])
+    return {"exact_match": float(answer is not None and truth is not None and same_formula(answer, truth))}
 
 
 def plain_formula(text: str) -> str:
-    """Return a formula without what does not change its value: spacing, units, decoration, `x =` before it."""
+    """Return a formula without spacing, units, decoration and a leading `x =`, which do not change its value."""
     text = re.sub(r"\$|\\[()\[\]]|\\(?:left|right|displaystyle|big|Big)(?![a-z])", "", text.replace(r"\$", ""))
     text = re.sub(r"\\[,;:! ]|\\quad|~|\{,\}", lambda m: "," if m[0] == "{,}" else "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\^\{?\\circ\}?|\\degree|\\?%", "", text).strip().rstrip(".")
     if whole := re.fullmatch(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", text):
         text = whole[1]
-    # Words behind a number are its unit; an exponent belongs to it.
+    # Words after a number are its unit, with the unit's exponent.
     text = re.sub(r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textbf)\{[^{}]*\}(?:\^\{?\d\}?)?", "", text)
     text = re.sub(r"(?<=\d)\s+[a-zA-Z]{2,}.*$", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
@@ -107,17 +107,17 @@ def plain_formula(text: str) -> str:
 
 
 def same_formula(one: str, other: str) -> bool:
-    """Say whether two formulas are equal: as text, part by part for tuples, intervals and sets, or in value.
+    """Return whether two formulas are equal as text, part by part (tuples, intervals, sets), or in value.
 
-    Values are compared at a few points for every letter, so that x(x+1) equals x^2+x; no computer algebra is needed.
-    The parts of a set, and of a bare list such as `1, 2`, may come in any order (ours).
+    Values are compared at a few points for every letter, so that x(x+1) equals x^2+x without computer algebra. Parts of
+    a set, and of a bare list such as `1, 2`, may come in any order (ours).
     """
     one, other = plain_formula(one), plain_formula(other)
     if one.casefold() == other.casefold():
         return bool(one)
     parts, others = _parts(one), _parts(other)
     if len(parts) > 1 or len(others) > 1:
-        # Half-open and closed intervals differ; (1, 2) and a bare 1, 2 too.
+        # Half-open and closed intervals differ, and so do (1, 2) and a bare 1, 2.
         if len(parts) != len(others) or _ends(one) != _ends(other):
             return False
         if _ends(one) in (("", ""), (r"\{", r"\}")):
@@ -133,12 +133,12 @@ def same_formula(one: str, other: str) -> bool:
 
 
 def _ends(text: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(\\\{|[\[(])(.*)(\\\}|[\])])", text)
-    return (found[1], found[3]) if found else ("", "")
+    match = re.fullmatch(r"(\\\{|[\[(])(.*)(\\\}|[\])])", text)
+    return (match[1], match[3]) if match else ("", "")
 
 
 def _parts(text: str) -> list[str]:
-    """Split at commas outside brackets, the outermost brackets taken off."""
+    """Take off the outermost brackets and split at the commas outside the others."""
     left, right = _ends(text)
     inside = text[len(left) : len(text) - len(right)]
     parts, depth = [""], 0
@@ -187,7 +187,7 @@ def _values(formula: str) -> list[complex]:
 
 
 def _value(node: ast.expr, letters: dict[str, float]) -> complex:
-    """Compute a formula of numbers, letters and the four operations; raises ValueError on anything else."""
+    """Compute a formula of numbers, letters, the four operations and powers; raise ValueError on anything else."""
     match node:
         case ast.Constant(value=int() | float() as value):
             return complex(value)
@@ -209,21 +209,21 @@ def _value(node: ast.expr, letters: dict[str, float]) -> complex:
 
 
 def letter(text: str) -> str | None:
-    """Return the letter, A to J, that a text decides on, by `LETTER_PATTERNS`, after the thinking."""
-    said = after_thinking(text)
+    """Return the letter, A to J, that a text decides on after the thinking, by `LETTER_PATTERNS`."""
+    answer = after_thinking(text)
     for pattern in LETTER_PATTERNS:
-        if found := re.findall(pattern, said, re.MULTILINE):
-            return str(found[-1])
+        if matches := re.findall(pattern, answer, re.MULTILINE):
+            return str(matches[-1])
     return None
 
 
 def letter_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """MMLU-Pro: the letter is doc["answer"], a letter."""
+    """Score MMLU-Pro: the letter is doc["answer"]."""
     return {"exact_match": float(letter(results[0]) == doc["answer"])}
 
 
 def choice_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """MMLU and MMLU-Redux by generation: the letter is that of doc["answer"], an index."""
+    """Score MMLU and MMLU-Redux by generation: the letter is the one at the index doc["answer"]."""
     return {"exact_match": float(letter(results[0]) == "ABCD"[int(doc["answer"])])}
 
 
@@ -231,45 +231,44 @@ def choice_results(doc: Document, results: list[str]) -> dict[str, float]:
 
 
 def python_block(text: str) -> str | None:
-    """Return the last block of Python, else of any code, after the thinking; a last one that never ends counts too."""
-    said = after_thinking(text)
+    """Return the last block of Python, else of any code, after the thinking; the block at the end may be open."""
+    answer = after_thinking(text)
     for opening in (r"```[ \t]*(?:python|py)[ \t]*\n", r"```[ \t]*\w*[ \t]*\n"):
-        if found := re.findall(opening + r"(.*?)(?:\n```|\Z)", said, re.DOTALL | re.IGNORECASE):
-            return str(found[-1])
+        if blocks := re.findall(opening + r"(.*?)(?:\n```|\Z)", answer, re.DOTALL | re.IGNORECASE):
+            return str(blocks[-1])
     return None
 
 
 def between_marks(text: str) -> str:
-    """Return what stands between the last [BEGIN] and the [DONE] after it, or the end, fences taken off."""
-    said = after_thinking(text)
-    inside = (said.rpartition("[BEGIN]")[2]).partition("[DONE]")[0]
+    """Return the text from the last [BEGIN] to the [DONE] after it or to the end, without code fences."""
+    inside = after_thinking(text).rpartition("[BEGIN]")[2].partition("[DONE]")[0]
     return python_block(inside) or inside.strip("\n")
 
 
 def completes(doc: Document, program: str) -> str:
-    """Return a HumanEval program: on its own when it defines the function, else behind the prompt it continues."""
+    """Return a HumanEval program: the text alone if it defines the function, else after the prompt it continues."""
     return program if re.search(rf"^def\s+{doc['entry_point']}\b", program, re.MULTILINE) else doc["prompt"] + program
 
 
 def continuation_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """HumanEval by a base model: the answer continues the prompt."""
+    """Score HumanEval by a base model: the answer continues the prompt."""
     return {"pass_at_1": _passes(doc["prompt"] + results[0], f"{doc['test']}\ncheck({doc['entry_point']})")}
 
 
 def block_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """HumanEval by a chat model: the last Python block."""
+    """Score HumanEval by a chat model: the last Python block counts."""
     program = completes(doc, python_block(results[0]) or after_thinking(results[0]))
     return {"pass_at_1": _passes(program, f"{doc['test']}\ncheck({doc['entry_point']})")}
 
 
 def marks_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """MBPP: the program between the marks passes doc["test_list"]."""
+    """Score MBPP: the program between the marks passes doc["test_list"]."""
     tests = "\n".join([doc.get("test_setup_code") or "", *doc["test_list"]])
     return {"pass_at_1": _passes(between_marks(results[0]), tests)}
 
 
 def mbpp_shots(documents: Any) -> Any:
-    """Return the examples of MBPP's published format, tasks 2, 3 and 4 of the split "prompt"."""
+    """Return the examples of MBPP's published format: tasks 2, 3 and 4 of the split "prompt"."""
     return documents.filter(lambda document: document["task_id"] in (2, 3, 4))
 
 

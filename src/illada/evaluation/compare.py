@@ -1,4 +1,4 @@
-"""`illada compare`: the same documents under two runs, paired (ours; the paper gives no variance)."""
+"""`illada compare`: two evaluations of the same documents, paired (ours; the paper gives no variance)."""
 
 import json
 import math
@@ -15,7 +15,7 @@ RESAMPLES, SEED = 10_000, 0
 
 @dataclass(frozen=True)
 class Difference:
-    """B minus A over the documents both have, in the metric's units."""
+    """B minus A over the documents that both runs have, in the metric's units."""
 
     task: str
     metric: str
@@ -24,9 +24,9 @@ class Difference:
     b: float
     low: float
     high: float
-    """A 95 % confidence interval of b - a by paired bootstrap over documents (percentiles of 10 000 resamples)."""
+    """95 % confidence interval of b - a by paired bootstrap over documents (percentiles of 10 000 resamples)."""
     p: float | None
-    """Of McNemar's exact test, two-sided, where every document is right or wrong; None for other metrics."""
+    """p of McNemar's exact two-sided test where every document is right or wrong; None for other metrics."""
 
 
 def differences(one: str, other: str) -> list[Difference]:
@@ -37,23 +37,23 @@ def differences(one: str, other: str) -> list[Difference]:
     """
     samples = [_samples(Path(folder)) for folder in (one, other)]
     shared = sorted(samples[0].keys() & samples[1].keys())
-    found = []
+    results = []
     for task, metric in shared:
         a, b = (run[task, metric] for run in samples)
         documents = sorted(a.keys() & b.keys())
         if documents:
             pairs = np.array([(a[doc], b[doc]) for doc in documents])
-            found.append(_difference(task, metric, pairs))
-    if not found:
+            results.append(_difference(task, metric, pairs))
+    if not results:
         raise IlladaError(f"{one} and {other} share no task, metric and document: were the same tasks evaluated?")
-    return found
+    return results
 
 
 def _difference(task: str, metric: str, pairs: np.ndarray) -> Difference:
     gaps = pairs[:, 1] - pairs[:, 0]
-    # A generator of its own, the same for every task, so that the interval can be repeated.
-    picks = np.random.default_rng(SEED)
-    means = np.array([gaps[picks.integers(0, len(gaps), len(gaps))].mean() for _ in range(RESAMPLES)])
+    # Every task starts from the same seed, so that its interval can be computed again.
+    generator = np.random.default_rng(SEED)
+    means = np.array([generator.choice(gaps, len(gaps)).mean() for _ in range(RESAMPLES)])
     low, high = np.quantile(means, (0.025, 0.975))
     p = mcnemar(int((gaps < 0).sum()), int((gaps > 0).sum())) if np.isin(pairs, (0.0, 1.0)).all() else None
     a, b = pairs.mean(0).tolist()
@@ -61,42 +61,40 @@ def _difference(task: str, metric: str, pairs: np.ndarray) -> Difference:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the two-sided p of so many changes one way and so many the other, if both were equally likely."""
+    """Return the two-sided p of `lost` changes one way and `won` the other, if both ways were equally likely."""
     changed, fewer = lost + won, min(lost, won)
     tail: int = sum(math.comb(changed, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**changed)
 
 
 def _samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Return by task and metric the value of every document; metrics of other kinds than numbers are left out."""
+    """Return the value of every document by task and metric; metrics that are no numbers are left out."""
     files = sorted((folder / "samples").rglob("*.jsonl"))
     if not files:
         raise IlladaError(f"no samples in {folder}: give the output folder of `illada eval`")
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    values: dict[tuple[str, str], dict[str, float]] = {}
     for path in files:
         task = str(path.relative_to(folder / "samples").with_suffix(""))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 sample = json.loads(line)
                 document, kind = str(sample["doc_id"]), sample["filter"]
-                values = {name: sample[name] for name in sample["metrics"]}
+                metrics = {name: sample[name] for name in sample["metrics"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is no sample of `illada eval`: evaluate again") from error
-            for metric, value in values.items():
+            for metric, value in metrics.items():
                 if isinstance(value, bool | int | float):
-                    found.setdefault((task, f"{metric},{kind}".removesuffix(",none")), {})[document] = float(value)
-    return found
+                    values.setdefault((task, f"{metric},{kind}".removesuffix(",none")), {})[document] = float(value)
+    return values
 
 
 def compare(one: str, other: str) -> str:
     """Return a Markdown table of the differences between two runs."""
     lines = [["task", "metric", "documents", "A", "B", "B - A", "95 % interval", "McNemar p"]]
     for d in differences(one, other):
-        values = [f"{value:.4f}" for value in (d.a, d.b)]
-        interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
-        p = "" if d.p is None else f"{d.p:.3g}"
-        lines.append([d.task, d.metric, str(d.documents), *values, f"{d.b - d.a:+.4f}", interval, p])
+        line = [d.task, d.metric, str(d.documents), f"{d.a:.4f}", f"{d.b:.4f}", f"{d.b - d.a:+.4f}"]
+        lines.append([*line, f"[{d.low:+.4f}, {d.high:+.4f}]", "" if d.p is None else f"{d.p:.3g}"])
     return (
-        f"{aligned(lines)}\n\nA: {one} · B: {other}. Paired over documents: percentile bootstrap with {RESAMPLES:,} "
-        "resamples; McNemar's exact test, two-sided, where answers are right or wrong."
+        f"{aligned(lines, left=2)}\n\nA: {one} · B: {other}. Paired over documents: percentile bootstrap with "
+        f"{RESAMPLES:,} resamples; McNemar's exact test, two-sided, where answers are right or wrong."
     )

@@ -1,4 +1,4 @@
-"""What an evaluation has found out so far: answers on disk as they come, so that a killed run goes on where it was."""
+"""The journal of an evaluation: results go to disk as they come, so that a killed evaluation continues there."""
 
 import hashlib
 import json
@@ -12,37 +12,38 @@ from illada.weights.runs import model_folder
 
 OF_TRAINING = ("state.json", "optimizer.safetensors")
 PIECES, PIECE_BYTES = 64, 4096
-"""How much of a file of weights goes into a fingerprint: these many pieces, spread evenly, after its header."""
+"""A fingerprint takes the header of a file of weights and so many pieces, spread evenly over the file."""
 
 
 @dataclass(frozen=True)
-class Found:
+class Entry:
     """The result of one request."""
 
     key: str
     value: list[Any]
-    """[score, whether the model would say it] or [text]."""
+    """[score, whether greedy generation gives the candidate] or [text]."""
     forwards: int
-    """Forward passes of this row; those that it shared with others count in full."""
+    """Forward passes of this row; a pass that it shared with other rows counts in full."""
     seconds: float
-    """Its equal share of the time of the job it was part of."""
+    """Equal share of the time of the requests that were computed together."""
 
 
 class Journal:
-    """Results by key, and a file that they are appended to.
+    """Keeps results by key, and appends them to a file.
 
-    A line holds what was finished together, so either all of it is there or none; a line torn by a crash is cut off.
+    A line holds the results of requests that finished together, so the file has all of them or none; a line torn by a
+    crash is cut off.
 
     Args:
-        folder: where `requests.RANK.jsonl` lie; those of all ranks are read, one is written. None keeps nothing.
-        rank: of this process.
+        folder: folder of the files `requests.RANK.jsonl`; all are read and this rank's is written. None writes nothing.
+        rank: rank of this process.
 
     Raises:
         IlladaError: when a file holds something else.
     """
 
     def __init__(self, folder: str | Path | None, rank: int = 0):
-        self.found: dict[str, Found] = {}
+        self.entries: dict[str, Entry] = {}
         self.path = None if folder is None else Path(folder) / f"requests.{rank}.jsonl"
         if self.path is None:
             return
@@ -54,29 +55,29 @@ class Journal:
                     file.truncate(whole)
 
     def _read(self, path: Path) -> int:
-        """Take in a file; return where its last whole line ends."""
+        """Read a file; return where its last whole line ends."""
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
-                found = [Found(**record) for record in json.loads(line)]
+                entries = [Entry(**record) for record in json.loads(line)]
             except (ValueError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is damaged: delete the file to evaluate anew") from error
-            self.found |= {one.key: one for one in found}
+            self.entries |= {entry.key: entry for entry in entries}
         return whole
 
-    def add(self, found: list[Found]) -> None:
-        """Keep results that were finished together."""
-        self.found |= {one.key: one for one in found}
-        if self.path is not None and found:
+    def add(self, entries: list[Entry]) -> None:
+        """Keep results of requests that finished together."""
+        self.entries |= {entry.key: entry for entry in entries}
+        if self.path is not None and entries:
             with self.path.open("ab") as file:
-                file.write((json.dumps([asdict(one) for one in found]) + "\n").encode())
+                file.write((json.dumps([asdict(entry) for entry in entries]) + "\n").encode())
 
 
 def fingerprint(model: str) -> str:
-    """Return a short hash that tells models apart: of all small files and of samples from every file of weights.
+    """Return a short hash that tells models apart, of all small files and of pieces of every file of weights.
 
-    Sampling suffices because training changes every tensor; a model of 16 GB would take a minute to hash in full.
+    Pieces suffice because training changes every tensor; hashing a model of 16 GB in full would take a minute.
     """
     folder = model_folder(model)
     digest = hashlib.sha256()

@@ -2,88 +2,77 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
-import yaml
-from huggingface_hub import constants
-from lm_eval import evaluate
-from lm_eval.tasks import TaskManager
-
-from illada.errors import IlladaError, first_line
+from illada.errors import IlladaError, first_line, needs
 from illada.evaluation.harness import IlladaLM
-from illada.evaluation.results import Result, Row
+from illada.evaluation.options import EvalOptions
+from illada.evaluation.rows import Result, Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.tables import draw, markdown
 from illada.files import write_json
 from illada.generation.settings import refuse_masks
-from illada.reporting import environment_of
+from illada.reporting import environment_of, write_picture
+from illada.weights.runs import checkpoints
 
-HERE = Path(__file__).parent
-FAST = {"threshold": 0.95, "cache": "adaptive"}
-"""Decoding of `--decode fast`: not the paper's."""
-Ablation = Literal["scoring", "block_length", "steps", "threshold"]
-ABLATIONS: dict[str, list[Any]] = {
-    "scoring": ["confidence", "likelihood"],
-    "block_length": [8, 16, 32, 64],
-    "steps": [32, 16, 8, 4],
-    "threshold": ["none", 0.95, 0.9, 0.8],
-}
+with needs("eval", "evaluation"):
+    import datasets
+    from huggingface_hub import constants
+    from lm_eval import evaluate as evaluate_in_harness
+    from lm_eval.tasks import TaskManager
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A column of an ablation: a label, and what it changes."""
-
-    label: str = ""
-    generation: dict[str, Any] = field(default_factory=dict)
-    scoring: Literal["confidence", "likelihood"] | None = None
-    kinds: frozenset[str] = frozenset()
-    """Output types of the tasks it concerns; empty for all."""
+TASKS = Path(__file__).with_name("tasks")
+OF_MODEL = ("scoring", "samples", "seed", "dtype", "device", "quantize", "max_batch_tokens")
+"""Options of `illada eval` that go to `IlladaLM`."""
 
 
-def paper_rows(table: str, decode: str, lengths: str) -> list[Row]:
-    """Return the rows of the paper's table "base" or "instruct" (spec §7).
-
-    Args:
-        table: which.
-        decode: "exact" for the paper's, "fast" for `FAST`.
-        lengths: answer lengths of MMLU and MMLU-Redux in the table of the instruct model, "3-4" or "4-3": the paper and
-            the authors' script disagree which has which.
-    """
-    content = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))[table]
-    rows = [Row(name, **{**values, "metrics": tuple(values["metrics"])}) for name, values in content.items()]
-    if table == "instruct":
-        of = dict(zip(("MMLU", "MMLU-Redux"), map(int, lengths.split("-")), strict=True))
-        rows = [
-            replace(row, generation={"max_gen_toks": of[row.name], "block_length": of[row.name]})
-            if row.name in of
-            else row
-            for row in rows
-        ]
-    if decode == "fast":
-        rows = [replace(row, generation={**row.generation, **FAST}) if row.generation else row for row in rows]
-    return rows
-
-
-def chosen(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
-    """Return the rows called by name, or by the name of their task.
+def evaluate(options: EvalOptions) -> str | None:
+    """Evaluate as the options of `illada eval` say; return the table, or None in a process that writes none.
 
     Raises:
-        IlladaError: when there is no such row.
+        IlladaError: when an option names what does not exist.
     """
-    if names is None:
-        return list(rows)
-    known = {name.casefold(): row for row in rows for name in (row.task, row.name)}
-    for name in names:
-        if name.casefold() not in known:
-            raise IlladaError(f"no task {name} here: choose from {', '.join(row.name for row in rows)}")
-    return list({known[name.casefold()].name: known[name.casefold()] for name in names}.values())
+    models = _models(options)
+    variants = ablation(options.ablate, options.values) if options.ablate else [Variant()]
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = task_manager(options.task_files)
+    if options.paper is not None:
+        rows = select_rows(paper_rows(options.paper, options.decode, options.lengths), options.tasks)
+    else:
+        known = manager.all_groups + manager.all_subtasks
+        rows = [Row(name, name, shots=options.shots, chat=options.chat) for name in known]
+        rows = select_rows(rows, options.tasks)
+    settings = options.settings or {}
+    variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
+    evaluation = Evaluation(
+        manager,
+        Path(options.output),
+        rows,
+        title=options.paper or "",
+        arguments=asdict(options),
+        limit=options.limit,
+        seed=options.seed,
+        allow_code=options.allow_code,
+        folder=options.task_files,
+        download=options.download,
+    )
+    return evaluation.run(models, variants, {name: getattr(options, name) for name in OF_MODEL})
+
+
+def _models(options: EvalOptions) -> dict[str, str]:
+    """Return the model by the empty label, or every checkpoint of a run by its step."""
+    if options.model is not None:
+        return {"": options.model}
+    folders = checkpoints(Path(str(options.run)))
+    if not folders:
+        raise IlladaError(f"no checkpoints in {options.run}: give a run folder of `illada pretrain` or `illada sft`")
+    return {path.name: str(path) for path in folders}
 
 
 def task_manager(folder: str | None) -> TaskManager:
@@ -93,69 +82,77 @@ def task_manager(folder: str | None) -> TaskManager:
         IlladaError: when the folder has none.
     """
     if folder is None:
-        return TaskManager(include_path=str(HERE / "tasks"))
+        return TaskManager(include_path=str(TASKS))
     if not any(Path(folder).rglob("*.yaml")):
         raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
-    # In full, as data sets are read from inside the folder.
+    # The path is made absolute because data sets are read from inside the folder.
     return TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
 
 
-def ablation(what: str, values: Sequence[Any] | None) -> list[Variant]:
-    """Return the variants of an ablation: Table 4 (scoring), block length, steps per block, or threshold.
-
-    Raises:
-        IlladaError: when a value is not of its kind.
-    """
-    found = []
-    for value in values or ABLATIONS[what]:
-        if what == "scoring":
-            if value not in ("confidence", "likelihood"):
-                raise IlladaError(f"values of scoring are confidence and likelihood, got {value}")
-            found.append(Variant(value, scoring=value, kinds=frozenset(("multiple_choice", "loglikelihood"))))
-            continue
-        if value == "none":
-            number: float | None = None
-        else:
-            try:
-                number = float(value) if what == "threshold" else int(value)
-            except ValueError:
-                raise IlladaError(f"values of {what} are numbers, got {value}") from None
-        name = {"steps": "steps_per_block"}.get(what, what)
-        # A rule of how many tokens to commit excludes the others.
-        others = {} if what == "block_length" else {"threshold": None, "steps_per_block": None, "entropy_bound": None}
-        found.append(Variant(f"{what} {value}", {**others, name: number}, kinds=frozenset(("generate_until",))))
-    return found
-
-
+@dataclass
 class Evaluation:
-    """Rows evaluated one after the other into a folder: a journal, samples, results.json, table.md.
+    """Evaluates rows one after the other into a folder: a journal, samples, results.json, table.md.
 
     Args:
-        manager: where tasks come from.
-        output: folder.
+        manager: source of the tasks.
+        output: folder to write to.
+        rows: rows to evaluate.
+        title: name of the paper's table ("base", "instruct"), or empty.
+        arguments: options of the command, for the record.
         limit: most documents of a task.
-        seed: of the choice of shots.
+        seed: seed of the choice of shots.
         allow_code: whether generated programs may be run.
-        folder: of local task files; paths in them are relative to it.
+        folder: folder of local task files; paths in them are relative to it.
         download: whether data sets may be fetched.
+        results: what has come out so far.
     """
 
-    def __init__(
-        self,
-        manager: TaskManager,
-        output: Path,
-        limit: int | None = None,
-        seed: int = 0,
-        allow_code: bool = False,
-        folder: str | None = None,
-        download: bool = False,
-    ):
-        self.manager, self.output, self.limit, self.seed = manager, output, limit, seed
-        self.allow_code, self.folder, self.download = allow_code, folder, download
-        self.results: list[Result] = []
+    manager: TaskManager
+    output: Path
+    rows: Sequence[Row] = ()
+    title: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    seed: int = 0
+    allow_code: bool = False
+    folder: str | None = None
+    download: bool = False
+    results: list[Result] = field(default_factory=list)
+
+    def run(self, models: dict[str, str], variants: Sequence[Variant], options: dict[str, Any]) -> str | None:
+        """Evaluate every row for every model and variant; results.json and table.md are rewritten after each row.
+
+        Args:
+            models: path of each model by its label; the label is empty when there is one model.
+            variants: ways to evaluate; a single one when it is no ablation.
+            options: further arguments of `IlladaLM`.
+
+        Returns:
+            the table; None in a process of torchrun that writes none.
+        """
+        table = None
+        for label, path in models.items():
+            lm = IlladaLM(path, results=str(self.output), **options)
+            for variant in variants:
+                column = replace(variant, label=label or variant.label)
+                for row in self.rows:
+                    result = self.add(lm, row, column)
+                    if result is None or lm.rank:
+                        continue
+                    values = ", ".join(f"{name} {value:.4g}" for name, (value, _) in result.metrics.items())
+                    name = " ".join(filter(None, (column.label, row.name)))
+                    print(f"{name}: {values or result.status}", file=sys.stderr, flush=True)
+                    table = markdown(self.results, self.rows, self.title)
+                    self._write(lm, table)
+            del lm  # before the next model is loaded
+        if not self.results:
+            raise IlladaError("no task here is concerned: scoring is that of choices, the other ablations of answers")
+        if table is not None and len({result.variant for result in self.results}) > 1:
+            write_picture(self.output / "variants.png", lambda: draw(self.results))
+        return table
 
     def add(self, lm: IlladaLM, row: Row, variant: Variant) -> Result | None:
-        """Evaluate a row and write its samples; None when the variant does not concern it."""
+        """Evaluate a row and write its samples; return None when the variant does not concern the row."""
         result = Result(row.name, row.task, variant.label, paper=row.paper)
         try:
             with self._sources():
@@ -167,20 +164,20 @@ class Evaluation:
             result.status, result.reason = "library missing", first_line(error)
         except Exception as error:
             raise IlladaError(f"task {row.task} cannot be loaded: {first_line(error)}") from error
-        if result.status == "ok":
-            kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
-            if variant.kinds and not kinds & variant.kinds:
+        else:
+            tasks = loaded["tasks"].values()
+            if variant.kinds and variant.kinds.isdisjoint(task.OUTPUT_TYPE for task in tasks):
                 return None
-            if not self.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+            if not self.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
                 result.status, result.reason = "not run", "it runs generated programs: allow that with --allow_code"
-        if result.status == "ok":
-            self._evaluate(lm, row, variant, loaded, result)
+            else:
+                self._evaluate(lm, row, variant, loaded, result)
         self.results.append(result)
         return result
 
     @contextlib.contextmanager
     def _sources(self) -> Iterator[None]:
-        """Read data sets from beside the task files; use the network only if asked to."""
+        """Read data sets from beside the task files; use the network only with `download`."""
         saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
         offline = not self.download or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
@@ -191,26 +188,17 @@ class Evaluation:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
 
     def _evaluate(self, lm: IlladaLM, row: Row, variant: Variant, loaded: dict[str, Any], result: Result) -> None:
+        """Evaluate loaded tasks and fill in the result."""
         if lm.causal:
             refuse_masks(variant.generation)
-        generation = {**row.generation, **variant.generation}
         for task in loaded["tasks"].values():
-            if row.shots is not None or task.config.num_fewshot is None:
-                task.set_config("num_fewshot", row.shots or 0)
-            # Where shots come from the test documents (MMLU-Redux), the harness leaves out the question itself only if
-            # the task says where they come from.
-            shots, own = task.fewshot_cfg, (task.has_training_docs(), task.has_validation_docs())
-            if shots.split is None and shots.samples is None and not any(own):
-                shots.split = task.config.test_split
-            if task.OUTPUT_TYPE == "generate_until":
-                task.set_config("generation_kwargs", generation, update=True)
-            task.set_fewshot_seed(self.seed)
+            self._configure(task, row.shots, {**row.generation, **variant.generation})
         saved = lm.scoring, lm.samples
         # The paper's rows say how to score a diffusion model.
         lm.scoring = variant.scoring or (None if lm.causal else row.scoring) or lm.scoring
         lm.samples = row.samples or lm.samples
         try:
-            found = evaluate(
+            output = evaluate_in_harness(
                 lm,
                 loaded,
                 limit=self.limit,
@@ -219,38 +207,55 @@ class Evaluation:
                 fewshot_as_multiturn=row.chat,
                 confirm_run_unsafe_code=self.allow_code,
             )
-            result.settings = {
-                "shots": {name: task.config.num_fewshot for name, task in loaded["tasks"].items()},
-                "chat": row.chat,
-                "limit": self.limit,
-                "seed": self.seed,
-            }
-            kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
-            if "generate_until" in kinds:
-                task = next(t for t in loaded["tasks"].values() if t.OUTPUT_TYPE == "generate_until")
-                result.settings["generation"] = asdict(lm.settings_of(task.config.generation_kwargs))
-            if kinds != {"generate_until"}:
-                result.settings |= {"scoring": lm.scoring}
-                result.settings |= {"samples": lm.samples} if lm.scoring == "likelihood" else {}
+            result.settings = self._settings(lm, row, loaded["tasks"])
         finally:
             lm.scoring, lm.samples = saved
         work = [lm.gather_object((lm.forwards.pop(name, 0), lm.seconds.pop(name, 0.0))) for name in loaded["tasks"]]
-        if found is None:  # another process writes
+        if output is None:  # another process writes
             return
         result.forwards = sum(part[0] for parts in work for part in parts or [])
         result.seconds = sum(part[1] for parts in work for part in parts or [])
-        values = found["results"][row.task]
-        names = row.metrics or [key for key, value in values.items() if "," in key and "_stderr," not in key]
-        for name in names:
+        values = output["results"][row.task]
+        for name in row.metrics or [key for key in values if "," in key and "_stderr," not in key]:
             metric, _, kind = name.partition(",")
             error = values.get(f"{metric}_stderr,{kind}")
             result.metrics[name] = (float(values[name]), float(error) if isinstance(error, float | int) else None)
-        for name, samples in found["samples"].items():
+        for name, samples in output["samples"].items():
             result.documents += len({sample["doc_id"] for sample in samples})
             self._write_samples(variant.label, name, samples)
 
+    def _configure(self, task: Any, shots: int | None, generation: dict[str, Any]) -> None:
+        """Give a task of the harness its shots, their seed, and its settings of generation."""
+        if shots is not None or task.config.num_fewshot is None:
+            task.set_config("num_fewshot", shots or 0)
+        # Where shots come from the test documents (MMLU-Redux), the harness leaves out the question itself only if the
+        # task says where they come from.
+        source, own = task.fewshot_cfg, (task.has_training_docs(), task.has_validation_docs())
+        if source.split is None and source.samples is None and not any(own):
+            source.split = task.config.test_split
+        if task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", generation, update=True)
+        task.set_fewshot_seed(self.seed)
+
+    def _settings(self, lm: IlladaLM, row: Row, tasks: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings under which tasks were evaluated, for the record."""
+        settings: dict[str, Any] = {
+            "shots": {name: task.config.num_fewshot for name, task in tasks.items()},
+            "chat": row.chat,
+            "limit": self.limit,
+            "seed": self.seed,
+        }
+        generating = [task for task in tasks.values() if task.OUTPUT_TYPE == "generate_until"]
+        if generating:
+            settings["generation"] = asdict(lm.settings_of(generating[0].config.generation_kwargs))
+        if len(generating) < len(tasks):
+            settings["scoring"] = lm.scoring
+            if lm.scoring == "likelihood":
+                settings["samples"] = lm.samples
+        return settings
+
     def _write_samples(self, label: str, task: str, samples: list[dict[str, Any]]) -> None:
-        """Write a line for every document: what was said and what it counts."""
+        """Write a line for every document: the model's answers and what they count."""
         folder = self.output / "samples" / label
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -269,13 +274,13 @@ class Evaluation:
         name = task.replace("/", "_").replace("::", "_")
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
-    def write(self, lm: IlladaLM, arguments: dict[str, Any], table: str) -> None:
+    def _write(self, lm: IlladaLM, table: str) -> None:
         """Write results.json and table.md."""
         environment = environment_of(lm.model)
         environment["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
         environment["processes"] = lm.world_size
         content = {
-            "arguments": arguments,
+            "arguments": self.arguments,
             "model_fingerprint": lm.fingerprint,
             "environment": environment,
             "seeds": {"model": lm.seed, "shots": self.seed},
@@ -283,45 +288,3 @@ class Evaluation:
         }
         write_json(self.output / "results.json", content)
         (self.output / "table.md").write_text(table + "\n", encoding="utf-8")
-
-
-def evaluate_models(
-    models: dict[str, str],
-    rows: Sequence[Row],
-    variants: Sequence[Variant],
-    evaluation: Evaluation,
-    options: dict[str, Any],
-    arguments: dict[str, Any],
-    title: str,
-) -> str:
-    """Evaluate every row for every model and variant; return the table, written beside results.json as it grows.
-
-    Args:
-        models: path by label; the label is empty when there is one.
-        rows: what to evaluate.
-        variants: ways to do it, one when it is no ablation.
-        evaluation: where it goes.
-        options: of `IlladaLM`.
-        arguments: of the command, for the record.
-        title: of the paper's table ("base", "instruct"), or empty.
-    """
-    table = ""
-    for label, path in models.items():
-        lm = IlladaLM(path, results=str(evaluation.output), **options)
-        for variant in variants:
-            column = replace(variant, label=label or variant.label)
-            for row in rows:
-                result = evaluation.add(lm, row, column)
-                if result is None or lm.rank:
-                    continue
-                said = ", ".join(f"{name} {value:.4g}" for name, (value, _) in result.metrics.items()) or result.status
-                print(f"{' '.join(filter(None, (column.label, row.name)))}: {said}", file=sys.stderr, flush=True)
-                table = markdown(evaluation.results, rows, title)
-                evaluation.write(lm, arguments, table)
-        rank = lm.rank
-        del lm
-    if not evaluation.results:
-        raise IlladaError("no task here is concerned: scoring is that of choices, the other ablations of answers")
-    if not rank and len({result.variant for result in evaluation.results}) > 1:
-        draw(evaluation.results, evaluation.output / "variants.png")
-    return table

@@ -1,7 +1,7 @@
-"""Running a generated program: in a process of its own with limits on time, memory, files, processes and network.
+"""Run a generated program in a separate process with limits on time, memory, files, processes and network.
 
-This keeps accidents in, not attackers: whoever distrusts the model runs the evaluation in a container. The harness runs
-such tasks only when told to (`--confirm_run_unsafe_code`; `illada eval --allow_code`).
+This contains accidents, not attackers: if you distrust the model, run the evaluation in a container. The harness runs
+such tasks only with `--confirm_run_unsafe_code`; `illada eval` only with `--allow_code`.
 """
 
 import os
@@ -12,9 +12,9 @@ import sys
 import tempfile
 
 SECONDS, MEMORY = 10.0, 2 * 2**30
-"""Of one program, its tests included."""
+"""Limits of one program, its tests included."""
 
-# The child first takes the limits upon itself. Audit hooks cannot be removed; with ctypes forbidden, nothing in the
+# The child first sets its own limits. Audit hooks cannot be removed, and since ctypes is forbidden nothing in the
 # interpreter gets around them.
 CHILD = """
 import os, resource, sys
@@ -44,12 +44,12 @@ os.write(fd, token.encode())
 
 
 def passes(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
-    """Say whether a Python program runs to its very end, within the limits; leaving early does not count.
+    """Return whether a Python program runs to its very end within the limits; leaving early does not count.
 
     Args:
         program: source, tests included.
-        seconds: of the clock and of the processor.
-        memory: bytes of address space.
+        seconds: most seconds of wall-clock time and of processor time.
+        memory: most bytes of address space.
     """
     token = secrets.token_hex(16)
     read, write = os.pipe()

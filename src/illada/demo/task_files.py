@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from illada.errors import needs
 from illada.toy_tasks import Choice, Example
 
 CHOICES = "library-choices"
@@ -21,7 +22,7 @@ def write_tasks(
     choices: Sequence[Choice],
     generation: dict[str, int],
 ) -> list[str]:
-    """Write a task of exact match for each kind of problem and one of multiple choice; return their names."""
+    """Write an exact-match task for each kind of problem and a multiple-choice task; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {"output_type": "generate_until", "generation_kwargs": {"until": [], **generation}}
     chosen = {"output_type": "multiple_choice", "doc_to_choice": "{{candidates}}"}
@@ -32,7 +33,7 @@ def write_tasks(
         task = {
             "task": name,
             "dataset_path": "json",
-            # A cache of its own: nothing of the demo lies outside its folder.
+            # The cache lies here too, so that the demo writes nothing outside its folder.
             "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}, "cache_dir": ".cache"},
             "test_split": "test",
             "doc_to_text": "{{prompt}}",
@@ -47,40 +48,46 @@ def write_tasks(
     return list(tasks)
 
 
-def evaluate(
+def evaluate_in_harness(
     output: Path,
     problems: Mapping[str, Sequence[Example]],
     choices: Sequence[Choice],
     generation: dict[str, int],
     seed: int,
 ) -> list[dict[str, Any]] | None:
-    """Evaluate the model in `output` into output/evaluation, choices by confidence; None where lm-eval is missing.
+    """Evaluate output/model into output/evaluation, choices by confidence; return None where lm-eval is missing.
 
     Args:
-        output: folder of the demo; what an interrupted evaluation has found is used.
-        problems: to answer, by task.
-        choices: to choose from.
+        output: folder of the demo; an interrupted evaluation in it is continued.
+        problems: problems to answer, by task.
+        choices: multiple-choice questions.
         generation: max_new_tokens and block_length.
-        seed: of the evaluation.
+        seed: seed of the evaluation.
 
     Returns:
         for each task its name, metric, value, standard_error, documents, forwards and seconds.
     """
     if find_spec("lm_eval") is None:
         return None
-    import datasets
+    with needs("eval", "evaluation"):
+        import datasets
 
-    from illada.evaluation.results import Row
-    from illada.evaluation.run import Evaluation, Variant, evaluate_models, task_manager
+        from illada.evaluation.rows import Row, Variant
+        from illada.evaluation.run import Evaluation, task_manager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
-    folder = output / "tasks"
-    rows = [Row(name, name, shots=0, chat=True) for name in write_tasks(folder, problems, choices, generation)]
-    evaluation = Evaluation(task_manager(str(folder)), output / "evaluation", seed=seed, folder=str(folder))
-    model = str(output / "model")
-    arguments = {"model": model, "task_files": str(folder), "chat": True, "seed": seed}
-    evaluate_models({"": model}, rows, [Variant()], evaluation, {"seed": seed}, arguments, "")
+    folder, model = str(output / "tasks"), str(output / "model")
+    names = write_tasks(Path(folder), problems, choices, generation)
+    evaluation = Evaluation(
+        task_manager(folder),
+        output / "evaluation",
+        rows=[Row(name, name, shots=0, chat=True) for name in names],
+        arguments={"model": model, "task_files": folder, "chat": True, "seed": seed},
+        seed=seed,
+        folder=folder,
+    )
+    evaluation.run({"": model}, [Variant()], {"seed": seed})
     return [
         {
             "task": result.row,

@@ -1,0 +1,88 @@
+"""Options of `illada eval`. Imports neither torch nor lm_eval."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from illada.errors import IlladaError
+from illada.weights.options import Dtype, Quantization
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluate a model with lm-evaluation-harness: the paper's tables, any tasks. Interrupted, it continues.
+
+    Args:
+        output: folder for results.json, table.md, samples/ and the journal that an interrupted evaluation continues.
+        model: model, adapter or run folder, or a hub name (GSAI-ML/iLLaDA-8B-Base).
+        run: folder of a training run; evaluates each of its checkpoints, instead of one model, and draws a picture.
+        paper: evaluate the rows of this table of the paper, with its shots, lengths, blocks and prompts, and show its
+            numbers beside ours.
+        task_files: folder of the harness's task files (YAML) to evaluate; they may name data files relative to it.
+        tasks: rows or tasks to evaluate; without --paper and --task_files, any of the harness's tasks by name.
+        limit: most documents of each task.
+        decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache, which is not the paper's way.
+        lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
+        scoring: how to score choices where the paper's row does not say; null takes confidence, and the exact
+            likelihood for a causal model.
+        samples: Monte-Carlo samples of the likelihood.
+        shots: examples before each question; null takes the task's own number.
+        chat: use the chat template and make each example a turn of its own.
+        settings: settings of generation; a task's own come before them: --settings.block_length 16, ...
+        ablate: evaluate several values of this in one table (scoring: the paper's Table 4).
+        values: values of the ablation, instead of the usual ones.
+        allow_code: run the programs that the model writes, each in a limited process of its own.
+        download: fetch data sets that are not in the local cache.
+        seed: seed of the choice of examples, of likelihood masks and of sampling.
+        max_batch_tokens: most positions of one forward pass when scoring.
+        dtype: type of the weights; auto takes the checkpoint's own.
+        device: device to run on; auto takes a GPU where there is one.
+        quantize: load the weights of the blocks in 8 or 4 bits.
+
+    Raises:
+        IlladaError: when two options contradict each other, or nothing says what to evaluate.
+    """
+
+    output: str
+    model: str | None = None
+    run: str | None = None
+    paper: Literal["base", "instruct"] | None = None
+    task_files: str | None = None
+    tasks: list[str] | None = None
+    limit: int | None = None
+    decode: Literal["exact", "fast"] = "exact"
+    lengths: Literal["3-4", "4-3"] = "3-4"
+    scoring: Literal["confidence", "likelihood"] | None = None
+    samples: int = 128
+    shots: int | None = None
+    chat: bool = False
+    settings: dict[str, Any] | None = None
+    ablate: Literal["scoring", "block_length", "steps", "threshold"] | None = None
+    values: list[str] | None = None
+    allow_code: bool = False
+    download: bool = False
+    seed: int = 0
+    max_batch_tokens: int = 16_384
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    quantize: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        paper, folder = self.paper is not None, self.task_files is not None
+        if paper and folder:
+            raise IlladaError("--paper and --task_files exclude each other: the paper's rows are tasks of their own")
+        if not (paper or folder or self.tasks):
+            choices = "--paper base or instruct, --task_files FOLDER, or --tasks NAME ..."
+            raise IlladaError(f"what to evaluate? Give {choices}")
+        if not paper and (self.decode, self.lengths) != ("exact", "3-4"):
+            raise IlladaError(
+                "--decode and --lengths are about the paper's rows: give --paper, or --settings for others"
+            )
+        if paper and (self.shots is not None or self.chat):
+            raise IlladaError("--shots and --chat are for tasks other than the paper's, whose rows say it themselves")
+        if self.values and not self.ablate:
+            raise IlladaError("--values are those of an ablation: give --ablate too")
+        if self.ablate and self.run:
+            raise IlladaError("--ablate and --run exclude each other: choose --model, a checkpoint, for an ablation")
+        if (self.model is None) == (self.run is None):
+            raise IlladaError("give --model, or --run to evaluate every checkpoint of a training run")

@@ -1,0 +1,85 @@
+"""The demo's report from numbers of all stages: tables, pictures, and texts that are no Markdown and no HTML."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from illada.demo.report import report_markdown, write_report
+from illada.demo.stages import QUICK
+
+ODD = "Solve\n1|2 *a* _b_ <b>x</b> `c` [d](e) $1"
+HARNESS = [
+    {"task": "shift", "metric": "exact_match", "value": 0.5, "standard_error": 0.5},
+    {"task": "library-choices", "metric": "acc", "value": 0.25, "standard_error": None},
+]
+
+
+def metrics(folder, **validation):
+    folder.mkdir()
+    records = [{"step": step, "loss": 4 / step} for step in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | validation) + "\n" for r in records))
+
+
+@pytest.fixture
+def results():
+    scores = {"accuracy": 0.5, "standard_error": 0.05, "seconds": 1.25}
+    rows = [
+        {"task": task, "steps_per_block": n, "problems": 50, "accuracy": share, "standard_error": 0.02}
+        for task, share in (("shift", 0.75), ("library", 0.25))
+        for n in (1, 16)
+    ]
+    step = {"tokens": ["1", "\n", "<|eos|>", "$"], "committed": [True, True, True, False]}
+    sample = {"prompt": ODD, "expected": "1|2", "answer": ODD, "right": False, "forwards": 16}
+    return {
+        "settings": {"quick": True, "seed": 0, **asdict(QUICK)},
+        "seconds": 240,
+        "text": {
+            "bits_per_byte": {"model": 2.75, "unigram": 3.5, "bigram": 2.5},
+            "nats_per_token": {"model": 5.5, "unigram": 7.0, "bigram": 5.0},
+            "parameters": 1_234_567,
+            "training_tokens": 7_000_000,
+            "validation_bytes": 900_000,
+        },
+        "frontier": [row | {"forwards_per_token": row["steps_per_block"] / 10} for row in rows],
+        "samples": {"shift": [sample, sample | {"right": True}]},
+        "choice": {"problems": 50, "confidence": scores, "likelihood": scores},
+        "denoising": {"task": "sudoku", "prompt": ODD, "steps": [step | {"confidence": [0.9, 0.5, None, None]}]},
+        "harness": [row | {"documents": 1200, "forwards": 34_000, "seconds": 1.5} for row in HARNESS],
+    }
+
+
+def test_the_page_has_every_picture_and_shows_texts_as_they_are(results, tmp_path):
+    metrics(tmp_path / "pretrain", validation_bits_per_byte=3.0)
+    metrics(tmp_path / "sft", validation_loss=1.0)
+    write_report(tmp_path, results)
+    assert json.loads((tmp_path / "results.json").read_text())["seconds"] == 240
+    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert set(pictures) == {"text-loss", "answers-loss", "accuracy", "frontier", "denoising"}
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 5
+    assert "images/" not in page
+    shown = "Solve / 1|2 *a* _b_ &lt;b&gt;x&lt;/b&gt; `c` [d](e) $1"
+    assert page.count(f"<td>{shown}</td>") == 4  # prompt and answer of two samples
+    assert page.count(f"sudoku: {shown}") == 2  # below the picture and instead of it
+    assert "<td>wrong, expected 1|2</td>" in page
+
+
+def test_the_text_says_what_the_numbers_say(results, tmp_path):
+    text = report_markdown(tmp_path, results)
+    assert "1,234,567 parameters, trained from random weights in 4 minutes" in text
+    assert "2.750 bits per byte, below the unigram model." in text
+    assert "Below half right: library." in text
+    assert "| task | 1 step a block | 16 steps a block | problems |\n|---|---:|---:|---:|" in text
+    assert "| shift | 75.0% ± 2.0% | 75.0% ± 2.0% | 50 |" in text
+    assert "| forward passes per token (mean) | 0.10 | 1.60 | |" in text
+    assert "| confidence | 50.0% ± 5.0% | 1.2 |" in text
+    assert text.endswith(f"illada chat --model {tmp_path / 'model'} --block_length 16 --max_new_tokens 48\n```\n")
+
+
+def test_the_report_has_a_table_of_the_harness_or_says_why_not(results, tmp_path):
+    text = report_markdown(tmp_path, results)
+    assert "| shift | exact_match | 50.0% ± 50.0% | 1,200 | 34,000 | 1.5 |" in text
+    assert "| library-choices | acc | 25.0% | 1,200 |" in text
+    assert "pip install 'illada[eval]'" in report_markdown(tmp_path, results | {"harness": None})
