@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illada.data.batches import Rule, Segment, read_segments
 from illada.data.shards import Shards
-from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
+from illada.diffusion.noise import masked_positions, masking_probability, stratified_times
 from illada.model import Packing
 
 
@@ -48,7 +48,6 @@ def noisy_batches(
     step: int,
     rule: Rule = "illada",
     eos_token_id: int | None = None,
-    epsilon: float = EPSILON,
     rank: int = 0,
     ranks: int = 1,
     causal: bool = False,
@@ -74,26 +73,24 @@ def noisy_batches(
     for first in range(share * rank, share * (rank + 1), samples_per_batch):
         idle = first >= end
         place = slice(0, starts[1]) if idle else slice(starts[first], starts[min(first + samples_per_batch, end)])
-        chosen = list(zip(segments[place], times[place], strict=True))
+        pairs = list(zip(segments[place], times[place], strict=True))
         # Neighbours of equal length share one attention call.
-        chosen.sort(key=lambda pair: -pair[0].size)
-        norms = [
-            (s.size - max(unpredicted, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in chosen
-        ]
-        batch = _noisy_batch(chosen, norms, shards, seed, eos_token_id, None if causal else epsilon)
+        pairs.sort(key=lambda pair: -pair[0].size)
+        norms = [(s.size - max(unpredicted, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in pairs]
+        batch = _noisy_batch(pairs, norms, shards, seed, eos_token_id, causal)
         yield replace(batch, weight_T=torch.zeros_like(batch.weight_T)) if idle else batch
 
 
 def _noisy_batch(
-    chosen: Sequence[tuple[Segment, float]],
+    pairs: Sequence[tuple[Segment, float]],
     norms: Sequence[int],
     shards: Shards,
     seed: int,
     eos_token_id: int | None,
-    epsilon: float | None,
+    causal: bool,
 ) -> Batch:
-    """Noise and pack segments with their times; without noise for epsilon None."""
-    segments = [segment for segment, _ in chosen]
+    """Noise and pack segments with their times; without noise for a causal model."""
+    segments = [segment for segment, _ in pairs]
     size_S = torch.tensor([segment.size for segment in segments])
 
     def spread(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -104,9 +101,9 @@ def _noisy_batch(
     within_T = packing.positions()
     visible_T = spread([s.visible for s in segments], torch.int64)
     norm_T = spread(norms, torch.float64)
-    if epsilon is None:
+    if causal:
         return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None)
-    probability_T = masking_probability(spread([time for _, time in chosen], torch.float64), epsilon)
+    probability_T = masking_probability(spread([time for _, time in pairs], torch.float64))
     masked_T = masked_positions(
         seed,
         spread([s.sample for s in segments], torch.int64),

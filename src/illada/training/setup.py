@@ -31,20 +31,11 @@ class Run:
     """What a recipe names, opened once in each process; the run folder is not touched.
 
     Attributes:
-        recipe: of the run.
-        processes: of the run, seen from this one.
-        folder: where the run is written.
-        shards: training data.
         held_out: validation data; None without validation.
-        tokenizer: of the data.
-        batches: the training data as a function of the step.
-        model: the network.
         objective: the loss of the network.
-        optimizers: one, or two with Muon.
-        parameters: the trained ones; when there are several processes, shards of them.
+        parameters: the trained ones; shards of them when there are several processes.
         tensors: what checkpoints hold: trained weights, and moments as "weight/moment".
         frozen_weights: fingerprint of the weights beside an adapter; None when all weights are trained.
-        hook: runs a command on each checkpoint.
         remarks: what a user should know before the run begins.
 
     Raises:
@@ -138,22 +129,15 @@ def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer
     Raises:
         IlladaError: when a window is longer than the context, or the data does not fill one.
     """
-    data, training = recipe.data, recipe.training
+    data, training, eos = recipe.data, recipe.training, config.eos_token_id
     if data.window > config.max_position_embeddings:
         raise IlladaError(
             f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
             "lower it or raise model.max_position_embeddings"
         )
-    return Batches(
-        shards,
-        window=data.window,
-        samples_per_step=training.samples_per_step,
-        seed=training.seed,
-        split_probability=data.split_probability,
-        boundaries=data.boundaries,
-        rule=training.rule,
-        eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id,
-    )
+    eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
+    numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
+    return Batches(shards, *numbers, data.boundaries, training.rule, eos)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:
@@ -184,14 +168,13 @@ def remarks_on(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> 
     """Return what a user should know before the run begins."""
     lines = []
     if start is not None:
-        written = json.loads((start / "config.json").read_text())
-        unused = [f"{name} {written[name]}" for name in DROPOUTS if written.get(name)]
+        config = json.loads((start / "config.json").read_text())
+        unused = [f"{name} {config[name]}" for name in DROPOUTS if config.get(name)]
         if unused:
             lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
     if is_adapted(model):
-        adapter, frozen = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (True, False)
-        )
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in model.parameters()) - adapter
         lines.append(f"an adapter of {adapter:,} parameters beside {frozen:,} frozen ones")
         if (rate := recipe.training.learning_rate) <= 2e-5:  # ours: between what is usual for weights and for adapters
             lines.append(f"training.learning_rate {rate:g} suits all weights: adapters want ten times as much or more")

@@ -307,8 +307,8 @@ class Trainer:
         record = {"tokens": tokens, "tokens_per_second": round(speed), "memory_gb": round(memory, 3)}
         if self.peak_flops is not None:
             lengths = [segment.size for segment in segments]
-            seen = sum(length**2 for length in lengths) / sum(lengths)
-            flops = flops_per_token(run.model.config, seen, self.adapter)
+            mean_length = sum(length**2 for length in lengths) / sum(lengths)  # of the segment of a token
+            flops = flops_per_token(run.model.config, mean_length, self.adapter)
             record["mfu"] = round(flops * speed / (self.peak_flops * run.processes.count), 4)
         return record
 

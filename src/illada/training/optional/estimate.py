@@ -43,7 +43,7 @@ Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090", "cpu"]
 
-KEPT_FREE = 0.1
+FREE_SHARE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
 
 _GB = 1e9
@@ -97,8 +97,8 @@ class Estimate:
     cost: float | None
 
     def fits(self, kind: Checkpointing) -> bool:
-        """Say whether the peak leaves `KEPT_FREE` of the memory."""
-        return self.memory[kind].peak <= (1 - KEPT_FREE) * self.memory_available
+        """Say whether the peak leaves `FREE_SHARE` of the memory."""
+        return self.memory[kind].peak <= (1 - FREE_SHARE) * self.memory_available
 
 
 def estimate(
@@ -141,8 +141,8 @@ def estimate(
     available = data_tokens or (shards.tokens if shards else None)
     steps = settings.steps if available is None else settings.count_steps(available // window)
     # Two segments of a uniformly split window hold two thirds of its pairs.
-    seen = window * (1 - recipe.data.split_probability / 3)
-    flops = flops_per_token(config, seen, size.trained if recipe.lora.rank else 0)
+    mean_length = window * (1 - recipe.data.split_probability / 3)
+    flops = flops_per_token(config, mean_length, size.trained if recipe.lora.rank else 0)
     speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * mfu / flops
     seconds = None if speed is None or steps is None else steps * tokens / speed
     hours = None if seconds is None else gpus * seconds / 3600
@@ -208,7 +208,7 @@ def table(result: Estimate) -> str:
         cells = (getattr(result.memory[kind], part.name) / _GB for kind in CHECKPOINTING)
         lines.append(f"  {part.name:38}" + "".join(f"{cell:>11.3g}" for cell in cells))
     fits = ("yes" if result.fits(kind) else "no" for kind in CHECKPOINTING)
-    lines += [f"  {f'fits, with {KEPT_FREE:.0%} kept free':38}" + "".join(f"{word:>11}" for word in fits), ""]
+    lines += [f"  {f'fits, with {FREE_SHARE:.0%} kept free':38}" + "".join(f"{word:>11}" for word in fits), ""]
     work = f"{result.tokens_per_step:,} tokens a step, {result.flops_per_token / 1e9:.3g} GFLOP a token"
     if result.tokens_per_second is None or result.mfu is None:
         return "\n".join([*lines, f"{work}; speed: not known for a cpu"])

@@ -40,7 +40,7 @@ def ngram_baselines(train: Shards, validation: Shards) -> NgramBaselines:
     followed_V = np.bincount(firsts, weights=counts, minlength=vocabulary)
     kinds_V = np.bincount(firsts, minlength=vocabulary)
     unigram = bigram = 0.0
-    seen = 0
+    count = 0
     for tokens in _pieces(validation):
         previous, current = tokens[:-1], tokens[1:]
         place = np.clip(np.searchsorted(codes, previous * vocabulary + current), 0, len(codes) - 1)
@@ -50,8 +50,8 @@ def ngram_baselines(train: Shards, validation: Shards) -> NgramBaselines:
         mixed = np.where(weight > 0, (hits + kinds_V[previous] * base) / np.maximum(weight, 1), base)
         unigram -= np.log(unigram_V[tokens]).sum()
         bigram -= np.log(unigram_V[tokens[:1]]).sum() + np.log(mixed).sum()
-        seen += len(tokens)
-    return NgramBaselines(float(unigram) / max(1, seen), float(bigram) / max(1, seen))
+        count += len(tokens)
+    return NgramBaselines(float(unigram) / max(1, count), float(bigram) / max(1, count))
 
 
 def _pieces(shards: Shards, size: int = 2**22) -> Iterable[np.ndarray]:
