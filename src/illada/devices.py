@@ -1,4 +1,4 @@
-"""Where tensors live: the device of a name, the types of weights, the memory in use."""
+"""Devices by name, types of weights by name, and peak memory."""
 
 import resource
 import sys
@@ -13,14 +13,14 @@ DTYPES: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Types of the weights by name; auto is the checkpoint's own."""
+"""Types of weights by name; auto is the type in the checkpoint."""
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; auto takes a GPU where there is one.
+    """Return the device of a name; auto chooses a GPU where there is one.
 
     Raises:
-        IlladaError: when it cannot be used here.
+        IlladaError: when the device cannot be used here.
     """
     if name != "auto":
         try:
@@ -28,12 +28,12 @@ def choose_device(name: str) -> torch.device:
         except Exception as error:
             raise IlladaError(f"device {name} cannot be used here: choose cpu or auto") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    # Apple's GPU has neither float64, which sampling needs, nor bf16 autocast for every operation used here.
+    # Apple's GPU lacks float64, which sampling needs, and bf16 autocast for some operations used here.
     return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: allocated on a GPU, resident in this process otherwise."""
+    """Return the largest number of bytes in use so far: allocated on a GPU, resident in this process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

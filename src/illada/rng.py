@@ -16,7 +16,7 @@ from torch import Tensor
 
 Word = int | Tensor
 
-# One stream per purpose keeps the random numbers of one apart from those of another under the same seed.
+# One stream per purpose: under the same seed, the random numbers of two purposes are unrelated.
 TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER, TURN = range(8)
 
 
@@ -26,9 +26,9 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
-_MULTIPLY_2 = _signed(0x94D049BB133111EB)
+_ALL = (1 << 64) - 1
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = map(_signed, _CONSTANTS)
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
@@ -80,8 +80,8 @@ def permutation(count: int, *key: Word, device: torch.device | str | None = None
 def shuffled_index(index: int, count: int, *key: int) -> int:
     """Return where position `index` of 0..count-1 goes under a keyed permutation, without holding the permutation.
 
-    A four-round Feistel network over the smallest even number of bits that holds `count`; values that fall outside are
-    sent round again (cycle walking), which ends because the network is a bijection.
+    The permutation is a four-round Feistel network over the smallest even number of bits that holds `count`. A value
+    that falls outside goes through the network again (cycle walking), which ends because the network is a bijection.
     """
     if not 0 <= index < count:
         raise IndexError(f"index {index} is outside 0..{count - 1}")
@@ -98,10 +98,10 @@ def shuffled_index(index: int, count: int, *key: int) -> int:
 
 
 def pick_source(number: int, shares: Sequence[Fraction], *key: int) -> tuple[int, int]:
-    """Return which of several sources item `number` of an endless sequence comes from, and the how-manieth of it.
+    """Return the source of item `number` of an endless mixed sequence, and the item's index within that source.
 
-    Items are dealt in rounds, in a keyed order inside each round. After every round each source has had its exact share
-    of all items so far, to the item (two at most for a middle one), and gives its items 0, 1, 2, … without a gap.
+    Sources are picked in rounds, in a keyed order inside each round. After every round each source has had its exact
+    share of all items so far, to the item (two at most for a middle one); its items are 0, 1, 2, … without a gap.
 
     Args:
         number: from 0.
@@ -110,36 +110,33 @@ def pick_source(number: int, shares: Sequence[Fraction], *key: int) -> tuple[int
     """
     if len(shares) == 1:
         return 0, number
-    # So long that no source loses by rounding in any round what it had before.
+    # Long enough that rounding never takes an item from a source between two rounds.
     length = max(64, math.ceil(2 / min(shares)))
-    which, place = divmod(number, length)
-    place = shuffled_index(place, length, *key, which)
-    below, above = (
+    round_number, place = divmod(number, length)
+    place = shuffled_index(place, length, *key, round_number)
+    before, after = (
         [math.floor(end * bound) for bound in accumulate(shares, initial=Fraction(0))]
-        for end in (which * length, (which + 1) * length)
+        for end in (round_number * length, (round_number + 1) * length)
     )
     for source in range(len(shares)):
-        before = below[source + 1] - below[source]
-        now = above[source + 1] - above[source] - before
-        if place < now:
-            return source, before + place
-        place -= now
+        done = before[source + 1] - before[source]
+        in_round = after[source + 1] - after[source] - done
+        if place < in_round:
+            return source, done + place
+        place -= in_round
     raise ValueError(f"the shares add up to {sum(shares)}, not 1")
 
 
 def _fold_int(key: Sequence[int]) -> int:
     state = 0
     for word in key:
-        state = _mix_int(((state ^ (word & _ALL)) + 0x9E3779B97F4A7C15) & _ALL)
+        state = _mix_int(((state ^ (word & _ALL)) + _CONSTANTS[0]) & _ALL)
     return state
 
 
-_ALL = (1 << 64) - 1
-
-
 def _mix_int(state: int) -> int:
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _ALL
+    state = ((state ^ (state >> 30)) * _CONSTANTS[1]) & _ALL
+    state = ((state ^ (state >> 27)) * _CONSTANTS[2]) & _ALL
     return state ^ (state >> 31)
 
 

@@ -32,7 +32,7 @@ documents_strategy = st.lists(
 @given(documents_strategy, st.integers(1, 25), st.sampled_from([300, 70_000]), st.integers(1, 3))
 def test_what_is_written_is_what_is_read(tmp_path_factory, documents, per_shard, vocab_size, maps):
     folder = tmp_path_factory.mktemp("shards")
-    module._MAPS_HELD, held = maps, module._MAPS_HELD
+    module._OPEN_MAPS, held = maps, module._OPEN_MAPS
     try:
         shards = make(folder, documents, vocab_size, per_shard)
         stream = [i for ids, _ in documents for i in ids]
@@ -51,7 +51,7 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, documents, per_shard,
         assert again.read(0, len(stream)).tolist() == stream
         assert all(len(store._maps) <= maps for store in shards._stores)
     finally:
-        module._MAPS_HELD = held
+        module._OPEN_MAPS = held
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 5), (3, -1), (5, 0)])

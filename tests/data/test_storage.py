@@ -110,7 +110,7 @@ def test_what_cannot_be_reached_is_one_clear_line(memory, monkeypatch):
 
 
 def test_maps_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_MAPS_HELD", 2)
+    monkeypatch.setattr(storage, "_OPEN_MAPS", 2)
     for n in range(4):
         np.arange(n + 1).astype("<u2").tofile(tmp_path / f"{n}.tokens")
     folder = storage.Folder(tmp_path)

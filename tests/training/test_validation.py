@@ -5,8 +5,10 @@ import torch
 
 from illada import rng
 from illada.diffusion.noise import stratified_times
-from illada.training import validation as module
-from illada.training.validation import bits_per_byte, ngram_baselines, validation_bound
+from illada.training import validation
+from illada.training.optional import ngrams
+from illada.training.optional.ngrams import ngram_baselines
+from illada.training.validation import bits_per_byte, validation_bound
 from reference import reference_loss, reference_uniform
 
 
@@ -22,7 +24,7 @@ def test_the_bound_is_eq_1_over_windows_spread_evenly(tied, shards, window, samp
     whole = max(1, shards.tokens // window)
     count = min(whole, samples or whole)
     size = min(window, shards.tokens)
-    seed, n = module.VALIDATION_SEED, torch.arange(count)
+    seed, n = validation.VALIDATION_SEED, torch.arange(count)
     t = stratified_times(seed, 0, n, n * 0, n * 0).tolist()
     u = [reference_uniform(seed, rng.MASK, w, 0, i) for w in range(count) for i in range(size)]
     ids = [i for w in range(count) for i in shards.read(w * whole // count * size, size).tolist()]
@@ -60,8 +62,8 @@ def test_baselines_by_hand(make_data, tmp_path, per_shard):
 
 def test_baselines_do_not_depend_on_how_the_stream_is_read(shards, monkeypatch):
     whole = ngram_baselines(shards, shards)
-    pieces = module._pieces
-    monkeypatch.setattr(module, "_pieces", lambda data: pieces(data, 50))
+    pieces = ngrams._pieces
+    monkeypatch.setattr(ngrams, "_pieces", lambda data: pieces(data, 50))
     parts = ngram_baselines(shards, shards)
     assert parts.unigram == pytest.approx(whole.unigram)
     assert parts.bigram == pytest.approx(whole.bigram, rel=0.1)  # one pair is lost at every join

@@ -1,11 +1,11 @@
-"""Which tokens each training step sees, and where attention ends (paper §2.2–2.3; spec §3–4).
+"""Which tokens each training step sees, and where attention ends (paper §2.1, §2.2; spec §3–4).
 
-A *sample* is a window of the token stream (iLLaDA's rule) or one example (the older LLaDA rule); it is cut into
-*segments*, between which there is no attention. What step n holds is a pure function of (seed, n): nothing has to be
-saved to resume except n, and every process of a run can see the plan of the whole step while loading only its part.
+A *sample* is a window of the token stream (iLLaDA's rule) or one example (the older LLaDA rule). It is cut into
+*segments*, between which there is no attention. What step n sees is a pure function of (seed, n), so resuming needs
+only n, and every process of a run can compute the plan of the whole step while it loads only its own part.
 
-In a mixture, `rng.pick_source` says which source sample k of a run comes from: over any stretch of the run the sources
-have their shares, and each goes through its own epochs, every one in a new order with new noise.
+In a mixture, `rng.pick_source` picks the source of sample k of a run: over any stretch of the run the sources have
+their shares, and each source goes through its own epochs, every epoch in a new order with new noise.
 """
 
 from bisect import bisect_right
@@ -28,7 +28,7 @@ Rule = Literal["illada", "llada"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the token stream that is one attention island of a step."""
+    """A stretch of the token stream whose tokens attend to each other and to nothing else."""
 
     sample: int
     epoch: int
@@ -46,14 +46,15 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Tokens in the batch: length and padding."""
+        """Tokens in the batch, padding included."""
         return self.length + self.padding
 
 
+@dataclass
 class Batches:
     """The training set as a function from step number to segments.
 
-    `samples` is one pass: as many as all sources together hold.
+    `samples` is the number of samples in one pass over all sources together.
 
     Args:
         shards: the prepared tokens, of one source or several.
@@ -70,31 +71,28 @@ class Batches:
         IlladaError: when the shards do not fill one sample.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        window: int,
-        samples_per_step: int,
-        seed: int,
-        split_probability: float = 0.3,
-        boundaries: Boundaries = "window",
-        rule: Rule = "illada",
-        eos_token_id: int | None = None,
-    ):
-        self.shards, self.window, self.samples_per_step, self.seed = shards, window, samples_per_step, seed
-        self.split_probability, self.boundaries, self.rule = split_probability, boundaries, rule
-        self.eos_token_id = eos_token_id
-        sources = shards.sources
-        self._counts = [source.documents if rule == "llada" else source.tokens // window for source in sources]
+    shards: Shards
+    window: int
+    samples_per_step: int
+    seed: int
+    split_probability: float = 0.3
+    boundaries: Boundaries = "window"
+    rule: Rule = "illada"
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Count the samples of each source."""
+        sources, llada = self.shards.sources, self.rule == "llada"
+        self._counts = [source.documents if llada else source.tokens // self.window for source in sources]
         self._first_sample = list(accumulate(self._counts, initial=0))
         self.samples = self._first_sample[-1]
         for source, count in zip(sources, self._counts, strict=True):
             if count == 0:
                 raise IlladaError(
-                    f"{source.name} holds {source.tokens} tokens, less than one window of {window}: "
+                    f"{source.name} holds {source.tokens} tokens, less than one window of {self.window}: "
                     "prepare more text or set a smaller data.window"
                 )
-        if rule == "llada" and (shards.kind != "chat" or eos_token_id is None):
+        if llada and (self.shards.kind != "chat" or self.eos_token_id is None):
             names = " and ".join(source.name for source in sources)
             raise IlladaError(f"the llada rule needs prompts and answers: prepare {names} with --kind chat")
 
@@ -111,7 +109,7 @@ class Batches:
             samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
         if self.rule == "llada":
             longest = max(segments[0].length for segments in samples)
-            samples = [[_padded(segments[0], longest)] for segments in samples]
+            samples = [[replace(segment, padding=longest - segment.length)] for (segment,) in samples]
         return samples
 
     def _window(self, sample: int, epoch: int) -> list[Segment]:
@@ -130,16 +128,12 @@ class Batches:
     def _example(self, sample: int, epoch: int) -> list[Segment]:
         start, end, prompt = self.shards.document_span(sample)
         length = min(end - start, self.window)
-        # A prompt that fills the window leaves nothing to learn from; keep its last token as the answer.
+        # A prompt that fills the window would leave nothing to learn, so its last token counts as the answer.
         return [Segment(sample, epoch, 0, start, length, 0, visible=min(prompt, length - 1))]
 
 
-def _padded(segment: Segment, longest: int) -> Segment:
-    return replace(segment, padding=longest - segment.length)
-
-
 def read_segments(segments: Sequence[Segment], shards: Shards, eos_token_id: int | None = None) -> Tensor:
-    """Return the clean ids of segments, padding included, one after another: int64 [T]."""
+    """Return the clean ids of segments, one after another with their padding: int64 [T]."""
     tokens = shards.read_all((segment.start, segment.length) for segment in segments)
     if any(segment.padding for segment in segments):
         assert eos_token_id is not None

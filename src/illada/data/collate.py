@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illada.data.batches import Rule, Segment, read_segments
 from illada.data.shards import Shards
-from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
+from illada.diffusion.noise import masked_positions, masking_probability, stratified_times
 from illada.model import Packing
 
 
@@ -25,20 +25,19 @@ class Batch:
     clean_T: Tensor
     """Token ids, int64."""
     masked_T: Tensor
-    """Which of them the model does not see, or, if it is causal, is to predict from those before; bool."""
+    """Tokens that the model does not see; for a causal model, tokens that it predicts from earlier ones; bool."""
     weight_T: Tensor
     """Weight of each token's cross-entropy, fp32; meaningful where masked."""
     packing: Packing
     probability_T: Tensor | None
-    """With which each of them was masked, fp32; None without noise."""
+    """The probability with which each token was masked, fp32; None without noise."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
-        return (
-            self.clean_T.to(device, non_blocking=True),
-            self.masked_T.to(device, non_blocking=True),
-            self.weight_T.to(device, non_blocking=True),
+        clean_T, masked_T, weight_T = (
+            tensor.to(device, non_blocking=True) for tensor in (self.clean_T, self.masked_T, self.weight_T)
         )
+        return clean_T, masked_T, weight_T
 
 
 def noisy_batches(
@@ -49,50 +48,49 @@ def noisy_batches(
     step: int,
     rule: Rule = "illada",
     eos_token_id: int | None = None,
-    epsilon: float = EPSILON,
     rank: int = 0,
     ranks: int = 1,
     causal: bool = False,
 ) -> Iterator[Batch]:
-    """Draw t for all segments of a step, then noise and pack those of one of `ranks` processes, batch by batch.
+    """Draw t for all segments of a step, then noise and pack the segments of one of `ranks` processes, batch by batch.
 
     How the step is divided into processes and batches changes neither noise nor weights. Every process gets the same
-    number of batches, as sharded weights are gathered by all at once: one that runs out of samples repeats the first
-    with weight 0.
+    number of batches, because all processes gather sharded weights together: one that runs out of samples repeats the
+    first sample with weight 0.
 
-    Weights make the sum of the batches' losses the loss of the step: 1/(p * tokens of the step) (paper Eq. 1), or
-    1/(p * answer tokens * examples) under the older LLaDA rule. For a causal model every token but the first of its
-    segment counts, and under the older rule those of the answer; p is 1, and tokens are those that count.
+    With these weights the losses of the batches add up to the loss of the step: 1/(p * tokens of the step) (paper
+    Eq. 1), or 1/(p * answer tokens * examples) under the older LLaDA rule. For a causal model every token but the first
+    of its segment counts, under the older rule only those of the answer; p is 1, and only tokens that count are tokens.
     """
     segments = [segment for sample in samples for segment in sample]
-    column = {name: torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch")}
-    times = stratified_times(seed, step, column["sample"], column["part"], column["epoch"]).tolist()
-    least = int(causal)
-    tokens = sum(segment.size - least for segment in segments)
+    columns = (torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch"))
+    times = stratified_times(seed, step, *columns).tolist()
+    unpredicted = int(causal)  # tokens at the start of a segment
+    tokens = sum(segment.size - unpredicted for segment in segments)
     starts = list(accumulate((len(sample) for sample in samples), initial=0))
     share = -(-len(samples) // ranks)
     end = min(share * (rank + 1), len(samples))
     for first in range(share * rank, share * (rank + 1), samples_per_batch):
         idle = first >= end
         place = slice(0, starts[1]) if idle else slice(starts[first], starts[min(first + samples_per_batch, end)])
-        chosen = list(zip(segments[place], times[place], strict=True))
-        # Equal lengths side by side share one attention call.
-        chosen.sort(key=lambda pair: -pair[0].size)
-        norms = [(s.size - max(least, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in chosen]
-        batch = _noisy_batch(chosen, norms, shards, seed, eos_token_id, None if causal else epsilon)
+        pairs = list(zip(segments[place], times[place], strict=True))
+        # Neighbours of equal length share one attention call.
+        pairs.sort(key=lambda pair: -pair[0].size)
+        norms = [(s.size - max(unpredicted, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in pairs]
+        batch = _noisy_batch(pairs, norms, shards, seed, eos_token_id, causal)
         yield replace(batch, weight_T=torch.zeros_like(batch.weight_T)) if idle else batch
 
 
 def _noisy_batch(
-    chosen: Sequence[tuple[Segment, float]],
+    pairs: Sequence[tuple[Segment, float]],
     norms: Sequence[int],
     shards: Shards,
     seed: int,
     eos_token_id: int | None,
-    epsilon: float | None,
+    causal: bool,
 ) -> Batch:
-    """Noise and pack segments with their times; without noise for epsilon None."""
-    segments = [segment for segment, _ in chosen]
+    """Noise and pack segments with their times; without noise for a causal model."""
+    segments = [segment for segment, _ in pairs]
     size_S = torch.tensor([segment.size for segment in segments])
 
     def spread(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -103,9 +101,9 @@ def _noisy_batch(
     within_T = packing.positions()
     visible_T = spread([s.visible for s in segments], torch.int64)
     norm_T = spread(norms, torch.float64)
-    if epsilon is None:
+    if causal:
         return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None)
-    probability_T = masking_probability(spread([time for _, time in chosen], torch.float64), epsilon)
+    probability_T = masking_probability(spread([time for _, time in pairs], torch.float64))
     masked_T = masked_positions(
         seed,
         spread([s.sample for s in segments], torch.int64),

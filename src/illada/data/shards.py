@@ -6,8 +6,8 @@ A prepared folder holds `index.json` (written last: without it the folder is not
 * `shard-00000.documents`: little-endian int64 [documents, 2]: where each document ends inside the shard (exclusive)
   and how many prompt tokens stand at its start (0 for plain text).
 
-Raw arrays, so they are memory-mapped, never parsed. A document never crosses a shard. A folder may also lie where
-fsspec reaches it, and several may be mixed.
+The files are raw arrays: memory-mapped, never parsed. A document never crosses a shard. A folder may also lie at any
+place that fsspec reaches, and several folders may be mixed.
 """
 
 import json
@@ -32,13 +32,13 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 TOKENS_PER_SHARD = 1 << 27
 
-# Beyond this many documents their ends are checked shard by shard on first use, not all when the data set is opened.
+# The ends of more documents than this are checked shard by shard on first use, not when the data set is opened.
 _DOCUMENTS_CHECKED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: file name without suffix, and how many tokens, documents and UTF-8 bytes of source text it holds."""
+    """One shard: its file name without suffix, its tokens, documents, and UTF-8 bytes of source text."""
 
     name: str
     tokens: int
@@ -67,33 +67,44 @@ class Shards:
     """Prepared data, read as one stream of tokens: the documents of all shards one after another.
 
     Attributes:
-        path: its folder; of a remote one, what is kept of it in the local cache.
+        path: folder of the (first) data set; for a remote one, its folder in the local cache.
         tokens: length of the stream.
         documents: number of documents.
         bytes: UTF-8 bytes of the source text, to turn nats per token into bits per byte.
         vocab_size: every id is below it.
         tokenizer_sha256: `tokenizer_sha256` of the tokenizer that made the ids ("" if unknown).
-        kind: "text" or "chat" (of a mixture: "chat" when all of it is).
-        index: all of `index.json`; of a mixture: what there is of it.
-        sources: the data sets mixed, in stream order; one unless it is a mixture.
+        kind: "text" or "chat" (of a mixture: "chat" when all its data sets are).
+        index: all of `index.json`; of a mixture, only the fingerprints of the sources.
+        sources: the data sets, in stream order; more than one in a mixture.
+
+    Args:
+        data_sets: where each data set lies, and its `index.json`.
+        shares: of the data sets in a mixture.
     """
 
-    def __init__(self, store: Folder | Remote, index: dict[str, Any]):
+    def __init__(
+        self, data_sets: Sequence[tuple[Folder | Remote, dict[str, Any]]], shares: Sequence[Fraction] = (Fraction(1),)
+    ):
+        self._data_set = store, first = data_sets[0]
+        indexes = [index for _, index in data_sets]
+        fingerprints = [index.get("provenance", {}).get("source_fingerprint") for index in indexes]
+        self.index = first if len(indexes) == 1 else {"provenance": {"source_fingerprint": fingerprints}}
         self.path = store.path
-        self.index = index
-        self.tokens: int = index["tokens"]
-        self.documents: int = index["documents"]
-        self.bytes: int = index["bytes"]
-        self.vocab_size: int = index["vocab_size"]
-        self.tokenizer_sha256: str = index["tokenizer_sha256"]
-        self.kind: str = index["kind"]
-        self.sources = [Source(store.name, 0, self.tokens, 0, self.documents, Fraction(1))]
-        self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
-        self._shards = [ShardInfo(**shard) for shard in index["shards"]]
-        self._stores = [store] * len(self._shards)
-        self._add_up()
-
-    def _add_up(self) -> None:
+        self.vocab_size: int = first["vocab_size"]
+        self.tokenizer_sha256: str = first["tokenizer_sha256"]
+        self.kind: str = first["kind"] if len({index["kind"] for index in indexes}) == 1 else "text"
+        self.bytes: int = sum(index["bytes"] for index in indexes)
+        self._dtype = np.dtype(first["dtype"]).newbyteorder("<")
+        self.tokens = self.documents = 0
+        self.sources: list[Source] = []
+        self._shards: list[ShardInfo] = []
+        self._stores: list[Folder | Remote] = []
+        for (store, index), share in zip(data_sets, shares, strict=True):
+            sizes = (self.tokens, index["tokens"], self.documents, index["documents"])
+            self.sources.append(Source(store.name, *sizes, share))
+            self.tokens, self.documents = self.tokens + index["tokens"], self.documents + index["documents"]
+            self._shards += [ShardInfo(**shard) for shard in index["shards"]]
+            self._stores += [store] * len(index["shards"])
         # First token and first document of every shard, and the totals at the end.
         self._first_token = list(accumulate((shard.tokens for shard in self._shards), initial=0))
         self._first_document = list(accumulate((shard.documents for shard in self._shards), initial=0))
@@ -106,14 +117,30 @@ class Shards:
         Weights are shares of the samples, in any unit.
 
         Raises:
-            IlladaError: when a folder is no data set, is of a newer format, or lacks, or has cut or damaged, a shard;
-                when a weight is not above 0, or two of a mixture were prepared with different tokenizers.
+            IlladaError: when a folder is no data set or has a newer format, when a shard is missing, cut or damaged,
+                when a weight is not above 0, or when two data sets were prepared with different tokenizers.
         """
-        return cls._open_all(place) if isinstance(place, Mapping) else cls._open_one(place)
+        weights = place if isinstance(place, Mapping) else {os.fspath(place): 1}
+        if not weights:
+            raise IlladaError("the mixture is empty: give at least one folder with a weight")
+        for name, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise IlladaError(f"the weight of {name} is {weight:g}: it must be above 0 (leave out what has none)")
+        parts = [cls._open_one(name) for name in weights]
+        if len(parts) == 1:
+            return parts[0]
+        for name, part in zip(weights, parts, strict=True):
+            if (part.tokenizer_sha256, part.vocab_size) != (parts[0].tokenizer_sha256, parts[0].vocab_size):
+                raise IlladaError(
+                    f"{name} was prepared with another tokenizer than {next(iter(weights))}: use one for both"
+                )
+        # From their decimal digits, so that 0.1 is a tenth and the shares are exact.
+        fractions = [Fraction(str(weight)) for weight in weights.values()]
+        return cls([part._data_set for part in parts], [fraction / sum(fractions) for fraction in fractions])
 
     @classmethod
-    def _open_one(cls, path: str | os.PathLike[str]) -> "Shards":
-        store = open_store(path)
+    def _open_one(cls, place: str) -> "Shards":
+        store = open_store(place)
         name = store.name
         if not store.exists():
             raise IlladaError(f"no prepared data at {name}: make it with `illada prepare`")
@@ -133,50 +160,11 @@ class Shards:
                 f"{name} has data format {version}, this illada reads up to {FORMAT_VERSION}: use a newer illada"
             )
         try:
-            shards = cls(store, index)
+            shards = cls([(store, index)])
         except (KeyError, TypeError, ValueError) as error:
             raise IlladaError(f"{name}/{INDEX} is damaged ({error!r}): prepare the data again") from None
         shards._check(store)
         return shards
-
-    @classmethod
-    def _open_all(cls, places: Mapping[str, float]) -> "Shards":
-        if not places:
-            raise IlladaError("the mixture is empty: give at least one folder with a weight")
-        for place, weight in places.items():
-            if not 0 < weight < float("inf"):
-                raise IlladaError(f"the weight of {place} is {weight:g}: it must be above 0 (leave out what has none)")
-        parts = [cls._open_one(place) for place in places]
-        first = parts[0]
-        for place, part in zip(places, parts, strict=True):
-            if (part.tokenizer_sha256, part.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
-                raise IlladaError(
-                    f"{place} was prepared with another tokenizer than {next(iter(places))}: use one for both"
-                )
-        # As they are written, so that 0.1 is a tenth and the shares are exact.
-        weights = [Fraction(str(weight)) for weight in places.values()]
-        return cls._joined(parts, [weight / sum(weights) for weight in weights])
-
-    @classmethod
-    def _joined(cls, parts: Sequence["Shards"], shares: Sequence[Fraction]) -> "Shards":
-        joined: Shards = cls.__new__(cls)
-        joined.__dict__.update(parts[0].__dict__)
-        joined.tokens = sum(part.tokens for part in parts)
-        joined.documents = sum(part.documents for part in parts)
-        joined.bytes = sum(part.bytes for part in parts)
-        joined.kind = "chat" if all(part.kind == "chat" for part in parts) else "text"
-        fingerprints = [part.index.get("provenance", {}).get("source_fingerprint") for part in parts]
-        joined.index = {"provenance": {"source_fingerprint": fingerprints}}
-        joined._shards = [shard for part in parts for shard in part._shards]
-        joined._stores = [store for part in parts for store in part._stores]
-        joined._add_up()
-        token = document = 0
-        joined.sources = []
-        for part, share in zip(parts, shares, strict=True):
-            name = part.sources[0].name
-            joined.sources.append(Source(name, token, part.tokens, document, part.documents, share))
-            token, document = token + part.tokens, document + part.documents
-        return joined
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Return tokens start..start+count-1 of the stream, int64 [count].
@@ -187,12 +175,12 @@ class Shards:
         return self.read_all([(start, count)])
 
     def read_all(self, spans: Iterable[tuple[int, int]]) -> npt.NDArray[np.int64]:
-        """Return the tokens of many (start, count), one span after another, int64; remote ones are asked for at once.
+        """Return the tokens of many (start, count), one span after another, int64; remote ones are requested together.
 
         Raises:
             IndexError: when a span is not inside the stream.
         """
-        wanted: dict[Folder | Remote, list[tuple[int, Range]]] = {}
+        pieces_of: dict[Folder | Remote, list[tuple[int, Range]]] = {}
         total = 0
         for start, count in spans:
             end, done = start + count, start
@@ -203,10 +191,10 @@ class Shards:
                 first = done - self._first_token[number]
                 length = min(end - done, self._shards[number].tokens - first)
                 place = (f"{self._shards[number].name}.tokens", first, first + length)
-                wanted.setdefault(self._stores[number], []).append((total, place))
+                pieces_of.setdefault(self._stores[number], []).append((total, place))
                 done, total = done + length, total + length
         out = np.empty(total, dtype=np.int64)
-        for store, entries in wanted.items():
+        for store, entries in pieces_of.items():
             pieces = store.pieces([place for _, place in entries], self._dtype)
             for (offset, _), piece in zip(entries, pieces, strict=True):
                 out[offset : offset + len(piece)] = piece
@@ -227,7 +215,7 @@ class Shards:
         return base + start, base + int(rows[row, 0]), int(rows[row, 1])
 
     def document_ends_within(self, start: int, end: int) -> list[int]:
-        """Return the offsets e with start < e < end at which a document ends and the next one begins."""
+        """Return the offsets e with start < e < end at which a document ends and the next begins."""
         ends: list[int] = []
         shard = max(0, bisect_right(self._first_token, start) - 1)
         while shard < len(self._shards) and self._first_token[shard] < end:
@@ -255,7 +243,7 @@ class Shards:
         return rows
 
     def _check(self, store: Folder | Remote) -> None:
-        """Compare every file's size with the index, and (unless they are many or far away) the document ends."""
+        """Check every file's size and, unless they are many or remote, the document ends against the index."""
         totals = {
             "tokens": self._first_token[-1],
             "documents": self._first_document[-1],
@@ -287,8 +275,8 @@ class Shards:
 class ShardWriter:
     """Writes documents into shards `{prefix}-00000`, `{prefix}-00001`, … of a folder.
 
-    Files are written under a temporary name and get their own when the shard is complete. A new shard begins with the
-    first document after `tokens_per_shard` tokens. A document may arrive in pieces, so memory does not bound its size:
+    Files have a temporary name until their shard is complete. A new shard begins with the first document after
+    `tokens_per_shard` tokens. A document may arrive in pieces, so memory does not bound its size:
 
         writer.extend(ids); writer.extend(more); writer.end_document(source_bytes=...)
         shards = writer.finish()
@@ -332,7 +320,7 @@ class ShardWriter:
         self._tokens += ids_T.size
 
     def end_document(self, prompt_tokens: int = 0, source_bytes: int = 0) -> None:
-        """End the document: `prompt_tokens` of it are prompt, `source_bytes` is the size of its text in UTF-8."""
+        """End a document whose first `prompt_tokens` are prompt and whose text has `source_bytes` in UTF-8."""
         length = self._tokens - self._document_start
         if length == 0:
             raise ValueError("a document needs at least one token")
@@ -387,7 +375,7 @@ def write_index(
     odd: dict[str, int] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Write `index.json`, at once and last: from now on the folder is a data set.
+    """Write `index.json`, the last file of a data set: from now on the folder is one.
 
     Args:
         folder: where the shards lie.
@@ -396,7 +384,7 @@ def write_index(
         tokenizer_sha256: hash of the tokenizer's state.
         kind: "text" or "chat".
         special_ids: the ids put around the documents ("bos", "eos").
-        odd: how many documents or records were odd, by reason.
+        odd: numbers of odd documents or records, by reason.
         provenance: where the data came from.
     """
     shards = list(shards)

@@ -1,7 +1,7 @@
 """Where the files of a prepared data set lie: a folder of this machine, or any place that fsspec reaches.
 
-A folder is memory-mapped. Elsewhere (s3://, gs://, hf://, memory://, ...) the tokens stay where they are and are read
-by byte ranges, as many at a time as are asked for; the few small files (index, tokenizer, document ends) are copied
+A folder is memory-mapped. At other places (s3://, gs://, hf://, memory://, ...) the tokens stay where they are and are
+read by byte ranges, all ranges of a request together; the few small files (index, tokenizer, document ends) are copied
 into the local cache when they are first used.
 """
 
@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from illada.errors import IlladaError, first_line
 from illada.hub import network
 
-# A process may hold few files open, and a map holds one.
-_MAPS_HELD = 128
+# Every map keeps a file open, and a process may open few.
+_OPEN_MAPS = 128
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
 Range = tuple[str, int, int]
-"""File, first item, and the item after the last."""
+"""File, first item, and the item after the last one."""
 
 
 def open_store(place: str | os.PathLike[str]) -> "Folder | Remote":
@@ -57,14 +58,14 @@ class Folder:
         return (self.path / file).read_text(encoding="utf-8")
 
     def whole(self, file: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return a file as an array, mapped.
+        """Return a file as a memory-mapped array.
 
         Raises:
             IlladaError: when it cannot be read.
         """
         mapped = self._maps.pop((file, dtype.str), None)
         if mapped is None:
-            if len(self._maps) >= _MAPS_HELD:
+            if len(self._maps) >= _OPEN_MAPS:
                 del self._maps[next(iter(self._maps))]
             try:
                 # A plain view: indexing a memmap subclass is several times slower.
@@ -74,12 +75,12 @@ class Folder:
         self._maps[file, dtype.str] = mapped  # last = most recently used
         return mapped
 
-    def pieces(self, wanted: Sequence[Range], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+    def pieces(self, ranges: Sequence[Range], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
         """Return ranges of files."""
-        return [self.whole(file, dtype)[start:end] for file, start, end in wanted]
+        return [self.whole(file, dtype)[start:end] for file, start, end in ranges]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps behind: a pickled map is a copy of the file."""
+        """Pickle no maps, because a pickled map is a copy of the file."""
         return {**self.__dict__, "_maps": {}}
 
 
@@ -91,8 +92,6 @@ class Remote:
     """
 
     def __init__(self, url: str):
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
         self.name = url.rstrip("/")
         protocol = url.split("://", 1)[0]
         try:
@@ -105,7 +104,7 @@ class Remote:
             raise IlladaError(f"{url}: nothing is known that reads {protocol}://") from None
         index = self._bytes("index.json") if self.exists() and "index.json" in self.sizes() else b""
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "illada"
-        # Data that was prepared anew gets a cache of its own.
+        # Data that was prepared again gets a new folder in the cache.
         self.path = base / hashlib.sha256(self.name.encode() + b"\0" + index).hexdigest()[:20]
         if index:
             self._copy("index.json", index)
@@ -134,31 +133,31 @@ class Remote:
         self._fetch(file)
         return Folder(self.path).whole(file, dtype)
 
-    def pieces(self, wanted: Sequence[Range], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
-        """Return ranges of files, all asked for at once.
+    def pieces(self, ranges: Sequence[Range], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+        """Return ranges of files, all requested together.
 
         Raises:
             IlladaError: when one cannot be read.
         """
         size = dtype.itemsize
         with self._reading():
-            found: list[bytes] = self._files.cat_ranges(
-                [f"{self._root}/{file}" for file, _, _ in wanted],
-                [start * size for _, start, _ in wanted],
-                [end * size for _, _, end in wanted],
+            contents: list[bytes] = self._files.cat_ranges(
+                [f"{self._root}/{file}" for file, _, _ in ranges],
+                [start * size for _, start, _ in ranges],
+                [end * size for _, _, end in ranges],
                 on_error="raise",
             )
-        for (file, start, end), content in zip(wanted, found, strict=True):
+        for (file, start, end), content in zip(ranges, contents, strict=True):
             if len(content) != (end - start) * size:
                 raise IlladaError(f"{self.name}/{file} is shorter than it was: prepare or copy the data again")
-        return [np.frombuffer(content, dtype=dtype) for content in found]
+        return [np.frombuffer(content, dtype=dtype) for content in contents]
 
     def _names(self, folder: str) -> dict[str, int]:
         with self._reading():
             if not self._files.exists(folder):
                 return {}
-            listed = self._files.ls(folder, detail=True)
-        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+            entries = self._files.ls(folder, detail=True)
+        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
     def _bytes(self, file: str) -> bytes:
         with self._reading():
@@ -169,7 +168,7 @@ class Remote:
             self._copy(file, self._bytes(file))
 
     def _copy(self, file: str, content: bytes) -> None:
-        """Put a file into the cache, whole or not at all: other processes do the same at the same time."""
+        """Write a file into the cache, whole or not at all, because other processes may do the same meanwhile."""
         target = self.path / file
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -178,7 +177,7 @@ class Remote:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn what a storage library says into one line; its own network use is what the user asked for."""
+        """Turn the errors of storage libraries into one line, and allow the network, as the user named the place."""
         try:
             with network():
                 yield

@@ -27,9 +27,10 @@ from illada.preparation.train_tokenizer import train_tokenizer
 from illada.scoring.candidates import Item, score_candidates
 from illada.text.chat import encode_prompt
 from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
+from illada.training.optional.ngrams import ngram_baselines
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
-from illada.training.validation import bits_per_byte, ngram_baselines, validation_bound
+from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
 

@@ -89,7 +89,7 @@ class Checkpoints:
         # A thread copies the tensors; the training waits for it only before it changes the weights (`wait_for_copy`).
         self._stager = DefaultStager(StagingOptions(gpu, False, True, gpu))
         self._copied: Any = None
-        self._written: Future[None] | None = None
+        self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> "Checkpoints":
@@ -128,7 +128,7 @@ class Checkpoints:
         )
         assert isinstance(response, AsyncSaveResponse)  # because the stager is asynchronous
         self._copied = response.staging_completion
-        self._written = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
+        self._writing = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
         return target
 
     def wait_for_copy(self) -> None:
@@ -143,12 +143,12 @@ class Checkpoints:
         Raises:
             IlladaError: when it could not be written.
         """
-        written, self._written, self._copied = self._written, None, None
-        if written is None:
+        writing, self._writing, self._copied = self._writing, None, None
+        if writing is None:
             return
         with self.processes.raise_together():
             try:
-                written.result()
+                writing.result()
             except (Exception, CheckpointException) as error:
                 raise IlladaError(f"no checkpoint could be written in {self.run}: {_cause(error)}") from error
 

@@ -1,4 +1,4 @@
-"""How fast and how large: model FLOPs utilisation and peak memory, for the log."""
+"""The FLOPs that a network needs and a GPU has: their ratio is model FLOPs utilisation (MFU)."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Gpu:
     """A kind of GPU, by its vendor's data sheet."""
 
     teraflops: float
-    """Dense bf16 with fp32 accumulation; the sheets' headline figures are mostly those with sparsity, twice as high."""
+    """Dense bf16 with fp32 accumulation; the headline figures of the sheets mostly assume sparsity, twice as high."""
     gigabytes: float
 
 
@@ -27,16 +27,16 @@ GPUS = {
 }
 
 
-def flops_per_token(config: IlladaConfig, seen: float, adapter: int = 0) -> float:
+def flops_per_token(config: IlladaConfig, mean_length: float, adapter: int = 0) -> float:
     """Return the FLOPs to learn from one token: 3·(2·P + 4·L·d·layers + 2·V·D·masked); recomputation is not counted.
 
-    P are the parameters of the blocks, L = `seen` is the mean length of the segment a token is in, d the width of all
-    query heads together. The head counts on masked tokens only. A causal model sees half of L and predicts all tokens.
-    A backward pass costs two forward ones; where the
-    weights are frozen beside an `adapter` of so many parameters, one for them.
+    P are the parameters of the blocks, L = `mean_length` is the mean over tokens of the length of their segment, d the
+    width of all query heads together. The head counts on masked tokens only. A causal model sees half of L and predicts
+    all tokens. A backward pass costs two forward passes; for weights frozen beside an `adapter` of so many parameters
+    it costs one.
     """
-    masked, seen = (1.0, seen / 2) if config.causal else (EPSILON + (1 - EPSILON) / 2, seen)
-    attention = 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    masked, length = (1.0, mean_length / 2) if config.causal else (EPSILON + (1 - EPSILON) / 2, mean_length)
+    attention = 4 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     products = 2 * (block_parameters(config) + config.vocab_size * config.hidden_size * masked)
     return 3 * attention + (2 * products + 6 * adapter if adapter else 3 * products)
 

@@ -50,19 +50,19 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
     """
     sources = shards.index["provenance"].get("source_fingerprint")
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
-    written = {**asdict(recipe), "data_fingerprint": data}
-    del written["output"], written["log"]
+    content = {**asdict(recipe), "data_fingerprint": data}
+    del content["output"], content["log"]
     if base is None:
-        del written["lora"]
+        del content["lora"]
     else:
-        written["base_fingerprint"] = base
+        content["base_fingerprint"] = base
     path = run / RECIPE
     if path.exists():
-        before = yaml.safe_load(path.read_text())
+        previous = yaml.safe_load(path.read_text())
         free = set(FREE_TO_CHANGE)
         if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
             free.discard("training.validate_every")
-        changed = [key for key in _differences(before, written) if key not in free]
+        changed = [key for key in _differences(previous, content) if key not in free]
         if changed:
             raise IlladaError(
                 f"{run} holds a run with another recipe ({', '.join(changed[:4])} differ): "
@@ -78,7 +78,7 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
         lock.close()
         raise IlladaError(f"another process trains in {run}: wait for its end or choose another --output") from None
     if not path.exists():
-        write_text(path, yaml.safe_dump(written, sort_keys=False))
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
     return lock
 
 

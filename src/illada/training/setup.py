@@ -3,12 +3,10 @@
 import copy
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from illada.data.batches import Batches
 from illada.data.shards import Shards
@@ -18,16 +16,10 @@ from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.optim import make_optimizers, moments
 from illada.training.optional.checkpoint_hook import CheckpointHook
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
-from illada.training.parallel import Objective, Processes, distribute
+from illada.training.parallel import Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
-from illada.weights.adapters import (
-    CONFIG,
-    adapter_tensors,
-    add_adapter,
-    base_fingerprint,
-    is_adapted,
-    save_adapter_config,
-)
+from illada.weights import adapters
+from illada.weights.adapters import base_fingerprint, is_adapted
 from illada.weights.load import load_config, load_model
 from illada.weights.runs import model_folder
 
@@ -35,87 +27,58 @@ DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "embedding_d
 """What iLLaDA's and LLaDA's config.json call their dropouts."""
 
 
-@dataclass(frozen=True)
 class Run:
-    """An opened run, seen from one of its processes."""
+    """What a recipe names, opened once in each process; the run folder is not touched.
 
-    recipe: Recipe
-    folder: Path
-    processes: Processes
-    shards: Shards
-    held_out: Shards | None
-    """Validation data."""
-    tokenizer: Any
-    batches: Batches
-    model: IlladaForMaskedLM
-    objective: Objective
-    """The loss of the model; what the trainer calls."""
-    optimizers: list[torch.optim.Optimizer]
-    parameters: list[torch.nn.Parameter]
-    """The trained ones; shards of them when there are several processes."""
-    tensors: dict[str, Tensor]
-    """What checkpoints hold: trained weights, and moments as "weight/moment"."""
-    frozen_weights: str | None
-    """Fingerprint of the weights beside an adapter; None when all weights are trained."""
-    hook: CheckpointHook
-    remarks: list[str]
-    """What a user should know before the run begins."""
+    Attributes:
+        held_out: validation data; None without validation.
+        objective: the loss of the network.
+        parameters: the trained ones; shards of them when there are several processes.
+        tensors: what checkpoints hold: trained weights, and moments as "weight/moment".
+        frozen_weights: fingerprint of the weights beside an adapter; None when all weights are trained.
+        remarks: what a user should know before the run begins.
+
+    Raises:
+        IlladaError: when data, checkpoint or recipe are missing or do not fit each other.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes):
+        self.recipe, self.processes, self.folder = recipe, processes, Path(recipe.output)
+        with processes.raise_together():
+            self.shards = Shards.open(recipe.data.train)
+            held_out = recipe.data.validation
+            self.held_out = None if held_out is None else open_validation(held_out, self.shards)
+            self.tokenizer = load_tokenizer(self.shards.path / "tokenizer")
+            self.hook = CheckpointHook(self.folder, recipe.log.evaluate)
+        # Once, by one process: it may be a hub name, or a run whose newest checkpoint changes.
+        name = recipe.model.start
+        start = None if name is None else processes.from_first(lambda: model_folder(name))
+        with processes.raise_together():
+            config = shape_of(recipe.model, start, self.shards, self.tokenizer)
+            self.batches = make_batches(recipe, self.shards, config, self.tokenizer)
+            self.model = build_model(recipe, start, config)
+            adapted = is_adapted(self.model)
+            self.frozen_weights = base_fingerprint(self.model) if adapted else None
+            self.remarks = remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
+            cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
+            self.objective = distribute(self.model, recipe, processes, cross_entropy)
+        self.optimizers = make_optimizers(self.model, recipe.training)
+        # Collected now, while the weights are in their shards: after a pass they may be gathered.
+        named = dict(self.model.named_parameters())
+        self.parameters = [p for p in named.values() if p.requires_grad]
+        weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
+        self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()})
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""
         folder.mkdir()
         if is_adapted(self.model):
-            save_adapter_config(self.model, folder)
+            adapters.save_adapter_config(self.model, folder)
         else:
             config = copy.deepcopy(self.model.config)
             config.architectures, config.dtype = ["IlladaForMaskedLM"], torch.float32
             config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def open_run(recipe: Recipe, processes: Processes) -> Run:
-    """Open what a recipe names; the run folder is not touched yet.
-
-    Raises:
-        IlladaError: when data, checkpoint or recipe are missing or do not fit each other.
-    """
-    folder, start = Path(recipe.output), recipe.model.start
-    with processes.raise_together():
-        shards = Shards.open(recipe.data.train)
-        held_out = None if recipe.data.validation is None else open_validation(recipe.data.validation, shards)
-        tokenizer = load_tokenizer(shards.path / "tokenizer")
-        hook = CheckpointHook(folder, recipe.log.evaluate)
-    # By one process: it may be a hub name, or a run whose newest checkpoint changes.
-    start_folder = None if start is None else processes.from_first(lambda: model_folder(start))
-    with processes.raise_together():
-        config = shape_of(recipe.model, start_folder, shards, tokenizer)
-        batches = make_batches(recipe, shards, config, tokenizer)
-        model = build_model(recipe, start_folder, config)
-        adapted = is_adapted(model)
-        frozen_weights = base_fingerprint(model) if adapted else None
-        remarks = remarks_on(recipe, start_folder, model) + fuse(model, recipe, processes.device)
-        objective = distribute(model, recipe, processes, CROSS_ENTROPIES[recipe.training.cross_entropy])
-    optimizers = make_optimizers(model, recipe.training)
-    # Collected now, while the weights are in their shards: after a pass they may be gathered.
-    named = dict(model.named_parameters())
-    weights = adapter_tensors(model) if adapted else {name: p.detach() for name, p in named.items()}
-    return Run(
-        recipe=recipe,
-        folder=folder,
-        processes=processes,
-        shards=shards,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        batches=batches,
-        model=model,
-        objective=objective,
-        optimizers=optimizers,
-        parameters=[p for p in named.values() if p.requires_grad],
-        tensors=weights | moments(optimizers, {p: name for name, p in named.items()}),
-        frozen_weights=frozen_weights,
-        hook=hook,
-        remarks=remarks,
-    )
 
 
 def open_validation(path: str, train_shards: Shards) -> Shards:
@@ -141,7 +104,7 @@ def shape_of(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer:
         IlladaError: when the tokenizer does not fit, or `start` is an adapter.
     """
     if start is not None:
-        if (start / CONFIG).is_file():
+        if (start / adapters.CONFIG).is_file():
             raise IlladaError(
                 f"{recipe.start} is an adapter: merge it with `illada export --model {recipe.start} --output FOLDER` "
                 "and start from that folder"
@@ -166,22 +129,15 @@ def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer
     Raises:
         IlladaError: when a window is longer than the context, or the data does not fill one.
     """
-    data, training = recipe.data, recipe.training
+    data, training, eos = recipe.data, recipe.training, config.eos_token_id
     if data.window > config.max_position_embeddings:
         raise IlladaError(
             f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
             "lower it or raise model.max_position_embeddings"
         )
-    return Batches(
-        shards,
-        window=data.window,
-        samples_per_step=training.samples_per_step,
-        seed=training.seed,
-        split_probability=data.split_probability,
-        boundaries=data.boundaries,
-        rule=training.rule,
-        eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else tokenizer.eos_token_id,
-    )
+    eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
+    numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
+    return Batches(shards, *numbers, data.boundaries, training.rule, eos)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:
@@ -204,7 +160,7 @@ def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> Ill
         base = os.path.abspath(start) if Path(recipe.model.start).exists() else recipe.model.start
         alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
         targets = lora.targets or LORA_TARGETS
-        add_adapter(model, lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
+        adapters.add_adapter(model, lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
     return model
 
 
@@ -212,14 +168,13 @@ def remarks_on(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> 
     """Return what a user should know before the run begins."""
     lines = []
     if start is not None:
-        written = json.loads((start / "config.json").read_text())
-        unused = [f"{name} {written[name]}" for name in DROPOUTS if written.get(name)]
+        config = json.loads((start / "config.json").read_text())
+        unused = [f"{name} {config[name]}" for name in DROPOUTS if config.get(name)]
         if unused:
             lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
     if is_adapted(model):
-        adapter, frozen = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (True, False)
-        )
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in model.parameters()) - adapter
         lines.append(f"an adapter of {adapter:,} parameters beside {frozen:,} frozen ones")
         if (rate := recipe.training.learning_rate) <= 2e-5:  # ours: between what is usual for weights and for adapters
             lines.append(f"training.learning_rate {rate:g} suits all weights: adapters want ten times as much or more")

@@ -32,8 +32,8 @@ from illada.training.optional.trackers import make_trackers
 from illada.training.parallel import before_pass, clip, gradient_norm, join, release
 from illada.training.recipe import Recipe
 from illada.training.run_folder import DECAY, claim, requested_decay
-from illada.training.schedule import make_schedule, on_plateau
-from illada.training.setup import Run, open_run
+from illada.training.schedule import Schedule, make_schedule, on_plateau
+from illada.training.setup import Run
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.validation import bits_per_byte, validation_batches
 from illada.weights.adapters import is_adapted
@@ -63,7 +63,7 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     recipe.check()
     with join(recipe.training.device, recipe.parallel.tensor) as processes:
         try:
-            return Trainer(open_run(recipe, processes), title).train()
+            return Trainer(Run(recipe, processes), title).train()
         except DivergedError:
             if processes.first:
                 raise
@@ -101,7 +101,6 @@ class Trainer:
         ):
             self.load_newest()
             with self.open_log() as self.log:
-                self.introduce()
                 run.model.train()
                 self.start_clock()
                 while self.state.step < self.schedule.steps:
@@ -126,6 +125,11 @@ class Trainer:
     def due(self, every: int) -> bool:
         """Say whether something that happens every so many steps and after the last step happens now."""
         return self.state.step % every == 0 or self.state.step == self.schedule.steps
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rates, which depend on the step of an early decay."""
+        return make_schedule(self.settings, self.run.batches.samples, self.state.decay_start)
 
     # A step
 
@@ -227,18 +231,13 @@ class Trainer:
     # Around the steps
 
     def load_newest(self) -> bool:
-        """Load the newest checkpoint and return True, or False when there is none; set the schedule in either case."""
+        """Load the newest checkpoint; return whether there is one."""
         self.checkpoints.wait()
         path = self.checkpoints.newest()
         if path is not None:
             self.state = self.checkpoints.load(path)
             set_updates(self.run.optimizers, self.state.updates)
-        self.set_schedule()
         return path is not None
-
-    def set_schedule(self) -> None:
-        """Set the learning rates of the run, which depend on the step of an early decay."""
-        self.schedule = make_schedule(self.settings, self.run.batches.samples, self.state.decay_start)
 
     def requests(self) -> list[int]:
         """Return the signal that stops the run (0 for none) and the step of a decay that begins now (-1 for none)."""
@@ -256,7 +255,6 @@ class Trainer:
     def begin_decay(self, step: int) -> None:
         """Let the learning rate fall from a step on."""
         self.state.decay_start = step
-        self.set_schedule()
         self.log.say(f"decaying from step {step}, the run ends at step {self.schedule.steps}")
 
     def validate(self, held_out: Shards) -> dict[str, float]:
@@ -287,17 +285,15 @@ class Trainer:
     # What the run says
 
     def open_log(self) -> StepLog:
-        """Return the log of the run, with the trackers that the recipe names."""
+        """Return the log of the run, with the trackers that the recipe names, and say what a user should know."""
         run, state, first = self.run, self.state, self.run.processes.first
         with run.processes.raise_together():
             trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe)) if first else []
-        return StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
-
-    def introduce(self) -> None:
-        """Say what a user should know before the run begins."""
-        self.log.say(*self.run.remarks)
-        if self.state.step:
-            self.log.say(f"continuing {self.run.folder} at step {self.state.step} of {self.schedule.steps}")
+        log = StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
+        log.say(*run.remarks)
+        if state.step:
+            log.say(f"continuing {run.folder} at step {state.step} of {self.schedule.steps}")
+        return log
 
     def start_clock(self) -> None:
         """Measure the speed from now on."""
@@ -311,8 +307,8 @@ class Trainer:
         record = {"tokens": tokens, "tokens_per_second": round(speed), "memory_gb": round(memory, 3)}
         if self.peak_flops is not None:
             lengths = [segment.size for segment in segments]
-            seen = sum(length**2 for length in lengths) / sum(lengths)
-            flops = flops_per_token(run.model.config, seen, self.adapter)
+            mean_length = sum(length**2 for length in lengths) / sum(lengths)  # of the segment of a token
+            flops = flops_per_token(run.model.config, mean_length, self.adapter)
             record["mfu"] = round(flops * speed / (self.peak_flops * run.processes.count), 4)
         return record
 

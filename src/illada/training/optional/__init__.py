@@ -1,4 +1,5 @@
-"""What a run can do without: kernels of other libraries, a command on every checkpoint, trackers, plots, estimates.
+"""What a run can do without: kernels of other libraries, a command on every checkpoint, trackers, plots, baselines,
+estimates.
 
 Nothing in `illada.training` except `setup` and `trainer` imports from here.
 """

@@ -1,10 +1,10 @@
 """What a recipe will need: memory of one GPU by kind, speed, days and cost, without training.
 
-Memory is not guessed from a formula: one forward and backward pass of the real network and the real loss is rehearsed
-on fake tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2 in
+Memory is not guessed from a formula: one forward and backward pass of the real network and the real loss runs on fake
+tensors, which have shapes and no contents, and every allocation is counted. Only what sharding adds (FSDP2 in
 training/parallel.py: fp32 shards on the GPUs of a copy, one block gathered while it computes and one ahead) is
-arithmetic. Not counted: the driver, buffers inside kernels and communication libraries, fragmentation; so a tenth is
-kept free.
+arithmetic. The driver, buffers inside kernels and communication libraries, and fragmentation are not counted, so a
+tenth stays free.
 
 `benchmarks/estimate.py` compares with the memory of real runs.
 
@@ -43,12 +43,10 @@ from illada.weights.runs import model_folder
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
-KEPT_FREE = 0.1
+FREE_SHARE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
 
 _GB = 1e9
-_MOMENT_BYTES = 4
-"""A moment is fp32; AdamW has two of each parameter, Muon one."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,15 @@ class Memory:
     weights: int
     """Shards of the fp32 weights (frozen ones under an adapter in their own type)."""
     gathered: int
-    """Weights in the computation's type, put together while they are used; 0 for one GPU."""
+    """Weights in the computation's type, gathered while they are used; 0 for one GPU."""
     gradients: int
     optimizer: int
     activations: int
-    """What the backward pass needs of the trunk; for one GPU under bf16 this includes the weights' bf16 copies."""
+    """What the backward pass needs from the trunk; for one GPU under bf16 this includes the weights' bf16 copies."""
     loss: int
     """Head and loss: one chunk of logits, the head in the computation's type, the gradients of head and rows."""
     backward: int
-    """What the backward pass holds beyond all that: gradients of one block's activations and weights."""
+    """What the backward pass needs besides: gradients of one block's activations and weights."""
     peak: int
     """The most at one time: less than the sum, as activations shrink while gradients grow."""
 
@@ -81,7 +79,7 @@ class Estimate:
     vocab_size: int
     gpus: int
     copies: int
-    """Of the weights, each in shards over gpus / copies (HSDP)."""
+    """Copies of the weights, each in shards over gpus / copies (HSDP)."""
     gpu: str
     windows_per_pass: int
     passes_per_step: int
@@ -92,15 +90,15 @@ class Estimate:
     """None when the recipe counts epochs and the size of the data is not known."""
     flops_per_token: float
     mfu: float | None
-    """None for a CPU, whose peak is not in the table; so are the next four."""
+    """None for a CPU, whose peak is not in the table; the next four fields are None as well then."""
     tokens_per_second: float | None
     days: float | None
     gpu_hours: float | None
     cost: float | None
 
     def fits(self, kind: Checkpointing) -> bool:
-        """Say whether the peak leaves `KEPT_FREE` of the memory."""
-        return self.memory[kind].peak <= (1 - KEPT_FREE) * self.memory_available
+        """Say whether the peak leaves `FREE_SHARE` of the memory."""
+        return self.memory[kind].peak <= (1 - FREE_SHARE) * self.memory_available
 
 
 def estimate(
@@ -118,7 +116,7 @@ def estimate(
         recipe: the run; its data need not exist yet.
         gpus: processes, one GPU each; weights and optimiser are sharded over all of them, or over those of one of
             parallel.replicate copies; parallel.tensor of them compute the same windows.
-        gpu: which; "cpu" for one process on this machine, memory only.
+        gpu: kind of GPU; "cpu" for one process on this machine, memory only.
         mfu: model FLOPs utilisation: FLOPs the model needs, without recomputation, over the peak (performance of
             others at 8B: 0.33 to 0.4 on H100).
         price: of one GPU for one hour.
@@ -128,51 +126,23 @@ def estimate(
     Raises:
         IlladaError: when the recipe or an argument cannot be used.
     """
-    # Where it will write and read does not matter here.
-    named = dataclasses.replace(recipe, output=recipe.output or "run")
-    named.data = dataclasses.replace(recipe.data, train=recipe.data.train or "data")
-    named.check()
-    settings = recipe.training
-    if gpu not in (*GPUS, "cpu"):
-        raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
-    if gpus < 1 or (gpu == "cpu" and gpus > 1):
-        raise IlladaError(f"gpus is {gpus}: it must be at least 1, and 1 on a cpu")
-    copies, tensor = recipe.parallel.replicate, recipe.parallel.tensor
-    if gpus % (copies * tensor):
-        raise IlladaError(
-            f"parallel.replicate {copies} times parallel.tensor {tensor} must divide the number of GPUs, {gpus}"
-        )
-    groups = gpus // tensor
-    if not 0 < mfu <= 1:
-        raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
-    if price is not None and price < 0:
-        raise IlladaError(f"price is {price:g}: it must be at least 0")
-    if settings.samples_per_step < groups:
-        raise IlladaError(
-            f"training.samples_per_step {settings.samples_per_step} leaves some of {gpus} GPUs without a window: "
-            "raise it or lower gpus"
-        )
+    _check(recipe, gpus, gpu, mfu, price)
+    settings, window = recipe.training, recipe.data.window
     shards = _data(recipe)
     config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
-    if recipe.data.window > config.max_position_embeddings:
-        raise IlladaError(
-            f"data.window {recipe.data.window} is longer than the model's context {config.max_position_embeddings}"
-        )
-    check_divisible(config, tensor)
-    share = math.ceil(settings.samples_per_step / groups)
+    if window > config.max_position_embeddings:
+        raise IlladaError(f"data.window {window} is longer than the model's context {config.max_position_embeddings}")
+    check_divisible(config, recipe.parallel.tensor)
+    share = math.ceil(settings.samples_per_step / (gpus // recipe.parallel.tensor))
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
     size, memory = _rehearse(recipe, config, windows, passes, gpus)
-    tokens = settings.samples_per_step * recipe.data.window
-    steps = settings.steps
-    known = data_tokens or (shards.tokens if shards else None)
-    if steps is None and known is not None:
-        assert settings.epochs is not None
-        steps = max(1, round(settings.epochs * (known // recipe.data.window) / settings.samples_per_step))
-    adapter = size.trained if recipe.lora.rank else 0
+    tokens = settings.samples_per_step * window
+    available = data_tokens or (shards.tokens if shards else None)
+    steps = settings.steps if available is None else settings.count_steps(available // window)
     # Two segments of a uniformly split window hold two thirds of its pairs.
-    seen = recipe.data.window * (1 - recipe.data.split_probability / 3)
-    flops = flops_per_token(config, seen, adapter)
+    mean_length = window * (1 - recipe.data.split_probability / 3)
+    flops = flops_per_token(config, mean_length, size.trained if recipe.lora.rank else 0)
     speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * mfu / flops
     seconds = None if speed is None or steps is None else steps * tokens / speed
     hours = None if seconds is None else gpus * seconds / 3600
@@ -182,12 +152,12 @@ def estimate(
         parameters_trained=size.trained,
         vocab_size=config.vocab_size,
         gpus=gpus,
-        copies=copies,
+        copies=recipe.parallel.replicate,
         gpu=gpu,
         windows_per_pass=windows,
         passes_per_step=passes,
         memory=memory,
-        memory_available=_machine_bytes() if gpu == "cpu" else int(GPUS[gpu].gigabytes * _GB),
+        memory_available=_memory_of(gpu),
         tokens_per_step=tokens,
         steps=steps,
         flops_per_token=flops,
@@ -199,45 +169,69 @@ def estimate(
     )
 
 
-def table(found: Estimate) -> str:
+def _check(recipe: Recipe, gpus: int, gpu: str, mfu: float, price: float | None) -> None:
+    # Where the run will write and read does not matter here.
+    named = dataclasses.replace(recipe, output=recipe.output or "run")
+    named.data = dataclasses.replace(recipe.data, train=recipe.data.train or "data")
+    named.check()
+    if gpu not in (*GPUS, "cpu"):
+        raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
+    if gpus < 1 or (gpu == "cpu" and gpus > 1):
+        raise IlladaError(f"gpus is {gpus}: it must be at least 1, and 1 on a cpu")
+    copies, tensor, windows = recipe.parallel.replicate, recipe.parallel.tensor, recipe.training.samples_per_step
+    if gpus % (copies * tensor):
+        raise IlladaError(
+            f"parallel.replicate {copies} times parallel.tensor {tensor} must divide the number of GPUs, {gpus}"
+        )
+    if not 0 < mfu <= 1:
+        raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
+    if price is not None and price < 0:
+        raise IlladaError(f"price is {price:g}: it must be at least 0")
+    if windows < gpus // tensor:
+        raise IlladaError(
+            f"training.samples_per_step {windows} leaves some of {gpus} GPUs without a window: raise it or lower gpus"
+        )
+
+
+def table(result: Estimate) -> str:
     """Return the estimate as text for people."""
     lines = [
-        f"{found.parameters:,} parameters, {found.parameters_in_blocks:,} of them in blocks, "
-        f"{found.parameters_trained:,} trained; vocabulary {found.vocab_size:,}",
-        f"{found.gpus} x {found.gpu}, {found.memory_available / _GB:.0f} GB each"
-        f"{'' if found.copies == 1 else f', {found.copies} copies of the weights'}: "
-        f"{found.windows_per_pass} windows a pass, {found.passes_per_step} passes a step",
+        f"{result.parameters:,} parameters, {result.parameters_in_blocks:,} of them in blocks, "
+        f"{result.parameters_trained:,} trained; vocabulary {result.vocab_size:,}",
+        f"{result.gpus} x {result.gpu}, {result.memory_available / _GB:.0f} GB each"
+        f"{'' if result.copies == 1 else f', {result.copies} copies of the weights'}: "
+        f"{result.windows_per_pass} windows a pass, {result.passes_per_step} passes a step",
         "",
         f"{'GB on each, by activation checkpointing':40}" + "".join(f"{kind:>11}" for kind in CHECKPOINTING),
     ]
     for part in dataclasses.fields(Memory):
-        cells = (getattr(found.memory[kind], part.name) / _GB for kind in CHECKPOINTING)
+        cells = (getattr(result.memory[kind], part.name) / _GB for kind in CHECKPOINTING)
         lines.append(f"  {part.name:38}" + "".join(f"{cell:>11.3g}" for cell in cells))
-    fits = ("yes" if found.fits(kind) else "no" for kind in CHECKPOINTING)
-    lines += [f"  {f'fits, with {KEPT_FREE:.0%} kept free':38}" + "".join(f"{word:>11}" for word in fits), ""]
-    work = f"{found.tokens_per_step:,} tokens a step, {found.flops_per_token / 1e9:.3g} GFLOP a token"
-    if found.tokens_per_second is None or found.mfu is None:
+    fits = ("yes" if result.fits(kind) else "no" for kind in CHECKPOINTING)
+    lines += [f"  {f'fits, with {FREE_SHARE:.0%} kept free':38}" + "".join(f"{word:>11}" for word in fits), ""]
+    work = f"{result.tokens_per_step:,} tokens a step, {result.flops_per_token / 1e9:.3g} GFLOP a token"
+    if result.tokens_per_second is None or result.mfu is None:
         return "\n".join([*lines, f"{work}; speed: not known for a cpu"])
-    each = found.tokens_per_second / found.gpus
-    lines.append(f"{work}; at {found.mfu:.0%} MFU {found.tokens_per_second:,.0f} tokens/s ({each:,.0f} on each)")
-    if found.steps is None or found.days is None or found.gpu_hours is None:
+    speed = result.tokens_per_second
+    lines.append(f"{work}; at {result.mfu:.0%} MFU {speed:,.0f} tokens/s ({speed / result.gpus:,.0f} on each)")
+    if result.steps is None or result.days is None or result.gpu_hours is None:
         return "\n".join(
             [*lines, "duration: not known, the recipe counts epochs: prepare its data or give data_tokens"]
         )
-    cost = "" if found.cost is None else f", cost {found.cost:,.2f}"
-    total = found.steps * found.tokens_per_step
+    cost = "" if result.cost is None else f", cost {result.cost:,.2f}"
+    total = result.steps * result.tokens_per_step
     lines.append(
-        f"{found.steps:,} steps, {total:,} tokens: {found.days:,.2f} days, {found.gpu_hours:,.1f} GPU hours{cost}"
+        f"{result.steps:,} steps, {total:,} tokens: {result.days:,.2f} days, {result.gpu_hours:,.1f} GPU hours{cost}"
     )
     return "\n".join(lines)
 
 
 def _data(recipe: Recipe) -> Shards | None:
-    """Return the prepared data, if it is there; a place elsewhere must be."""
+    """Return the prepared data if it exists; a URL must exist."""
     places = recipe.data.train
     names = [places] if isinstance(places, str) else list(places)
-    there = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
-    return Shards.open(places) if there else None
+    exists = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
+    return Shards.open(places) if exists else None
 
 
 def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
@@ -248,8 +242,9 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
     return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.changes(), **vocabulary})
 
 
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_of(gpu: str) -> int:
+    """Return the bytes of a GPU, or of this machine for "cpu"."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if gpu == "cpu" else int(GPUS[gpu].gigabytes * _GB)
 
 
 @dataclass(frozen=True)
@@ -260,65 +255,65 @@ class _Size:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive: `now`, the `peak` of it, and `peak_grown` with gradients too."""
+    """Counts the bytes of live tensors: `now`, its `peak`, and `peak_with_gradients`, which includes `gradients`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.peak_grown = self.gradients = 0
-        self._held: dict[int, int] = {}
+        self.now = self.peak = self.peak_with_gradients = self.gradients = 0
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it has allocated."""
+        """Run an operation and count what it has allocated."""
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._held:
-                    self._hold(storage, storage.nbytes())
+                if storage._cdata not in self._sizes:
+                    self._add(storage, storage.nbytes())
         return outputs
 
-    def leave_out(self, tensor: Tensor) -> None:
+    def ignore(self, tensor: Tensor) -> None:
         """Do not count a tensor that lives for the whole step."""
-        self._hold(tensor.untyped_storage(), 0)
+        self._add(tensor.untyped_storage(), 0)
 
-    def take_for_gradient(self, parameter: Tensor) -> None:
-        """Count what has become the gradient of a parameter apart from the rest."""
+    def move_gradient(self, parameter: Tensor) -> None:
+        """Move the gradient of a parameter from `now` to `gradients`."""
         assert parameter.grad is not None
-        size = self._held[parameter.grad.untyped_storage()._cdata]
-        self._held[parameter.grad.untyped_storage()._cdata] = 0
+        size = self._sizes[parameter.grad.untyped_storage()._cdata]
+        self._sizes[parameter.grad.untyped_storage()._cdata] = 0
         self.now -= size
         self.gradients += size
 
-    def _hold(self, storage: torch.UntypedStorage, size: int) -> None:
-        self._held[storage._cdata] = size
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._sizes[storage._cdata] = size
         self.now += size
         self.peak = max(self.peak, self.now)
-        self.peak_grown = max(self.peak_grown, self.now + self.gradients)
-        weakref.finalize(storage, self._let_go, storage._cdata)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
+        weakref.finalize(storage, self._remove, storage._cdata)
 
-    def _let_go(self, key: int) -> None:
-        self.now -= self._held.pop(key)
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
 
 
 def _rehearse(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
 ) -> tuple[_Size, dict[Checkpointing, Memory]]:
-    """Go through one micro-batch of the real network and loss on fake tensors, under each kind of checkpointing."""
+    """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing."""
     bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
-    # What one of a group that shares the heads has of the network.
+    # The part of the network that one process of a group with shared heads holds.
     tensor, part = recipe.parallel.tensor, copy.deepcopy(config)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         setattr(part, name, getattr(config, name) // tensor)
     elsewhere = block_parameters(config) - block_parameters(part)
-    # Not on fake tensors: PEFT moves layers, which those do not allow.
+    # Not on fake tensors: PEFT moves layers, which they do not allow.
     with torch.device("meta"):
         model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
         if recipe.lora.rank:
             _adapt(model, recipe)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with FakeTensorMode():
-        # As the forward pass finds them: FSDP2 hands it bf16 weights of the blocks, autocast makes its own copies.
+        # In the types of the forward pass: FSDP2 hands it bf16 weights of the blocks, autocast makes its own copies.
         _fill(model.model.layers, torch.bfloat16 if bf16 and gpus > 1 else None)
         _fill(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -326,12 +321,13 @@ def _rehearse(
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
         size = _Size(everything + elsewhere, block_parameters(config), count + elsewhere)
-        optimizer = _MOMENT_BYTES * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
+        # A moment is fp32; AdamW has two of each parameter, Muon one.
+        optimizer = 4 * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
         shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
         once = recipe.parallel.gather == "step"
         gathered = (2 if bf16 else 4) * (blocks if once else 2 * block) + 4 * root if gpus > 1 else 0
-        # The gradient of a block, or at last of embedding and head, is summed over the GPUs in fp32.
+        # The gradient of a block, and in the end of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
         fixed = (weights + optimizer) // shards + gathered
         gradients = 4 * count // (1 if once and passes > 1 else shards)
@@ -339,7 +335,11 @@ def _rehearse(
         for kind in CHECKPOINTING:
             recompute(model, kind)
             saved, loss, meter = _one_pass(model, recipe, windows, bf16)
-            during = gradients + meter.peak + reduced if passes > 1 or gpus > 1 else max(gradients, meter.peak_grown)
+            during = (
+                gradients + meter.peak + reduced
+                if passes > 1 or gpus > 1
+                else max(gradients, meter.peak_with_gradients)
+            )
             after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
                 weights=weights // shards,
@@ -355,16 +355,16 @@ def _rehearse(
 
 
 def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
-    """Return (bytes kept after the trunk, bytes the loss adds at its peak, the meter after the backward pass)."""
+    """Return the bytes kept after the trunk, the bytes the loss adds at its peak, the meter after the backward pass."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
     # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
     share = 1.0 if model.config.causal else min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
     with _Meter() as meter:
         hooks = []
         for parameter in model.parameters():
-            meter.leave_out(parameter)
+            meter.ignore(parameter)
             if parameter.requires_grad:
-                hooks.append(parameter.register_post_accumulate_grad_hook(meter.take_for_gradient))
+                hooks.append(parameter.register_post_accumulate_grad_hook(meter.move_gradient))
         ids_T = torch.zeros(packing.tokens, dtype=torch.int64)
         rows_M = torch.arange(math.ceil(share * packing.tokens))
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -384,7 +384,7 @@ def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: 
 
 
 def _lengths(window: int, windows: int, split_probability: float) -> tuple[int, ...]:
-    """Return segment lengths of a typical micro-batch, longest first: as many windows split as are on average."""
+    """Return segment lengths of a typical micro-batch, longest first, with the average number of split windows."""
     split = round(windows * split_probability)
     cuts = [max(1, window * (i + 1) // (2 * (split + 1))) for i in range(split)]
     parts = [part for cut in cuts for part in (cut, window - cut)]
@@ -392,15 +392,14 @@ def _lengths(window: int, windows: int, split_probability: float) -> tuple[int, 
 
 
 def _fill(part: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Give parameters that have no storage one (fake, in a fake mode) in their type or another; tied ones stay tied."""
+    """Give meta parameters storage (fake, in a fake mode) in their own type or another; tied ones stay tied."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in part.modules():
         for name, old in module._parameters.items():
             if old is not None and old.is_meta:
                 if id(old) not in made:
-                    made[id(old)] = torch.nn.Parameter(
-                        torch.empty(old.shape, dtype=dtype or old.dtype), old.requires_grad
-                    )
+                    tensor = torch.empty(old.shape, dtype=dtype or old.dtype)
+                    made[id(old)] = torch.nn.Parameter(tensor, old.requires_grad)
                 module._parameters[name] = made[id(old)]
 
 

@@ -7,9 +7,9 @@
 | `training.cross_entropy` cut | head and cross-entropy without logits in memory (cut cross-entropy, arXiv 2411.09009) |
 | `training.dtype` fp8 | products of the blocks' linear layers in FP8 with dynamic scales (torchao) |
 
-The first two change no more than the order of sums; the others are coarser, so nobody chooses them but the recipe.
-Methods are replaced on instances: names and values of parameters stay as they are, and so do checkpoints. Whether a
-kernel works is found out by calling it once.
+The first two change no more than the order of sums; the others are coarser, so only a recipe that names them gets them.
+Methods are replaced on instances: names and values of parameters stay as they are, and so do checkpoints. One call of a
+kernel shows whether it works.
 
 Shape letters: T packed tokens · D width · H query heads · G key/value heads · K head width · M masked tokens ·
 V vocabulary.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy
-from illada.errors import IlladaError, first_line
+from illada.errors import IlladaError, first_line, needs
 from illada.model import IlladaForMaskedLM, Packing
 from illada.model.attention import packed_attention
 from illada.model.config import IlladaConfig
@@ -35,46 +35,47 @@ FP8_CAPABILITY = (8, 9)
 """The first CUDA compute capability with FP8 products."""
 
 FP8_WIDTHS = 16
-"""What inputs and outputs of an FP8 product are multiples of."""
+"""Inputs and outputs of an FP8 product are multiples of this."""
 
 
 def fuse(model: IlladaForMaskedLM, recipe: Recipe, device: torch.device) -> list[str]:
-    """Give a model the kernels that a recipe asks for, and on auto those that work on `device`, if it is CUDA.
+    """Give a model the kernels that a recipe names, and on auto those that work on `device`, if it is CUDA.
 
-    Before the weights go into shards. Auto does not take Liger beside torch.compile, which fuses the same operations.
+    To be called before the weights go into shards. Auto does not choose Liger beside torch.compile, which fuses the
+    same operations.
 
     Returns:
-        a line that says what is used and why the rest is not; none on a CPU where nothing was asked for.
+        a line that says which kernels are used and why others are not; no line on a CPU when the recipe names none.
 
     Raises:
-        IlladaError: when the recipe names something that is not installed or does not work here.
+        IlladaError: when the recipe names a kernel that is not installed or does not work here.
     """
     settings, dtype = recipe.parallel, recipe.training.dtype
     gpu, used, left_out = device.type == "cuda", [], []
 
-    def take(key: str, value: str, name: str, wanted: bool, attempt: Callable[[], object]) -> bool:
-        """Say whether to use what is called `name`: because the recipe does, or because auto wants it and it works."""
-        if value != name and not (value == "auto" and wanted):
+    def choose(key: str, value: str, name: str, auto: bool, attempt: Callable[[], object]) -> bool:
+        """Say whether to use kernel `name`: the recipe names it, or `auto` allows it and it works."""
+        if value != name and not (value == "auto" and auto):
             return False
         try:
             attempt()
         except Exception as error:
-            wrong = f"does not work on {device.type}: {first_line(error)}"
+            problem = f"does not work on {device.type}: {first_line(error)}"
             if isinstance(error, ImportError):
-                wrong = f"is not installed: pip install 'illada[fused]' ({first_line(error)})"
+                problem = f"is not installed: pip install 'illada[fused]' ({first_line(error)})"
             if value == name:
-                raise IlladaError(f"{key} {name} {wrong}") from error
-            left_out.append(f"{name} {wrong}")
+                raise IlladaError(f"{key} {name} {problem}") from error
+            left_out.append(f"{name} {problem}")
             return False
         used.append(f"{key} {name}")
         return True
 
     varlen, liger = partial(_try_varlen, model.config, device), partial(_try_liger, device)
-    if take("parallel.attention", settings.attention, "varlen", gpu and dtype != "fp32", varlen):
+    if choose("parallel.attention", settings.attention, "varlen", gpu and dtype != "fp32", varlen):
         model.set_attn_implementation("varlen")
-    if take("parallel.kernels", settings.kernels, "liger", gpu and not settings.compile, liger):
+    if choose("parallel.kernels", settings.kernels, "liger", gpu and not settings.compile, liger):
         use_liger(model)
-    take("training.cross_entropy", recipe.training.cross_entropy, "cut", False, partial(_try_cut, device))
+    choose("training.cross_entropy", recipe.training.cross_entropy, "cut", False, partial(_try_cut, device))
     if dtype == "fp8":
         use_fp8(model, device)
         used.append("training.dtype fp8")
@@ -84,7 +85,7 @@ def fuse(model: IlladaForMaskedLM, recipe: Recipe, device: torch.device) -> list
 
 
 def use_liger(model: IlladaForMaskedLM) -> None:
-    """Let Liger's kernels compute norms, rotations and SwiGLU; in fp32 inside, as ours."""
+    """Let Liger's kernels compute norms, rotations and SwiGLU; they compute in fp32 inside, as ours do."""
     ops = import_module("liger_kernel.ops")
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -96,7 +97,7 @@ def use_liger(model: IlladaForMaskedLM) -> None:
 
 
 def _norm(ops: Any, norm: RMSNorm, hidden_TD: Tensor) -> Tensor:
-    # "llama": cast back before the gain. In place: nobody else holds the gradient that arrives here.
+    # "llama": cast back before the gain. In place (True), because nothing else needs the incoming gradient.
     return ops.LigerRMSNormFunction.apply(hidden_TD, norm.weight, norm.eps, 0.0, "llama", True)
 
 
@@ -112,30 +113,30 @@ def _ask(
     rotary: Rotary,
     asking_M: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do as `Attention.ask`; Liger turns queries and keys together, so where some positions ask, ours does it."""
+    """Replace `Attention.ask`; Liger rotates queries and keys together, so ours computes where only some ask."""
     if asking_M is not None:
         return ours(hidden_TD, rotary, asking_M)
     heads = (-1, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     query_THK, key_TGK, value_TGK = (project(hidden_TD).unflatten(-1, heads) for project in projections)
-    # It turns in place; copies, as selective recomputation keeps what the projections gave and would turn it twice.
+    # Liger rotates in place. Selective recomputation keeps the projections and would rotate them twice, hence copies.
     query_1HTK, key_1GTK = (x.clone()[None].transpose(1, 2) for x in (query_THK, key_TGK))
     half = attention.head_dim // 2
     cos_TK, sin_TK = rotary[0][:, 0, :half], rotary[1][:, 0, half:]
-    turned = ops.LigerRopeFunction.apply(query_1HTK, key_1GTK, cos_TK, sin_TK, None, 1, attention.head_dim)
-    return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0], value_TGK
+    rotated = ops.LigerRopeFunction.apply(query_1HTK, key_1GTK, cos_TK, sin_TK, None, 1, attention.head_dim)
+    return rotated[0].transpose(1, 2)[0], rotated[1].transpose(1, 2)[0], value_TGK
 
 
 def cut_cross_entropy(
     hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, weight_M: Tensor, entropy_M: Tensor | None = None
 ) -> Tensor:
-    """Do as `chunked_cross_entropy` without ever holding logits, in bf16 or fp16.
+    """Compute `chunked_cross_entropy` without ever holding logits, in bf16 or fp16.
 
     Gradients are added up in that type too, over blocks of 128 ids or rows (version 25.1.1): with 155,136 ids in bf16
     the gradient of the rows is 10 % off where ours is 0.3 % (docs/log.md).
 
-    Every gradient is computed: the library by default leaves out blocks of probabilities below 2^-12, which its paper
-    found to cost perplexity in pre-training, as rare tokens then learn nothing.
+    Every gradient is computed. By default the library leaves out blocks of probabilities below 2^-12; its paper found
+    that this costs perplexity in pre-training, because rare tokens then learn nothing.
     """
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
     device = hidden_MD.device.type
@@ -156,12 +157,12 @@ CROSS_ENTROPIES: dict[str, CrossEntropy] = {"chunked": chunked_cross_entropy, "c
 def use_fp8(model: IlladaForMaskedLM, device: torch.device, emulate: bool = False) -> None:
     """Let the linear layers of the blocks multiply in FP8, forward and backward; head and embedding stay as they are.
 
-    One scale for a tensor, found anew at every product; weights stay what they are, under the same names.
+    Each tensor has one scale, computed at every product. Weights keep their values, types and names.
 
     Args:
         model: changed in place, before its weights go into shards.
-        device: where it will compute.
-        emulate: round as FP8 does, on any device: for tests.
+        device: where the model will compute.
+        emulate: round as FP8 does, on any device, for tests.
 
     Raises:
         IlladaError: when torchao is missing, or the device or a width does not allow it.
@@ -170,17 +171,15 @@ def use_fp8(model: IlladaForMaskedLM, device: torch.device, emulate: bool = Fals
         raise IlladaError(
             "training.dtype fp8 needs a GPU of compute capability 8.9 or newer (H100, L40S, RTX 4090): take bf16"
         )
-    try:
+    with needs("fused", "training.dtype fp8"):
         float8 = import_module("torchao.float8")
-    except ImportError as error:
-        raise IlladaError("training.dtype fp8 needs torchao: pip install 'illada[fused]'") from error
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear) and any(width % FP8_WIDTHS for width in module.weight.shape):
             raise IlladaError(
                 f"training.dtype fp8 needs widths that are multiples of {FP8_WIDTHS}, but {name} is "
                 f"{module.out_features} x {module.in_features}: take bf16"
             )
-    # Padding, as the number of tokens is a width too: that of the product which gives the weights' gradient.
+    # Padding, because the number of tokens is a width too, in the product that gives the weights' gradient.
     config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     float8.convert_to_float8_training(model.model.layers, config=config)
 

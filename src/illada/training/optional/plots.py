@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from illada.errors import IlladaError
+from illada.errors import IlladaError, needs
 from illada.weights.runs import read_metrics
 
 
 def draw_run(run: str, output: str | None = None) -> Path:
-    """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; returns the picture's path.
+    """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; return the picture's path.
 
-    A causal model's run has no mask ratios, and its place stays empty.
+    The run of a causal model has no mask ratios, and their place stays empty.
 
     Raises:
         IlladaError: when the folder holds no metrics, or matplotlib is not installed.
@@ -19,10 +19,8 @@ def draw_run(run: str, output: str | None = None) -> Path:
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
-    try:
+    with needs("report", "a picture"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise IlladaError("pictures need matplotlib: pip install 'illada[report]'") from error
     figure = Figure(figsize=(11, 7), layout="constrained")
     ((loss, ratio), (norm, speed)) = figure.subplots(2, 2)
 
