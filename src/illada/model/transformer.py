@@ -205,7 +205,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2 * config.hidden_size) ** -0.5)
-            # The slice lacks the flag "already loaded" of the whole tensor, which transformers would look for.
+            # transformers looks for the flag "already loaded" on the slice, which has none: it is checked here.
             if config.pad_token_id is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[config.pad_token_id])
         elif isinstance(module, RMSNorm):
@@ -377,7 +377,3 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
         for weight_CD in self.lm_head.weight.tensor_split(pieces):
             yield first, F.linear(hidden_MD, weight_CD).float()
             first += len(weight_CD)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the LM head."""
-        return self.lm_head
