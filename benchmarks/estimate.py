@@ -24,7 +24,7 @@ from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
 from illada.data.shards import Shards, ShardWriter, write_index
 from illada.diffusion.loss import masked_loss
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.training.optional.estimate import _config, estimate
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe

@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance
 
 from illada.evaluation.harness import IlladaLM
 from illada.evaluation.journal import Journal
-from illada.scoring import score_layout
+from illada.scoring.layout import score_layout
 from illada.toy_tasks import held_out, library_choices
 
 

@@ -21,7 +21,8 @@ from illada.data.collate import Batch, noisy_batches
 from illada.data.prefetch import Prefetch
 from illada.data.shards import Shards, ShardWriter, write_index
 from illada.diffusion.loss import masked_loss
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 
 VOCABULARY, WINDOW, STEP, PASS = 8192, 256, 16, 8
 

@@ -15,7 +15,7 @@ import torch
 from illada import rng
 from illada.diffusion.loss import masked_loss
 from illada.diffusion.noise import masking_probability
-from illada.model import Packing
+from illada.model.attention import Packing
 from illada.toy_tasks import standard_library
 from illada.weights.load import load_model
 

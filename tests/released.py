@@ -1,7 +1,7 @@
 """Write model folders as the authors released them: configurations, tokenizer files, shards and their index.
 
-Independent of the package's own reading and writing: names and fields are spelled out here a second time, after spec §1
-and §8. `benchmarks/full_size.py` uses it at the size of 8B.
+This module does not use the package's own reading and writing: it spells names and fields out a second time, after spec
+§1 and §8. `benchmarks/full_size.py` uses it at the size of 8B.
 """
 
 import json
@@ -25,7 +25,7 @@ LLADA_SPECIAL = [
     "<|eot_id|>",
 ]
 
-# It refuses a system role, as spec §1 warns.
+# This template refuses a system role, as spec §1 warns.
 ILLADA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -33,7 +33,7 @@ ILLADA_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<role>assistant</role>' }}{% endif %}"
 )
-# It opens the assistant's turn whether asked to or not.
+# This template opens the assistant's turn whether asked to or not.
 LLADA_TEMPLATE = (
     "{% for message in messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim"
@@ -79,7 +79,7 @@ def illada_config(vocab: int, width: int, inner: int, layers: int, heads: int, k
 
 
 def llada_config(vocab: int, width: int, inner: int, layers: int, heads: int, kv_heads: int, context: int) -> dict:
-    """config.json of LLaDA-8B and LLaDA-1.5; special ids are those at the end of the vocabulary."""
+    """config.json of LLaDA-8B and LLaDA-1.5; the special ids are the last of the vocabulary."""
     return {
         "activation_type": "silu",
         "alibi": False,

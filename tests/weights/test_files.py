@@ -60,7 +60,7 @@ def test_a_pickle_is_not_read(saved, tmp_path):
     with pytest.raises(IlladaError, match=r"there is pytorch_model\.bin; only safetensors are read"):
         load_model(str(tmp_path))
     for loader in (AutoModel, AutoModelForMaskedLM, IlladaForMaskedLM, IlladaModel):
-        with pytest.raises(OSError, match="no file named model.safetensors"):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             loader.from_pretrained(tmp_path)
 
 

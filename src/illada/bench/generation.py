@@ -19,7 +19,8 @@ from illada.devices import DTYPES, choose_device
 from illada.errors import IlladaError, needs
 from illada.files import read_lines
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
 from illada.rng import bits, uniform_int
 from illada.text.chat import encode_prompt

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from illada.bench.samplers import Answer, Prompts, Sampler
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from illada.errors import IlladaError
 from illada.generation.engine import StepEvent, generate
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 
 EXACT = "1 token"
 PLAIN = "plain loop"

@@ -15,7 +15,7 @@ from illada.bench.options import MIXES, BenchServeOptions, Mix
 from illada.bench.samplers import PLAIN, Sampler, plain_sampler
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
 from illada.rng import shuffled_index, uniform_int
 from illada.text.chat import encode_prompt

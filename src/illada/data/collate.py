@@ -15,7 +15,7 @@ from torch import Tensor
 from illada.data.batches import Rule, Segment, read_segments
 from illada.data.shards import Shards
 from illada.diffusion.noise import masked_positions, masking_probability, stratified_times
-from illada.model import Packing
+from illada.model.attention import Packing
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from illada.errors import IlladaError, first_line, needs
 from illada.evaluation.journal import Entry, Journal, fingerprint, request_key
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
-from illada.scoring import confidence_scores, likelihood_scores, score_layout
+from illada.scoring.confidence import confidence_scores
+from illada.scoring.likelihood import likelihood_scores
+from illada.scoring.layout import score_layout
 from illada.scoring.layout import Pair
 from illada.text.chat import without_system
 from illada.text.prompts import encode_plain

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit
-from illada.model import IlladaConfig, KVCache, PagePool
+from illada.model.config import IlladaConfig
+from illada.model.kv_cache import KVCache, PagePool
 
 
 class Proposals(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illada import rng
 from illada.generation.request import Request
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 
 GUMBEL = 16
 """Stream of sampling; the streams of training lie below 16."""

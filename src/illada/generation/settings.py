@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from illada.errors import IlladaError
 
 if TYPE_CHECKING:
-    from illada.model import IlladaForMaskedLM
+    from illada.model.transformer import IlladaForMaskedLM
 
 MOST = 1e6
 """Largest temperature, guidance, boost and penalty."""

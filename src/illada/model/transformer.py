@@ -208,7 +208,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2 * config.hidden_size) ** -0.5)
-            # The slice lacks the flag "already loaded" of the whole tensor, which transformers would look for.
+            # transformers looks for the flag "already loaded" on the slice, which has none: it is checked here.
             if config.pad_token_id is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[config.pad_token_id])
         elif isinstance(module, RMSNorm):
@@ -381,12 +381,8 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
             yield first, F.linear(hidden_MD, weight_CD).float()
             first += len(weight_CD)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the LM head."""
-        return self.lm_head
 
-
-# Every class gives the model with its head, as the released folders' auto_map does: scripts written for them expect
-# logits of AutoModel. The trunk alone is IlladaModel.
+# Every class gives the model with its head, as the auto_map of the released folders does: scripts written for these
+# folders expect logits from AutoModel. The trunk alone is IlladaModel.
 for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
     auto.register(IlladaConfig, IlladaForMaskedLM, exist_ok=True)

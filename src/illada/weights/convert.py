@@ -1,9 +1,9 @@
-"""`illada convert`: a starting point for training out of a causal llama-like checkpoint.
+"""`illada convert`: make a starting point for training out of a causal llama-like checkpoint.
 
-An extra: the paper trains from random weights; starting from a causal model is what others do. Every shared weight is
-kept bit for bit. What changes is attention (it sees both ways) and what a position predicts (itself, not the next one).
+This is an extra: others start from a causal model, the paper from random weights. Every shared weight is kept bit for
+bit. Two things change: attention sees both ways, and a position predicts itself instead of the next token.
 
-Shape letters: V vocabulary · D width.
+Shape letters: V vocabulary · C a piece of it · D width.
 """
 
 import functools
@@ -22,6 +22,7 @@ from illada.errors import IlladaError, first_line
 from illada.files import read_json
 from illada.model import IlladaConfig, IlladaForMaskedLM
 from illada.model.released import FAMILY_IDS, MASK_TOKENS
+from illada.model.transformer import misfits
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.card import converted_card
 from illada.weights.load import check_shards, complete_ids
@@ -30,8 +31,10 @@ from illada.weights.runs import model_folder
 from illada.weights.save import check_output, torch_dtype, write_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose network can be ours; what a checkpoint of them has besides is refused."""
+"""Model types whose network can be ours; a checkpoint with anything beyond it is refused."""
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPARE = re.compile("reserved|unused", re.IGNORECASE)
 _NOT_A_MODEL = (
@@ -42,11 +45,14 @@ _NOT_A_MODEL = (
 
 @dataclass(frozen=True)
 class _Mask:
+    """The mask token of a converted model."""
+
     token: str
     id: int
-    fresh: bool
-    """Whether its row was never trained, so that it gets the mean of the others."""
+    is_untrained: bool
+    """Whether its row was never trained, so that the row becomes the mean of the others."""
     origin: str
+    """Where the token comes from, in words."""
 
 
 def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype, max_shard_size: str) -> str:
@@ -55,9 +61,9 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     Args:
         source: model folder or hub name.
         output: folder to make.
-        mask_token: what stands for a masked token. None: the tokenizer's own, else an unused reserved special token,
+        mask_token: the token to use as mask. None takes the tokenizer's own, else an unused reserved special token,
             else a new one. A token without a trained row starts as the mean of the others (ours).
-        dtype: of the weights written; auto keeps the checkpoint's own, bit for bit.
+        dtype: type of the weights written; auto keeps the checkpoint's own, bit for bit.
         max_shard_size: largest file of weights, as "5GB".
 
     Raises:
@@ -67,8 +73,8 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
     if mask_token is not None and not mask_token.strip():
         raise IlladaError("mask_token is empty: name a token, for instance '<[MASK]>'")
     folder = model_folder(source)
-    shape, values = _shape(folder)
-    tensors = _tensors(folder, shape)
+    shape, values = _read_shape(folder)
+    tensors = _read_tensors(folder, shape)
     tokenizer = load_tokenizer(folder)
     rows, known = shape["vocab_size"], len(tokenizer)
     if known > rows:
@@ -76,41 +82,30 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
             f"the tokenizer in {folder} has {known} tokens but the model only {rows}: it belongs to another model"
         )
     ids = _special_ids(values, tokenizer)
-    mask = _mask(tokenizer, mask_token, ids)
+    mask = _choose_mask(tokenizer, mask_token, ids)
     shape["vocab_size"] = max(rows, mask.id + 1)
     config = IlladaConfig(**shape, **ids, mask_token_id=mask.id)
     complete_ids(config, folder, tokenizer)
-    if mask.fresh:
-        for name in (_EMBEDDING, _HEAD):
-            if name in tensors:
-                tensors[name] = _with_mask(tensors[name], mask.id, known)
+    if mask.is_untrained:
+        for name in {_EMBEDDING, _HEAD} & tensors.keys():
+            tensors[name] = _set_mask_row(tensors[name], mask.id, known)
     kind = torch_dtype(dtype, functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}))
-    lines = [
+    summary = (
         f"{source}: a {values['model_type']} of {sum(tensor.numel() for tensor in tensors.values()):,} parameters; "
         f"masks are {mask.token!r} (id {mask.id}, {mask.origin}"
-        + (", its row the mean of the others)" if mask.fresh else ")")
-    ]
-    if shape["vocab_size"] > rows:
-        lines[0] += f"; the vocabulary grew from {rows:,} to {shape['vocab_size']:,}"
-    write_model(
-        target,
-        folder,
-        config,
-        tensors,
-        kind,
-        converted_card(source, lines[0], _NOT_A_MODEL),
-        "illada",
-        max_shard_size,
-        tokenizer,
+        + (", its row the mean of the others)" if mask.is_untrained else ")")
     )
-    lines.append(
-        f"written to {output}: {_NOT_A_MODEL}. Next: illada prepare TEXTS --tokenizer {output} --output DATA; "
-        f"illada pretrain --model.start {output} --data.train DATA --output RUN"
+    if config.vocab_size > rows:
+        summary += f"; the vocabulary grew from {rows:,} to {config.vocab_size:,}"
+    card = converted_card(source, summary, _NOT_A_MODEL)
+    write_model(target, folder, config, tensors, kind, card, "illada", max_shard_size, tokenizer)
+    return (
+        f"{summary}\nwritten to {output}: {_NOT_A_MODEL}. Next: illada prepare TEXTS --tokenizer {output} --output "
+        f"DATA; illada pretrain --model.start {output} --data.train DATA --output RUN"
     )
-    return "\n".join(lines)
 
 
-def _shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the sizes as arguments of `IlladaConfig`, and the contents of config.json."""
     path = folder / "config.json"
     values = read_json(path)
@@ -128,106 +123,93 @@ def _shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
     rope = config.rope_parameters or {}
     scaled = rope.get("rope_type", "default") != "default" or rope.get("factor", 1.0) != 1.0
-    turned = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+    rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
     window = getattr(config, "sliding_window", None)
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         window = window or "some layers"
-    lacks = {
+    extras = {
         f"rotary embedding scaled ({rope.get('rope_type')})": scaled,
-        f"rotary embedding on a part of each head ({turned})": turned != 1.0,
+        f"rotary embedding on a part of each head ({rotated})": rotated != 1.0,
         f"a sliding attention window ({window})": window is not None,
         "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
         f"activation {config.hidden_act}": config.hidden_act != "silu",
     }
-    if found := [what for what, there in lacks.items() if there]:
-        raise IlladaError(f"{folder} has {' and '.join(found)}: this network has not, so it cannot be converted")
+    if names := [name for name, is_there in extras.items() if is_there]:
+        raise IlladaError(f"{folder} has {' and '.join(names)}: this network has not, so it cannot be converted")
     same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
         max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings"""
     sizes = {name: getattr(config, name) for name in same.split()}
     return {**sizes, "head_dim": getattr(config, "head_dim", None) or 0, "rope_theta": rope["rope_theta"]}, values
 
 
-def _tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return all weights, still on disk, in the order of our network.
 
     Raises:
-        IlladaError: naming those that do not fit.
+        IlladaError: when tensors do not fit, naming them.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in check_shards(folder):
-        found |= load_file(file)
+        tensors |= load_file(file)
     # Old checkpoints hold the rotary frequencies too, which follow from rope_theta.
-    found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    parts = {
-        "biases": [name for name in found if name.endswith(".bias")],
-        "norms of queries and keys": [name for name in found if re.search(r"\.[qk]_norm\.", name)],
-        "quantised weights": [name for name, tensor in found.items() if tensor.dtype not in _FLOATS],
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    extras = {
+        "biases": [name for name in tensors if name.endswith(".bias")],
+        "norms of queries and keys": [name for name in tensors if re.search(r"\.[qk]_norm\.", name)],
+        "quantised weights": [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS],
     }
-    for what, names in parts.items():
+    for what, names in extras.items():
         if names:
             raise IlladaError(f"{folder} has {what} ({names[0]}, …): this network has not, so it cannot be converted")
     with torch.device("meta"):
-        wanted = IlladaForMaskedLM(IlladaConfig(**shape, **dict.fromkeys(_ID_NAMES), mask_token_id=0)).state_dict()
+        places = IlladaForMaskedLM(IlladaConfig(**shape, **dict.fromkeys(_ID_NAMES), mask_token_id=0)).state_dict()
     if shape["tie_word_embeddings"]:
-        del wanted[_HEAD]
-        head = found.pop(_HEAD, None)
-        if head is not None and _EMBEDDING in found and not torch.equal(head, found[_EMBEDDING]):
+        del places[_HEAD]
+        head = tensors.pop(_HEAD, None)
+        if head is not None and _EMBEDDING in tensors and not torch.equal(head, tensors[_EMBEDDING]):
             raise IlladaError(f"{folder} ties its head to the embedding, but {_HEAD} differs: config.json is wrong")
-    odd = [f"{name} is missing" for name in wanted if name not in found]
-    odd += [f"{name} is not part of the model" for name in found if name not in wanted]
-    odd += [
-        f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if odd:
+    if odd := misfits(tensors, places, stray="is not part of the model"):
         listed = "; ".join(odd[:5]) + ("; …" if len(odd) > 5 else "")
         raise IlladaError(f"the weights in {folder} do not fit its config.json ({len(odd)} tensors): {listed}")
-    return {name: found[name] for name in wanted}
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: tensors[name] for name in places}
 
 
 def _special_ids(values: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return bos, eos and pad as config.json has them, else the tokenizer; `complete_ids` adds further ends."""
+    """Return bos, eos and pad from config.json, else from the tokenizer; `complete_ids` adds further ends."""
     ids = {name: values.get(name) for name in _ID_NAMES}
     # Llama's first files have -1 for "none".
     return {name: getattr(tokenizer, name) if i is None else None if i == -1 else i for name, i in ids.items()}
 
 
-def _mask(tokenizer: Any, asked: str | None, ids: Mapping[str, Any]) -> _Mask:
-    """Choose the mask token, and make it the tokenizer's."""
-    known, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+def _choose_mask(tokenizer: Any, token: str | None, ids: Mapping[str, Any]) -> _Mask:
+    """Choose the mask token (see `convert_model`), and declare it to the tokenizer."""
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     for value in ids.values():
         taken |= set(value) if isinstance(value, list) else {value}
     template = str(tokenizer.chat_template or "")
     spare = [
-        token.content
-        for number, token in sorted(added.items())
-        if token.special and number not in taken and _SPARE.search(token.content) and token.content not in template
+        entry.content
+        for token_id, entry in sorted(added.items())
+        if entry.special and token_id not in taken and _SPARE.search(entry.content) and entry.content not in template
     ]
-    named = next((token for token in MASK_TOKENS if token in known), None)
-    if asked is None:
-        asked = tokenizer.mask_token or named
-    if asked is None and spare:
+    token = token or tokenizer.mask_token or next((name for name in MASK_TOKENS if name in vocabulary), None)
+    if token is None and spare:
         token, origin = spare[0], "a reserved token of the tokenizer that nothing uses"
-    elif asked in known:
-        token, origin = asked, "in the tokenizer already"
-        if known[token] in taken or not (known[token] in added and added[known[token]].special):
-            raise IlladaError(f"mask_token {token!r} means something else to this tokenizer: choose another")
+    elif token is None or token not in vocabulary:
+        token, origin = token or MASK_TOKENS[0], "added to the tokenizer"
     else:
-        token, origin = asked or MASK_TOKENS[0], "added to the tokenizer"
+        origin, number = "in the tokenizer already", vocabulary[token]
+        if number in taken or number not in added or not added[number].special:
+            raise IlladaError(f"mask_token {token!r} means something else to this tokenizer: choose another")
     tokenizer.add_special_tokens({"mask_token": token})
-    return _Mask(token, tokenizer.mask_token_id, token not in known or token in spare, origin)
+    return _Mask(token, tokenizer.mask_token_id, token not in vocabulary or token in spare, origin)
 
 
-def _with_mask(rows_VD: Tensor, mask_id: int, known: int) -> Tensor:
-    """Return the rows, more of them if it takes, with that of the mask as the mean of the tokenizer's `known` rows."""
+def _set_mask_row(rows_VD: Tensor, mask_id: int, known: int) -> Tensor:
+    """Return the rows, with new ones where needed, and the mean of the tokenizer's `known` rows as the mask's row."""
     total_D = torch.zeros(rows_VD.shape[1], dtype=torch.float64)
-    for part_CD in rows_VD[:known].split(4096):  # the whole in float64 would be large
+    for part_CD in rows_VD[:known].split(4096):  # all rows in float64 would need much memory
         total_D += part_CD.sum(0, dtype=torch.float64)
     if mask_id < known:
         total_D, known = total_D - rows_VD[mask_id], known - 1
