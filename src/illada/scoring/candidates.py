@@ -27,16 +27,8 @@ def score_candidates(
     """Return the scores of each item's candidates in nats; all candidates of all items advance together.
 
     In the chat layout a candidate answers the context, a user's question; otherwise it continues the context (spec §6).
-    One EOS follows the candidate in both.
-
-    Args:
-        model: the network.
-        tokenizer: of the model.
-        items: what to score.
-        method: "confidence" or "likelihood".
-        samples: of the likelihood.
-        seed: of the likelihood.
-        chat: whether to use the chat layout.
+    One EOS follows the candidate in both. `method` is "confidence" or "likelihood", and only the latter looks at
+    `samples` and `seed`.
     """
     pairs: list[Pair] = []
     right: Sequence[int] = ()

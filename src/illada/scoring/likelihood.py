@@ -86,5 +86,6 @@ def likelihood_scores(
     for i in order:
         length = candidates[i].length
         own = islice(log_probs, len(masks[length]))
-        scores[i] = float(np.mean([length / len(log_p_M) * log_p_M.sum() for log_p_M in own]))
+        terms = [length / len(log_p_M) * float(log_p_M.sum()) for log_p_M in own]
+        scores[i] = sum(terms) / len(terms)
     return scores
