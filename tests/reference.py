@@ -1,7 +1,7 @@
 """The paper's equations written plainly and slowly: the oracle of every fast path.
 
-One row at a time, no packing, no chunks; a model is anything with `model(input_ids [1, L]).logits` and a
-`config`. Random numbers come from plain-integer SplitMix64, so they too are checked against the vectorised ones.
+They take one sequence at a time and neither pack nor chunk. A model is anything with `model(input_ids [1, L]).logits`
+and a `config`. Random numbers come from SplitMix64 in plain integers, which checks the vectorised ones too.
 """
 
 import math
@@ -33,9 +33,9 @@ def logits_of(model, ids):
 
 @torch.no_grad()
 def logits_with_past(model, ids, start, past):
-    """Logits of positions start…, whose layers attend to keys and values before `start` as `past` has them.
+    """Return the logits of the positions from `start` on; they attend to the old keys and values of those before it.
 
-    `past` is a list of (keys, values) for each layer, and is brought up to date.
+    `past` is a list of (keys, values), one for each layer; the new ones are written into it.
     """
     config, trunk = model.config, model.model
     group = config.num_attention_heads // config.num_key_value_heads
@@ -66,7 +66,7 @@ def logits_with_past(model, ids, start, past):
 
 
 def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
-    """Eq. 1 in nats per token. One t per segment; token i is masked when its uniform number is below p."""
+    """Return Eq. 1 in nats per token. A segment has one t; token i is masked when its uniform number is below p."""
     total, start = 0.0, 0
     for length, t in zip(lengths, times, strict=True):
         p = (1 - epsilon) * t + epsilon
@@ -84,7 +84,10 @@ def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
 
 
 def reference_generate(model, prompt, settings, think=()):
-    """Spec §5 for one prompt without stop strings; returns (ids, finish reason, forwards, log-probabilities)."""
+    """Answer one prompt as spec §5 says, without stop strings.
+
+    Returns (ids, finish reason, forwards, log-probabilities).
+    """
     s, mask, block = settings, model.config.mask_token_id, settings.block_length
     budget = min(s.max_new_tokens, model.config.max_position_embeddings - len(prompt)) // block * block
     steps = s.steps_per_block or block
@@ -102,8 +105,9 @@ def reference_generate(model, prompt, settings, think=()):
             if s.cache == "none":
                 first = 0
             else:
-                # Everything in the first pass of a block ("prefix"), of the answer, or after a doubt ("adaptive"); the
-                # finished block once more in the first pass of the next; else what begins with the active block.
+                # A pass computes everything if it is the first of a block ("prefix") or of the answer, or follows a
+                # doubt ("adaptive"); the finished block once more if it is the first of the next block; otherwise the
+                # positions from the active block on.
                 first = len(prompt) + start
                 if block_step == 0:
                     first = 0 if s.cache == "prefix" or start == 0 else first - block
@@ -172,7 +176,7 @@ def reference_generate(model, prompt, settings, think=()):
             doubt = s.cache == "adaptive" and min(confidence[i] for i in ranked[:count]) < s.refresh_below
             block_step += 1
             answer_step += 1
-            # Once all before an EOS is known, the rest of the block changes nothing: only passes up to here count.
+            # Once every token before an EOS is known, the rest of the block changes nothing: later passes do not count.
             if needed is None and any(answer[i] in s.eos_ids and None not in answer[:i] for i in positions):
                 needed = forwards
         for i in positions:
@@ -182,7 +186,7 @@ def reference_generate(model, prompt, settings, think=()):
 
 
 def reference_kept(logits, top_k, top_p):
-    """The ids left to draw from: the k best and those tied with them, of these what less than top_p outranks."""
+    """Return the ids left to draw from: the k best and those tied with them, if better ids have less than top_p."""
     best = sorted(logits.tolist(), reverse=True)[:top_k]
     weights = [math.exp(x - best[0]) for x in best]
     if top_p < 1:
@@ -191,9 +195,9 @@ def reference_kept(logits, top_k, top_p):
 
 
 def reference_infill(model, template, settings):
-    """Fill slots (None) greedily: one a forward, so many in so many steps, or all above the threshold.
+    """Fill slots (None) greedily: one a forward pass, evenly many in a number of steps, or all above the threshold.
 
-    Returns (ids, forwards); guidance is against a template with all that is fixed masked.
+    Returns (ids, forwards); guidance is against a template whose fixed tokens are masked.
     """
     mask, filled, forwards, step = model.config.mask_token_id, list(template), 0, 0
     slots = [i for i, x in enumerate(template) if x is None]
@@ -223,7 +227,7 @@ def reference_infill(model, template, settings):
 
 
 def reference_causal_loss(model, ids, lengths):
-    """Next-token loss in nats per predicted token; every segment on its own."""
+    """Return the next-token loss in nats per predicted token; segments do not see each other."""
     terms, start = [], 0
     for length in lengths:
         segment = ids[start : start + length]
@@ -234,13 +238,13 @@ def reference_causal_loss(model, ids, lengths):
 
 
 def reference_causal_score(model, context, candidate):
-    """log p(candidate | context), and whether every token of it is the most probable one."""
+    """Return log p(candidate | context), and whether each of its tokens is the most probable one."""
     log_p = logits_of(model, [*context, *candidate]).log_softmax(-1)[len(context) - 1 : -1]
     return sum(float(row[x]) for row, x in zip(log_p, candidate, strict=True)), log_p.argmax(-1).tolist() == candidate
 
 
 def reference_causal_generate(model, prompt, settings):
-    """A token at a time, each from a forward pass over all before it; without EOS. Returns (ids, log-probabilities)."""
+    """Answer without EOS, each token from a forward pass over all before it. Returns (ids, log-probabilities)."""
     ids, log_probs = [], []
     for i in range(settings.max_new_tokens):
         logits = logits_of(model, [*prompt, *ids])[-1]
@@ -261,7 +265,7 @@ def contains(answer, sequence):
 
 
 def reference_confidence_score(model, context, candidate, right_context=()):
-    """Paper Eq. 2."""
+    """Return S of paper Eq. 2 in nats."""
     mask, score = model.config.mask_token_id, 0.0
     masked = list(range(len(candidate)))
     while masked:
@@ -275,7 +279,7 @@ def reference_confidence_score(model, context, candidate, right_context=()):
 
 
 def reference_likelihood_score(model, context, candidate, masks, right_context=()):
-    """LLaDA Eq. 6 for given masks: one list of masked candidate positions per sample."""
+    """Return LLaDA Eq. 6 for known masks: one list of masked candidate positions per sample."""
     mask, total = model.config.mask_token_id, 0.0
     for masked in masks:
         seen = [mask if i in masked else x for i, x in enumerate(candidate)]

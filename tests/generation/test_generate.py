@@ -836,7 +836,7 @@ def test_a_request_that_waits_may_be_cancelled(tied):
     for prompt in ([9], [6], [8], [7]):
         engine.submit(prompt, SMALL)
     ended = engine.step()
-    assert [row.index for row in engine.running] == [0, 1]
+    assert [request.index for request in engine.running] == [0, 1]
     engine.cancel(2)
     while engine.busy:
         ended |= engine.step()
@@ -851,7 +851,7 @@ def test_the_memory_of_caches_is_bounded(tied):
     most = 0
     while engine.busy:
         engine.step()
-        most = max(most, len([row for row in engine.running if row.pasts]))
+        most = max(most, len([request for request in engine.running if request.pasts]))
     assert most == 2
     # All pages are given back, those of drafts and of cancelled requests too.
     for _ in range(3):
@@ -1009,8 +1009,8 @@ def test_only_watched_requests_tell_their_steps(tied):
     engine = Engine(tied, on_step=lambda event: seen.append(event.row))
     settings = GenerationSettings(4, 4, eos_token_id=None)
     for watched in (True, False):
-        row = engine.request([9, 8], settings)
-        row.watched = watched
-        engine.enter(row)
+        request = engine.request([9, 8], settings)
+        request.watched = watched
+        engine.enter(request)
     assert len(engine.run()) == 2
     assert seen == [0] * 4

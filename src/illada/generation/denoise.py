@@ -54,10 +54,8 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
     # Float bits as integers, so that one copy brings everything to the host.
     table = torch.stack((id_M.int(), log_prob_M.view(torch.int32), score_M.view(torch.int32))).cpu().numpy()
     ends = np.cumsum([len(position_M) for position_M in open_positions])[:-1]
-    results = {
-        i: Proposals(position_M, ids.astype(np.int64), log_probs.view(np.float32), scores.view(np.float32))
-        for i, position_M, (ids, log_probs, scores) in zip(
-            order, open_positions, np.split(table, ends, axis=1), strict=True
-        )
-    }
-    return [results[i] for i in range(len(rows))]
+    proposals = [
+        Proposals(position_M, ids.astype(np.int64), log_probs.view(np.float32), scores.view(np.float32))
+        for position_M, (ids, log_probs, scores) in zip(open_positions, np.split(table, ends, axis=1), strict=True)
+    ]
+    return [proposals[place] for place in np.argsort(order)]

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """A text, a chat, or token ids."""
 
 
-class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer; those of transformers have it."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text."""
-        ...
-
-    def decode(self, ids: list[int], /) -> str:
-        """Return the text of ids, special tokens included."""
-        ...
-
-
 @dataclass(frozen=True)
 class Generation:
     """One answer."""
@@ -51,7 +39,7 @@ class Generation:
     under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
     did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step are not
     conditioned on each other, so their sum is no likelihood of the answer: `illada.scoring` has likelihoods. For a
-    causal model the sum is one."""
+    causal model it is the log-likelihood."""
     text: str | None = None
     """The decoded ids, cut before the stop string; None without a tokenizer. An answer that ends at an end-of-sequence
     token does not show that token; other special tokens stand in the text."""
@@ -82,7 +70,7 @@ def generate(
     model: IlladaForMaskedLM,
     prompts: Sequence[Prompt],
     settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Any | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
@@ -98,7 +86,7 @@ def generate(
             empty list of ids generates unconditionally (not from a causal model).
         settings: for all prompts, or one per prompt; taken as they are, `eos_token_id` included (`settings_for` puts
             the model's in). Without any, the defaults with the model's own end-of-sequence ids.
-        tokenizer: needed for texts and chats (then one of transformers), stop strings, the `</think>` boost and
+        tokenizer: one of transformers; needed for texts and chats, stop strings, the `</think>` boost and
             `Generation.text`.
         on_step: called once per request and step, after the commit.
         max_batch_tokens: most positions of one forward pass, see `Engine`.
@@ -123,7 +111,7 @@ def infill(
     model: IlladaForMaskedLM,
     templates: Sequence[Sequence[int | None]],
     settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Any | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[Generation]:
@@ -178,7 +166,7 @@ class Engine:
     def __init__(
         self,
         model: IlladaForMaskedLM,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any | None = None,
         on_step: Callable[[StepEvent], None] | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_logits: int = 2**24,
@@ -341,7 +329,7 @@ def _with_settings(
     return list(zip(inputs, settings, strict=True))
 
 
-def _encode(prompt: Any, tokenizer: Tokenizer | None, name: str) -> Sequence[int]:
+def _encode(prompt: Any, tokenizer: Any | None, name: str) -> Sequence[int]:
     """Return the ids of a text or of a chat, and anything else as it is: the engine checks that it is ids."""
     is_chat = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
     if not is_chat and not isinstance(prompt, str):
@@ -353,7 +341,7 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, name: str) -> Sequence[int
     return encode_prompt(tokenizer, prompt, name) if is_chat else encode_plain(tokenizer, prompt)
 
 
-def _finish(request: Request, tokenizer: Tokenizer | None) -> Generation | None:
+def _finish(request: Request, tokenizer: Any | None) -> Generation | None:
     """Return the answer if it ends with the finished block: at an end-of-sequence id, a stop string or the budget."""
     # Earlier blocks were searched when they were finished.
     ends = np.flatnonzero(np.isin(request.ids_G[request.block : request.block_end], request.settings.eos_ids))

@@ -16,42 +16,42 @@ MOST = 1e6
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Settings of one request (spec §5; paper's variable-length decoding unless changed).
+    """Settings of one request (spec §5); the defaults are the paper's variable-length decoding.
 
     Fixed-length generation, as the paper uses for HumanEval, is one block: block_length equal to max_new_tokens. A
-    causal model generates one token after the other; what `OF_DIFFUSION` names must then keep its default.
+    causal model generates one token after the other; for it the settings in `OF_DIFFUSION` must keep their defaults.
 
     Args:
         max_new_tokens: most tokens to generate; cut to what the context leaves and rounded down to whole blocks.
         block_length: masks appended at a time (paper: 32 mostly).
         steps_per_block: forward passes per block, none for one token a pass; fewer commit several tokens at once.
         temperature: of Gumbel-max sampling; 0 takes the most probable token.
-        top_k: draw from this many most probable tokens only, and those tied with the last; none for all. Needs a
+        top_k: draw from this many most probable tokens only, and from those tied with the last; none for all. Needs a
             temperature above 0, like top_p.
-        top_p: draw only from tokens that less than this probability outranks, counted at the temperature and within
-            the top_k; 1 for all.
+        top_p: draw a token only if the more probable tokens together have less than this probability, counted at the
+            temperature and within the top_k; 1 for all.
         repetition_penalty: divides the positive logits of every id in the prompt and among the committed tokens and
             multiplies the negative ones; 1 for none, above 1 against repetition.
         seed: of sampling and of random remasking; the answer depends on it and on the prompt, never on the batch.
         eos_token_id: id or ids that end the answer; none to go on to the full length.
         stop: strings that end the answer; they need a tokenizer.
-        remasking: which tokens steps_per_block commits first: "low_confidence" the most probable; "margin" those of the
-            positions whose best id leads the second by the most probability (arXiv:2502.06768); "random" random ones
-            (LLaDA's baseline).
+        remasking: which tokens steps_per_block commits first: "low_confidence" the most probable; "margin" those at
+            the positions whose best id leads the second by the most probability (arXiv:2502.06768); "random" random
+            ones (LLaDA's baseline).
         guidance_scale: w of classifier-free guidance against a masked prompt; 0 for none, otherwise twice the work.
         threshold: commit every token of at least this probability, and always the most probable one, instead of
             steps_per_block: faster, and not the paper's decoding.
-        entropy_bound: commit the positions of least entropy, as many as keep the sum of their entropies less the
-            largest of them within this many nats, instead of steps_per_block: a bound on what choosing them at once
-            can cost (EB-sampler, arXiv:2505.24857).
+        entropy_bound: commit the positions of least entropy instead of steps_per_block: as many as keep the sum of
+            their entropies, less the largest of them, within this many nats. It bounds what choosing them at once can
+            cost (EB-sampler, arXiv:2505.24857).
         later_masks: keep the masks of all later blocks in view from the start: LLaDA's semi-autoregressive form.
         think_boost: logit added, rising along the answer, to the next id of `</think>` until it is written; 0 for none
             (authors' evaluation code: 100). Needs a tokenizer.
         think_boost_power: exponent of that rise (authors' evaluation code: 3; HumanEval 1).
         cache: "none": every pass sees all tokens afresh, which is exact. The others keep keys and values of the tokens
             before the active block, which is faster and not the paper's decoding: "prefix" renews them in the first
-            pass of every block; "frozen" computes those of a finished block once more, together with the first pass of
-            the next, and never again; "adaptive" is "frozen" and renews all of them after a doubtful step.
+            pass of every block; "frozen" computes a finished block once more, together with the first pass of the next
+            block, and never again; "adaptive" is "frozen" and renews everything after a doubtful step.
         refresh_below: the adaptive cache is renewed after a step that committed a token of less than this probability.
         speculate: compute up to this many expected future steps together with each step, and take those whose state
             really came about: fewer passes, more positions, the same tokens. At a high temperature few come about.
@@ -135,12 +135,12 @@ class GenerationSettings:
             raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
 
     def left_to_right(self) -> "GenerationSettings":
-        """Return the settings under which a step of the same engine is the next token of a causal model.
+        """Return the settings under which one step of the engine adds the next token of a causal model.
 
-        Keys and values of all tokens before it are kept, which is exact there.
+        The keys and values of all tokens before it are kept, which is exact in a causal model.
 
         Raises:
-            IlladaError: when a setting is changed that means something for masked diffusion only.
+            IlladaError: when a setting was changed that is about masks.
         """
         refuse_masks(vars(self))
         return replace(self, block_length=1, cache="frozen")
@@ -169,12 +169,12 @@ OF_DIFFUSION = (
 
 
 def refuse_masks(values: Mapping[str, Any]) -> None:
-    """Check that settings for a causal model, some or all, leave those about masks alone.
+    """Check settings by name for a causal model: those about masks must keep their defaults.
 
     Raises:
         IlladaError: when they do not.
     """
-    fixed = {"block_length": 1, "cache": "frozen"}  # what `left_to_right` makes of them
+    fixed = {"block_length": 1, "cache": "frozen"}  # `left_to_right` sets these
     defaults = {name: getattr(GenerationSettings, name) for name in OF_DIFFUSION if name in values}
     changed = [name for name, default in defaults.items() if values[name] not in (default, fixed.get(name, default))]
     if changed:

@@ -15,7 +15,7 @@ REMASK = 17
 
 
 def quota(slots: int, steps: int, step: int) -> int:
-    """Return how many positions step `step` of `steps` commits: spread evenly, the remainder over the first steps."""
+    """Return how many positions step `step` of `steps` commits: an even share, and the first steps the remainder."""
     return slots // steps + (step < slots % steps)
 
 
@@ -27,22 +27,22 @@ def positions_to_commit(
     block_step: int,
     answer_step: int,
 ) -> NDArray[np.intp]:
-    """Return indices [K] into the M masked positions, K >= 1; equal ones go to the left-most.
+    """Return indices [K] of the masked positions to commit, K >= 1; of equal scores the left-most counts.
 
     Args:
-        settings: of the row.
-        score_M: what the row's rule looks at: probability of each position's proposal; its margin or its entropy in
-            nats where the rule is that.
-        position_M: position in the answer, the key of random remasking.
+        settings: of the request.
+        score_M: what its rule looks at: the probability of each position's proposal, or its margin, or its entropy in
+            nats.
+        position_M: positions in the answer, a key of random remasking.
         slots: how many positions of the block were masked at its start.
-        block_step: steps this block has had.
-        answer_step: steps the answer has had, the key of random remasking.
+        block_step: how many steps the block has had.
+        answer_step: how many steps the answer has had, a key of random remasking.
     """
     if settings.threshold is not None:
         above_K = np.flatnonzero(score_M >= settings.threshold)
         return above_K if above_K.size else np.argmax(score_M, keepdims=True)
     if settings.entropy_bound is not None:
-        # In ascending order the largest entropy is the last, so the bounded sum is that of all before it.
+        # In ascending order the largest entropy is the last, so the bound holds for the sum of all before it.
         order_M = np.argsort(score_M, kind="stable")
         before_M = np.concatenate(([0.0], score_M[order_M][:-1].cumsum(dtype=np.float64)))
         return order_M[: np.count_nonzero(before_M <= settings.entropy_bound)]

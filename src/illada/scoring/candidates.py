@@ -1,4 +1,4 @@
-"""Which of several candidates a model believes, given as texts."""
+"""Scores of candidates that are given as texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,22 @@ from illada.text.chat import encode_prompt
 
 @dataclass(frozen=True)
 class Item:
-    """A context and its candidates; `answer` is the index of the right one, if it is known."""
+    """A context and its candidates."""
 
     context: str
     candidates: list[str]
     answer: int | None = None
+    """Index of the right candidate, if it is known."""
 
 
 def score_candidates(
     model: IlladaForMaskedLM, tokenizer: Any, items: Sequence[Item], method: str, samples: int, seed: int, chat: bool
 ) -> list[list[float]]:
-    """Return each item's scores, one per candidate, in nats; all candidates of all items advance together.
+    """Return the scores of each item's candidates in nats; all candidates of all items advance together.
 
-    In the chat layout the candidate answers a user's question; otherwise it continues the context (spec §6). One EOS
-    follows it in both.
+    In the chat layout a candidate answers the context, a user's question; otherwise it continues the context (spec §6).
+    One EOS follows the candidate in both. `method` is "confidence" or "likelihood", and only the latter looks at
+    `samples` and `seed`.
     """
     pairs: list[Pair] = []
     right: Sequence[int] = ()
@@ -36,11 +38,11 @@ def score_candidates(
             pairs += [(prompt, list(tokenizer.encode(c, add_special_tokens=False))) for c in item.candidates]
             right = (tokenizer.eos_token_id,)
         else:
-            of_item, right = score_layout(tokenizer, item.context, item.candidates)
-            pairs += of_item
+            item_pairs, right = score_layout(tokenizer, item.context, item.candidates)
+            pairs += item_pairs
     if method == "confidence":
         scores = confidence_scores(model, pairs, right_context=right)
     else:
         scores = likelihood_scores(model, pairs, samples=samples, seed=seed, right_context=right)
-    flat = iter(scores)
-    return [[next(flat) for _ in item.candidates] for item in items]
+    remaining = iter(scores)
+    return [[next(remaining) for _ in item.candidates] for item in items]

@@ -1,4 +1,4 @@
-"""Confidence scores (paper Eq. 2; spec §6): the candidate is unmasked in the order the model is surest of the truth.
+"""Confidence scores (paper Eq. 2; spec §6): the true tokens are revealed in the order in which the model is surest.
 
 Shape letters: L candidate tokens · M still masked ones.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from illada.model import IlladaForMaskedLM
-from illada.scoring.layout import Pair, checked_pairs, target_log_probs
+from illada.scoring.layout import Pair, check_pairs, target_log_probs
 
 
 def confidence_scores(
@@ -17,13 +17,13 @@ def confidence_scores(
     """Return S of each pair in nats: the higher, the better the candidate; deterministic (paper Eq. 2).
 
     The candidate starts fully masked. Again and again the position whose true token has the highest probability is
-    revealed (ties: the left-most), and S is the sum of the log-probabilities at which they were. Not a likelihood, and
-    not normalised by length. With a one-token candidate it equals `likelihood_scores`. All candidates advance together;
-    a candidate of L tokens takes L forward passes.
+    revealed (ties: the left-most), and S is the sum of the log-probabilities which the tokens had then. S is not a
+    likelihood, and not normalised by length. For a one-token candidate it equals `likelihood_scores`. All candidates
+    advance together; a candidate of L tokens takes L forward passes.
 
     Args:
         model: the network.
-        pairs: (context ids, candidate ids) each.
+        pairs: (context ids, candidate ids).
         right_context: visible ids after every candidate (authors' evaluation code: one EOS, see `score_layout`).
         max_batch_tokens: most positions of one forward pass; a single pair may exceed it.
 
@@ -32,13 +32,15 @@ def confidence_scores(
             the model is causal.
     """
     model.config.refuse_causal("confidence scores are", "take the likelihood, which is exact there")
-    scored = checked_pairs(model, pairs, right_context)
-    masked = [np.ones(item.length, dtype=np.bool_) for item in scored]
-    sums = [0.0] * len(scored)
+    candidates = check_pairs(model, pairs, right_context)
+    masked = [np.ones(candidate.length, dtype=np.bool_) for candidate in candidates]
+    sums = [0.0] * len(candidates)
     # By length, so that equal lengths share attention calls, and then by content, so that equal inputs share a pass.
-    active = sorted(range(len(scored)), key=lambda i: (len(scored[i].ids), scored[i].start, scored[i].ids.tolist()))
+    active = sorted(
+        range(len(candidates)), key=lambda i: (len(candidates[i].ids), candidates[i].start, candidates[i].ids.tolist())
+    )
     while active:
-        queries = (scored[i].query(masked[i], model.config.mask_token_id) for i in active)
+        queries = (candidates[i].query(masked[i], model.config.mask_token_id) for i in active)
         for i, log_p_M in zip(active, target_log_probs(model, queries, max_batch_tokens), strict=True):
             best = int(np.argmax(log_p_M))
             sums[i] += float(log_p_M[best])

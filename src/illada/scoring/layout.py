@@ -1,7 +1,7 @@
-"""From texts to what is scored, and from what is scored to packed forward passes.
+"""From texts to pairs of ids, and from queries about them to packed forward passes.
 
-Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · A positions asked for ·
-C of M in one chunk · D width.
+Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · A positions whose hidden
+states are wanted · C of M in one chunk · D width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +28,8 @@ def score_layout(
     """Lay out a question as the authors' evaluation code does (spec §6); return (pairs, right_context).
 
     BOS, where the tokenizer has one, goes before the context, and one visible EOS after the candidate. White space that
-    ends the context moves to the candidate. A candidate's ids are those it has behind its context, unless joining them
-    changes the ids of the context: then it is encoded alone.
+    ends the context moves to the candidate. A candidate is encoded together with its context, unless that changes the
+    ids of the context: then it is encoded alone.
     """
     body = context.rstrip()
     space = context[len(body) :]
@@ -47,8 +47,8 @@ def score_layout(
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A candidate between its contexts, on the host."""
+class Candidate:
+    """A candidate between its two contexts, on the host."""
 
     ids: NDArray[np.int64]
     """Context, candidate and right context."""
@@ -58,38 +58,39 @@ class Scored:
     """Its number L of tokens."""
 
     def query(self, masked_L: NDArray[np.bool_], mask_id: int) -> "Query":
-        """Ask for the candidate's true tokens where they are masked."""
+        """Ask for the true tokens at the masked positions."""
         at_M = self.start + np.flatnonzero(masked_L)
         seen = self.ids.copy()
         seen[at_M] = mask_id
         return Query(seen, at_M, self.ids[at_M])
 
     def causal_query(self) -> "Query":
-        """Ask a causal model for the candidate's tokens, each at the token before it."""
+        """Ask a causal model for all tokens, each at the position before it."""
         at_M = np.arange(self.start, self.start + self.length)
         return Query(self.ids[: at_M[-1]], at_M - 1, self.ids[at_M])
 
 
 @dataclass(frozen=True)
 class Query:
-    """One sequence as the model sees it, and the tokens whose probability is wanted."""
+    """One sequence as the model sees it, and the tokens whose probabilities are wanted."""
 
     seen: NDArray[np.int64]
     at_M: NDArray[np.int64]
-    """Positions whose logits tell it."""
+    """Positions whose logits give the probabilities."""
     target_M: NDArray[np.int64]
+    """The tokens."""
 
 
-def checked_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: Sequence[int]) -> list[Scored]:
-    """Join each pair with the right context.
+def check_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: Sequence[int]) -> list[Candidate]:
+    """Check each pair and join it with the right context.
 
     Raises:
-        IlladaError: when a candidate is empty, a pair is longer than the context, or an id is outside the vocabulary;
-            when a context is empty and the model causal.
+        IlladaError: when a candidate is empty, a pair is longer than the model's context, or an id is outside the
+            vocabulary; when a pair's context is empty and the model causal.
     """
     config = model.config
     context, vocabulary = config.max_position_embeddings, config.vocab_size
-    scored = []
+    candidates = []
     for i, (left, candidate) in enumerate(pairs):
         if not len(candidate):
             raise IlladaError(f"candidate {i} has no tokens: there is nothing to score")
@@ -103,8 +104,8 @@ def checked_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context
             )
         if not 0 <= ids.min() <= ids.max() < vocabulary:
             raise IlladaError(f"pair {i} holds ids outside the vocabulary of {vocabulary}: check the tokenizer")
-        scored.append(Scored(ids, len(left), len(candidate)))
-    return scored
+        candidates.append(Candidate(ids, len(left), len(candidate)))
+    return candidates
 
 
 def target_log_probs(
@@ -112,23 +113,23 @@ def target_log_probs(
 ) -> Iterator[NDArray[np.float64]]:
     """Yield log-probabilities [M] of the targets in nats, full softmax in fp32, for each query in order.
 
-    Queries are taken as they come, at most `max_batch_tokens` positions at a time (a single one may exceed it); those
-    of one forward pass that look the same share it, as the first step of candidates of equal length does. Neighbours
-    should be of similar length.
+    Queries are taken as they come, at most `max_batch_tokens` positions in one forward pass (a single query may exceed
+    it). Queries of one pass with the same sequence share it, as candidates of equal length do in their first step.
+    Neighbours should be of similar length.
     """
     if max_batch_tokens < 1:
         raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
     group: list[Query] = []
-    seen: set[bytes] = set()
-    held = 0
+    sequences: set[bytes] = set()
+    positions = 0
     for query in queries:
         key = query.seen.tobytes()
-        if group and key not in seen and held + len(query.seen) > max_batch_tokens:
+        if group and key not in sequences and positions + len(query.seen) > max_batch_tokens:
             yield from _run(model, group)
-            group, seen, held = [], set(), 0
-        if key not in seen:
-            seen.add(key)
-            held += len(query.seen)
+            group, sequences, positions = [], set(), 0
+        if key not in sequences:
+            sequences.add(key)
+            positions += len(query.seen)
         group.append(query)
     if group:
         yield from _run(model, group)
@@ -136,20 +137,20 @@ def target_log_probs(
 
 @torch.inference_mode()
 def _run(model: IlladaForMaskedLM, group: Sequence[Query]) -> list[NDArray[np.float64]]:
-    """One forward pass over the distinct sequences of a group, and the head where something is asked of them."""
+    """Run one forward pass over the distinct sequences of a group, and the head at the positions of its queries."""
     keys = [query.seen.tobytes() for query in group]
     was_training = model.training
     model.eval()
     try:
-        asked: dict[bytes, NDArray[np.int64]] = {}
+        wanted: dict[bytes, NDArray[np.int64]] = {}
         for query, key in zip(group, keys, strict=True):
-            asked[key] = np.union1d(asked.get(key, query.at_M), query.at_M)
-        sequences = [np.frombuffer(key, dtype=np.int64) for key in asked]
+            wanted[key] = np.union1d(wanted.get(key, query.at_M), query.at_M)
+        sequences = [np.frombuffer(key, dtype=np.int64) for key in wanted]
         ids_T = torch.from_numpy(np.concatenate(sequences)).to(model.device)
         packing = Packing(tuple(map(len, sequences)))
-        hidden_AD = model.model.packed(ids_T, packing, wanted=list(asked.values()))
-        starts = dict(zip(asked, np.cumsum([0, *map(len, asked.values())]).tolist(), strict=False))
-        at = [starts[key] + np.searchsorted(asked[key], q.at_M) for q, key in zip(group, keys, strict=True)]
+        hidden_AD = model.model.packed(ids_T, packing, wanted=list(wanted.values()))
+        starts = dict(zip(wanted, np.cumsum([0, *map(len, wanted.values())]).tolist(), strict=False))
+        at = [starts[key] + np.searchsorted(wanted[key], q.at_M) for q, key in zip(group, keys, strict=True)]
         at_M = torch.from_numpy(np.concatenate(at)).to(model.device)
         target_M = torch.from_numpy(np.concatenate([q.target_M for q in group])).to(model.device)
         results = []

@@ -1,9 +1,10 @@
-"""Monte-Carlo likelihood (LLaDA Eq. 6; spec §6), the baseline of confidence scores; of causal models the exact one.
+"""Monte-Carlo likelihood (LLaDA Eq. 6; spec §6), the baseline of confidence scores; exact for causal models.
 
 Shape letters: L candidate tokens · N samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 from illada import rng
 from illada.errors import IlladaError
 from illada.model import IlladaForMaskedLM
-from illada.scoring.layout import Pair, Query, checked_pairs, target_log_probs
+from illada.scoring.layout import Pair, check_pairs, target_log_probs
 
 COUNT, CHOICE = 18, 19
-"""Streams of how many tokens and of which; the streams of training lie below 16."""
+"""Random streams: how many tokens to mask, and which ones; the streams of training lie below 16."""
 
 
 def masked_counts(length: int, samples: int, seed: int) -> list[int]:
@@ -48,13 +49,13 @@ def likelihood_scores(
     """Return an estimate of a lower bound on log p(candidate | context) in nats, for each pair (LLaDA Eq. 6).
 
     Each sample masks l of the L tokens, l uniform on 1..L, and contributes (L/l) times the sum of their
-    log-probabilities; the score is the mean. A one-token candidate has only one sample to take, whatever `samples`
-    says, and there this equals `confidence_scores`. A pair's score does not depend on its company. Of a causal model it
-    is log p itself, from one pass: neither samples and seed nor the right context matter.
+    log-probabilities; the score is the mean. A one-token candidate needs one sample only, whatever `samples` says, and
+    its score equals `confidence_scores`. A pair's score does not depend on its company. For a causal model the score is
+    log p itself, from one pass: samples, seed and right context do not matter.
 
     Args:
         model: the network.
-        pairs: (context ids, candidate ids) each.
+        pairs: (context ids, candidate ids).
         samples: forward passes per pair (LLaDA: 128).
         seed: of the masks.
         right_context: visible ids after every candidate (authors' evaluation code: one EOS, see `score_layout`).
@@ -66,28 +67,25 @@ def likelihood_scores(
     """
     if samples < 1:
         raise IlladaError(f"samples must be at least 1, got {samples}")
-    scored = checked_pairs(model, pairs, right_context)
-    order = sorted(range(len(scored)), key=lambda i: len(scored[i].ids))
-    scores = [0.0] * len(scored)
+    candidates = check_pairs(model, pairs, right_context)
+    order = sorted(range(len(candidates)), key=lambda i: len(candidates[i].ids))
+    scores = [0.0] * len(candidates)
     if model.config.causal:
-        exact = target_log_probs(model, (scored[i].causal_query() for i in order), max_batch_tokens)
+        exact = target_log_probs(model, (candidates[i].causal_query() for i in order), max_batch_tokens)
         for i, log_p_M in zip(order, exact, strict=True):
             scores[i] = float(log_p_M.sum())
         return scores
-    masks = {
-        length: masked_tokens(length, samples if length > 1 else 1, seed) for length in {item.length for item in scored}
-    }
-
-    def queries() -> Iterator[Query]:
-        for i in order:
-            for masked_L in masks[scored[i].length]:
-                yield scored[i].query(masked_L, model.config.mask_token_id)
-
-    log_probs = target_log_probs(model, queries(), max_batch_tokens)
+    lengths = {candidate.length for candidate in candidates}
+    masks = {length: masked_tokens(length, samples if length > 1 else 1, seed) for length in lengths}
+    queries = (
+        candidates[i].query(masked_L, model.config.mask_token_id)
+        for i in order
+        for masked_L in masks[candidates[i].length]
+    )
+    log_probs = target_log_probs(model, queries, max_batch_tokens)
     for i in order:
-        length = scored[i].length
-        terms = [
-            length / len(log_p_M) * float(log_p_M.sum()) for _, log_p_M in zip(masks[length], log_probs, strict=False)
-        ]
+        length = candidates[i].length
+        own = islice(log_probs, len(masks[length]))
+        terms = [length / len(log_p_M) * float(log_p_M.sum()) for log_p_M in own]
         scores[i] = sum(terms) / len(terms)
     return scores
