@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, on a model that the first of them trains (those for a server: tests/serving)."""
+"""The examples run as their first lines say, on a model that the first of them trains (for a server: tests/serving)."""
 
 import runpy
 import sys
