@@ -35,7 +35,8 @@ series = [
 ]
 lines = [" ".join(words[start:]) for words in map(str.split, series) for start in range(len(words) - 1)]
 text = folder / "text.txt"
-text.write_text("\n".join(lines * 50))
+if not text.exists():
+    text.write_text("\n".join(lines * 50))
 
 # 2. A tokenizer, trained on the text.
 train_tokenizer(lines, vocab_size=512).save_pretrained(folder / "tokenizer")
