@@ -11,10 +11,9 @@ the same number of steps, the script continues where it was.
 import argparse
 from pathlib import Path
 
-from illada.preparation.settings import PrepareSettings
-
 import illada
 from illada.preparation.prepare import prepare
+from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
