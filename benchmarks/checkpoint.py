@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.model.attention import Packing
 from illada.training.checkpoint import Checkpoints, RunState
 from illada.training.optim import make_optimizers, moments
 from illada.training.parallel import Processes, distribute

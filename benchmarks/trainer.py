@@ -30,9 +30,9 @@ def step_of(way, shape, dtype):
     import torch.nn.functional as F
 
     from illada.diffusion.loss import masked_loss
+    from illada.model.attention import Packing
     from illada.model.config import IlladaConfig
     from illada.model.transformer import IlladaForMaskedLM
-    from illada.model.attention import Packing
 
     model = IlladaForMaskedLM(IlladaConfig(**shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

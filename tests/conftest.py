@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from illada.data.shards import Shards, ShardWriter, write_index
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.tokenizer import tokenizer_sha256
 

@@ -15,7 +15,7 @@ import torch
 
 from illada.errors import MissingExtraError, needs
 from illada.files import write_json
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 
 INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")

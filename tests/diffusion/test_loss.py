@@ -12,7 +12,7 @@ from illada import rng
 from illada.diffusion import loss as module
 from illada.diffusion.loss import chunked_cross_entropy, diffusion_loss, masked_loss
 from illada.diffusion.noise import EPSILON, masking_probability, stratified_times
-from illada.model import Packing
+from illada.model.attention import Packing
 from reference import reference_loss, reference_uniform
 
 

@@ -19,7 +19,9 @@ from illada.evaluation import harness
 from illada.evaluation.harness import IlladaLM, Scorable
 from illada.generation.engine import Generation, generate
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.scoring import confidence_scores, likelihood_scores, score_layout
+from illada.scoring.confidence import confidence_scores
+from illada.scoring.layout import score_layout
+from illada.scoring.likelihood import likelihood_scores
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
 

@@ -18,8 +18,8 @@ from illada.generation.engine import Engine, generate, infill
 from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit, quota
-from illada.model import Packing, attention
-from illada.model.attention import eager_attention
+from illada.model import attention
+from illada.model.attention import Packing, eager_attention
 from reference import reference_generate, reference_infill
 
 

@@ -25,9 +25,10 @@ from illada import (
 from illada.data.batches import Batches, Segment
 from illada.data.collate import noisy_batches
 from illada.data.shards import Shards
-from illada.diffusion import causal_loss
+from illada.diffusion.causal import causal_loss
 from illada.generation.engine import Engine
-from illada.model import KVCache, Packing, PagePool
+from illada.model.attention import Packing
+from illada.model.kv_cache import KVCache, PagePool
 from illada.training.flops import flops_per_token
 from illada.training.optional.estimate import estimate
 from illada.training.optional.plots import draw_run

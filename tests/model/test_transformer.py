@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel, Packing
-from illada.model.attention import packed_attention
+from illada.model.attention import Packing, packed_attention
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 
 HYPOTHESIS = settings(deadline=None, max_examples=15, derandomize=True)
 ids_strategy = st.lists(st.integers(0, 63), min_size=2, max_size=12)

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illada.errors import IlladaError
-from illada.scoring import confidence_scores, layout, likelihood_scores, score_layout
-from illada.scoring.likelihood import masked_counts, masked_tokens
+from illada.scoring import layout
+from illada.scoring.confidence import confidence_scores
+from illada.scoring.layout import score_layout
+from illada.scoring.likelihood import likelihood_scores, masked_counts, masked_tokens
 from reference import reference_confidence_score, reference_likelihood_score, reference_uniform
 
 ids = st.integers(0, 63)

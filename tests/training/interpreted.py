@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
-from illada.model import Packing
+from illada.model.attention import Packing
 from illada.model.transformer import RMSNorm
 from illada.training.optional.kernels import _norm, cut_cross_entropy, use_liger
 from illada.training.parallel import recompute

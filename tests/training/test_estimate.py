@@ -7,7 +7,9 @@ from torch.profiler import ProfilerActivity, profile
 from illada.cli import main
 from illada.diffusion.loss import masked_loss
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.model.attention import Packing
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.training.flops import GPUS, flops_per_token
 from illada.training.optim import make_optimizers, moments
 from illada.training.optional.estimate import CHECKPOINTING, _lengths, estimate, table

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada.diffusion.loss import chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
-from illada.model import Packing
+from illada.model.attention import Packing
 from illada.training.optional import kernels
 from illada.training.optional.estimate import estimate
 from illada.training.optional.kernels import CROSS_ENTROPIES, cut_cross_entropy, fuse, use_fp8

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM
 from illada import cli, rng
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.training import setup
 from illada.training.recipe import LORA_TARGETS, LoraRecipe
 from illada.training.trainer import train

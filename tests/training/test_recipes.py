@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from illada import cli
-from illada.model import IlladaConfig
+from illada.model.config import IlladaConfig
 from illada.training.recipe import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"

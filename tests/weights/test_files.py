@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.weights.load import load_model
 from illada.weights.runs import model_folder

@@ -9,7 +9,8 @@ from torch import nn
 from illada.errors import IlladaError
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.weights.quantize import check_shapes, quantized_loading
 from released import random_tensors, write_released
 

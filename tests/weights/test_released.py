@@ -17,7 +17,8 @@ from fake_hub import serve
 from illada import GenerationSettings, confidence_scores, diffusion_loss, generate
 from illada.errors import IlladaError
 from illada.generation.settings import settings_for
-from illada.model import IlladaConfig, IlladaForMaskedLM, IlladaModel
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM, IlladaModel
 from illada.text.chat import encode_conversation, encode_prompt
 from illada.weights.load import load_model
 from released import LLADA_SPECIAL, ours, random_tensors, tensors, write_released

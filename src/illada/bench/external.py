@@ -22,8 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from illada.bench.samplers import Answer, Prompts, Sampler, cut
 from illada.errors import IlladaError, first_line
 from illada.generation.settings import GenerationSettings
-from illada.model.transformer import IlladaForMaskedLM
-from illada.model.transformer import Block, rotary_angles
+from illada.model.transformer import Block, IlladaForMaskedLM, rotary_angles
 
 SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
 

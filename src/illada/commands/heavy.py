@@ -36,8 +36,8 @@ with _lazily():
     import illada.bench.generation as bench_generation
     import illada.bench.serving as bench_serving
     import illada.demo.stages as demo
-    import illada.evaluation.run as evaluation
     import illada.evaluation.compare as comparison
+    import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
     import illada.preparation.prepare as preparation
     import illada.scoring.candidates as scoring

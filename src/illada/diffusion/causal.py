@@ -6,8 +6,8 @@ Shape letters: T packed tokens · M predicted tokens.
 from torch import Tensor
 
 from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy
-from illada.model.transformer import IlladaForMaskedLM
 from illada.model.attention import Packing
+from illada.model.transformer import IlladaForMaskedLM
 
 
 def causal_loss(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
-from illada.model.transformer import IlladaForMaskedLM
 from illada.model.attention import Packing
+from illada.model.transformer import IlladaForMaskedLM
 
 LOGITS_BYTES = 32 * 2**20
 """Size of the largest block of logits in memory at once, in bytes of fp32."""

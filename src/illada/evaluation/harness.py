@@ -21,9 +21,8 @@ from illada.evaluation.journal import Entry, Journal, fingerprint, request_key
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
 from illada.scoring.confidence import confidence_scores
+from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores
-from illada.scoring.layout import score_layout
-from illada.scoring.layout import Pair
 from illada.text.chat import without_system
 from illada.text.prompts import encode_plain
 from illada.weights.load import load_model

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from illada.generation.request import Proposals, Request
 from illada.generation.sampling import is_plain, most_probable, propose
-from illada.model.transformer import IlladaForMaskedLM
-from illada.model.kv_cache import KVCache, PagePool
 from illada.model.attention import Packing
+from illada.model.kv_cache import KVCache, PagePool
+from illada.model.transformer import IlladaForMaskedLM
 
 
 def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, logits_held: int) -> list[Proposals]:

@@ -12,8 +12,8 @@ from illada.errors import IlladaError
 from illada.generation.denoise import denoise
 from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings, settings_for
-from illada.model.transformer import IlladaForMaskedLM
 from illada.model.kv_cache import PagePool
+from illada.model.transformer import IlladaForMaskedLM
 from illada.text.chat import Message, encode_prompt
 from illada.text.prompts import encode_plain
 

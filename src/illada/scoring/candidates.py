@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.scoring.layout import Pair, check_pairs, target_log_probs
 
 

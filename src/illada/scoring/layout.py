@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from illada.errors import IlladaError
-from illada.model import IlladaForMaskedLM, Packing
+from illada.model.attention import Packing
+from illada.model.transformer import IlladaForMaskedLM
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Context ids and candidate ids."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from illada import rng
 from illada.errors import IlladaError
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.scoring.layout import Pair, check_pairs, target_log_probs
 
 COUNT, CHOICE = 18, 19

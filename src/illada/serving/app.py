@@ -8,7 +8,7 @@ from typing import Any
 
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.handlers import Handlers
 from illada.serving.middleware import LimitsMiddleware, read_keys
 from illada.serving.options import ServerSettings

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
 from illada.serving.options import ServerSettings

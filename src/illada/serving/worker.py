@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from illada.generation.engine import Engine, Generation, StepEvent
 from illada.generation.settings import GenerationSettings
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer, Step, Update
 from illada.serving.metrics import Metrics
 from illada.serving.options import ServerSettings

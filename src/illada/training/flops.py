@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from illada.diffusion.noise import EPSILON
-from illada.model import IlladaConfig
+from illada.model.config import IlladaConfig
 
 
 @dataclass(frozen=True)

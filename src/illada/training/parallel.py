@@ -26,7 +26,9 @@ from illada.devices import choose_device
 from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy, masked_loss
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.model.attention import Packing
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.training.recipe import Recipe
 
 T = TypeVar("T")

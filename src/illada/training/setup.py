@@ -11,7 +11,8 @@ import torch
 from illada.data.batches import Batches
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.optim import make_optimizers, moments
 from illada.training.optional.checkpoint_hook import CheckpointHook

@@ -10,7 +10,7 @@ from illada.data.collate import Batch, noisy_batches
 from illada.data.shards import Shards
 from illada.diffusion.causal import causal_loss
 from illada.diffusion.loss import masked_loss
-from illada.model import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM
 
 VALIDATION_SEED = 20_260_625
 """Seed of validation noise, the same for every run, step and model, so that numbers compare."""

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from illada.errors import IlladaError, first_line, needs
-from illada.model import IlladaForMaskedLM
-from illada.model.transformer import misfits
+from illada.model.transformer import IlladaForMaskedLM, misfits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names; a folder with the first is an adapter folder."""

@@ -12,7 +12,7 @@ import illada
 from illada.devices import DTYPES
 from illada.files import read_json
 from illada.hub import is_hub_name
-from illada.model import IlladaConfig
+from illada.model.config import IlladaConfig
 from illada.weights.adapters import CONFIG, adapter_base
 from illada.weights.runs import STATE, read_metrics
 

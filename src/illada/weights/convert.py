@@ -20,9 +20,9 @@ from transformers import AutoConfig
 
 from illada.errors import IlladaError, first_line
 from illada.files import read_json
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
 from illada.model.released import FAMILY_IDS, MASK_TOKENS
-from illada.model.transformer import misfits
+from illada.model.transformer import IlladaForMaskedLM, misfits
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.card import converted_card
 from illada.weights.load import check_shards, complete_ids

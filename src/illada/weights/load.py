@@ -10,8 +10,9 @@ from safetensors import safe_open
 from illada.devices import DTYPES, choose_device
 from illada.errors import IlladaError, first_line
 from illada.files import read_json
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
 from illada.model.released import MASK_TOKENS, TURN_ENDS
+from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.adapters import adapter_base, attach
 from illada.weights.options import Dtype, Quantization

@@ -23,7 +23,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from illada.errors import IlladaError, needs
-from illada.model import IlladaConfig, IlladaForMaskedLM
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.weights.options import Quantization
 
 INT4_GROUP = 32

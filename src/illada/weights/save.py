@@ -19,7 +19,7 @@ from torch import Tensor
 from illada.devices import DTYPES
 from illada.errors import IlladaError, first_line
 from illada.files import new_folder, partial_path, read_json
-from illada.model import IlladaConfig
+from illada.model.config import IlladaConfig
 from illada.model.released import released_config
 from illada.weights.load import INDEX
 from illada.weights.options import Dtype

@@ -30,7 +30,9 @@ from torch.utils._pytree import tree_leaves
 from illada.data.shards import Shards
 from illada.diffusion.loss import chunked_cross_entropy
 from illada.errors import IlladaError
-from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+from illada.model.attention import Packing
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
 from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
 from illada.training.optional.options import GpuName

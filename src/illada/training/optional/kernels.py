@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from illada.diffusion.loss import CrossEntropy, chunked_cross_entropy
 from illada.errors import IlladaError, first_line, needs
-from illada.model import IlladaForMaskedLM, Packing
-from illada.model.attention import packed_attention
+from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
-from illada.model.transformer import MLP, Attention, RMSNorm, Rotary
+from illada.model.transformer import MLP, Attention, IlladaForMaskedLM, RMSNorm, Rotary
 from illada.training.recipe import Recipe
 
 FP8_CAPABILITY = (8, 9)
