@@ -35,22 +35,24 @@ def _lazily() -> Iterator[None]:
 with _lazily():
     import illada.bench.generation as bench_generation
     import illada.bench.serving as bench_serving
+    import illada.commands.terminal as terminal
     import illada.demo.stages as demo
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
+    import illada.hub as hub
     import illada.preparation.prepare as preparation
+    import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.candidates as scoring
+    import illada.serving.cluster as cluster
+    import illada.serving.server as server
+    import illada.text.chat as chat
     import illada.training.optional.estimate as estimation
+    import illada.training.optional.plots as plots
     import illada.training.trainer as training
+    import illada.weights.convert as convert
+    import illada.weights.export as export
     import illada.weights.load as weights
-    from illada import hub
-    from illada.commands import terminal
-    from illada.preparation import train_tokenizer
-    from illada.serving import cluster, server
-    from illada.text import chat
-    from illada.training import plots
-    from illada.weights import convert, export
 
 __all__ = [
     "bench_generation", "bench_serving", "chat", "cluster", "comparison", "convert", "demo", "estimation", "evaluation",
