@@ -100,8 +100,9 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
         "illada.training.trainer.train",
         lambda recipe, title: seen.update({title: recipe}) or SimpleNamespace(interrupted=None, model="x"),
     )
-    for command in ("sft", "pretrain"):
-        cli.main([command, "--output", "x", "--data.train", "d", "--training.samples_per_batch=3"])
+    words = ["--output", "x", "--data.train", "d", "--model.preset", "1m", "--training.samples_per_batch=3"]
+    cli.main(["sft", *words])
+    cli.main(["pretrain", *words, "--training.steps", "9"])
     sft, pretrain = seen["sft"].training, seen["pretrain"].training
     assert (sft.epochs, sft.learning_rate, sft.final_learning_rate, sft.decay) == (12.0, 5e-6, 5e-7, "linear")
     assert (pretrain.epochs, pretrain.learning_rate, pretrain.final_learning_rate) == (None, 2e-4, 5e-6)

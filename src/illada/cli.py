@@ -12,8 +12,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 # Keeps tokenizers from advising about processes.
@@ -21,8 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from wrapt import register_post_import_hook
 
-from illada.commands import bench, data, demo, evaluation, generation, heavy, scoring, serving, training, weights
+from illada.commands import bench, data, demo, evaluation, generation, scoring, serving, training, weights
 from illada.errors import DivergedError, IlladaError
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
@@ -54,10 +56,17 @@ class _Option(NamedTuple):
 
     name: str
     kind: Any
+    default: Any
+    """`inspect.Parameter.empty` where a value is required."""
     text: str
     positional: bool
     item: Any
     """The type of one word, where the option takes several; else None."""
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line; a word that Python keeps for itself has `_` behind it here, as `from_`."""
+        return self.name if self.positional else f"--{self.name.rstrip('_')}"
 
 
 def _is_options(kind: Any) -> bool:
@@ -68,23 +77,21 @@ def _is_options(kind: Any) -> bool:
 def _options(source: Callable[..., Any]) -> list[_Option]:
     """Return what a function or dataclass takes, in order."""
     hints = get_type_hints(source)
-    texts = {
-        entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(source.__doc__ or "").params
-    }
+    documented = parse(source.__doc__ or "").params
+    texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented}
     options = []
     for name, parameter in inspect.signature(source).parameters.items():
         lists = [kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) in (list, Sequence)]
         item = get_args(lists[0])[0] if lists else None
         required_list = item is not None and parameter.default is parameter.empty
         positional = parameter.kind is parameter.POSITIONAL_ONLY or required_list
-        options.append(_Option(name, hints[name], texts.get(name, ""), positional, item))
+        options.append(_Option(name, hints[name], parameter.default, texts.get(name, ""), positional, item))
     return options
 
 
 def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str, Any]) -> None:
     """Give a command's parser its options; `defaults` are those of the recipe."""
-    options = _options(command)
-    for option in options:
+    for option in _options(command):
         if option.kind is Recipe:
             text = "recipe (YAML); may come first, without the flag"
             parser.add_argument("--config", action=ActionConfigFile, help=text)
@@ -93,26 +100,21 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
         elif _is_options(option.kind):
             several = [field for field in _options(option.kind) if field.item]
             for field in several:
-                _add_words(parser, field)
+                _add_option(parser, field)
             parser.add_class_arguments(option.kind, skip={field.name for field in several} | FROM_THE_MODEL)
-        elif option.positional or option.item:
-            _add_words(parser, option)
-        elif option.name.endswith("_"):  # a word that Python keeps for itself, as `from`
-            flag = f"--{option.name.rstrip('_')}"
-            parser.add_argument(flag, dest=option.name, type=option.kind, required=True, help=option.text)
-    plain = {o.name for o in options if not (o.positional or o.item or o.name.endswith("_"))}
-    plain -= {option.name for option in options if _is_options(option.kind)}
-    skip = {option.name for option in options} - plain
-    parser.add_function_arguments(command, as_positional=False, skip=skip)
+        else:
+            _add_option(parser, option)
 
 
-def _add_words(parser: ArgumentParser, option: _Option) -> None:
-    """Add an option that stands without a flag or takes several words."""
-    name = option.name if option.positional else f"--{option.name}"
+def _add_option(parser: ArgumentParser, option: _Option) -> None:
+    # Not add_function_arguments: it looks for the function among the public names, which would load what they need.
+    keywords: dict[str, Any] = {"type": option.item or option.kind, "help": option.text}
     if option.item:
-        parser.add_argument(name, type=option.item, nargs="+", help=option.text)
-    else:
-        parser.add_argument(name, type=option.kind, help=option.text)
+        keywords["nargs"] = "+"
+    elif not option.positional:
+        required = option.default is inspect.Parameter.empty
+        keywords |= {"dest": option.name} | ({"required": True} if required else {"default": option.default})
+    parser.add_argument(option.flag, **keywords)
 
 
 def _build(words: Sequence[str]) -> ArgumentParser:
@@ -145,17 +147,21 @@ def _summary(command: Command) -> str:
 
 def _call(command: Command, arguments: Namespace) -> None:
     """Call a command with what was parsed; a list that was not given has the command's own default."""
+    words: list[Any] = []
+    named: dict[str, Any] = {}
+    for option in _options(command):
+        if _is_options(option.kind):
+            fields = (field for field in _options(option.kind) if _is_given(field, arguments))
+            named[option.name] = option.kind(**{field.name: arguments[field.name] for field in fields})
+        elif option.positional and not option.item:
+            words.append(arguments[option.name])
+        elif _is_given(option, arguments):
+            named[option.name] = arguments[option.name]
+    command(*words, **named)
 
-    def values(source: Callable[..., Any]) -> Iterator[Any]:
-        for option in _options(source):
-            if _is_options(option.kind) and option.name not in arguments:
-                yield option, option.kind(**{field.name: value for field, value in values(option.kind)})
-            elif option.name in arguments and not (option.item and arguments[option.name] is None):
-                yield option, arguments[option.name]
 
-    given = list(values(command))
-    positional = [value for option, value in given if option.positional and not option.item]
-    command(*positional, **{o.name: value for o, value in given if not (o.positional and not o.item)})
+def _is_given(option: _Option, arguments: Namespace) -> bool:
+    return option.name in arguments and not (option.item and arguments[option.name] is None)
 
 
 class _Parser(ArgumentParser):
@@ -193,13 +199,16 @@ class _Parser(ArgumentParser):
         """Return how a person gives what the parser calls `name`."""
         if name == "sources":
             return "files or folders to read"
-        flags = next((action.option_strings for action in self._actions if action.dest == name), [f"--{name}"])
-        return flags[0] if flags else name
+        parsers = [self, *self._commands().values()]
+        flags = (action.option_strings for parser in parsers for action in parser._actions if action.dest == name)
+        return next((flag[0] if flag else name for flag in flags), f"--{name}")
+
+    def _commands(self) -> dict[str, ArgumentParser]:
+        return next((action.choices for action in self._actions if isinstance(action.choices, dict)), {})
 
     def _nearest(self, name: str) -> str:
         """Return a hint at the option, of any command, that `name` was probably meant to be."""
-        commands = next((action.choices for action in self._actions if isinstance(action.choices, dict)), {})
-        parsers = [self, *commands.values()]
+        parsers = [self, *self._commands().values()]
         options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
         close = difflib.get_close_matches(f"--{name.lstrip('-')}", sorted(options), n=1, cutoff=0.7)
         return f": did you mean {close[0][0 if name.startswith('-') else 2 :]}?" if close else " (see --help)"
@@ -256,8 +265,7 @@ def main(words: list[str] | None = None) -> None:
         command: Any = COMMANDS
         while isinstance(command, dict):
             command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
-        heavy.hub.ban_network()
-        heavy.hub.quiet_libraries()
+        register_post_import_hook(_restrain_libraries, "illada.hub")  # which all that is heavy imports
         _call(command, arguments)
     except IlladaError as error:
         sys.exit(_fail(error, 2))
@@ -270,6 +278,11 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:  # a disk that is full, a folder one may not write to, a file in place of a folder
         sys.exit(_fail(IlladaError(f"{error.filename}: {error.strerror}" if error.strerror else error), 2))
+
+
+def _restrain_libraries(hub: ModuleType) -> None:
+    hub.ban_network()
+    hub.quiet_libraries()
 
 
 def _fail(error: Exception, code: int) -> int:

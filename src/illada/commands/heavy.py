@@ -40,7 +40,6 @@ with _lazily():
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
-    import illada.hub as hub
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.candidates as scoring
@@ -56,6 +55,6 @@ with _lazily():
 
 __all__ = [
     "bench_generation", "bench_serving", "chat", "cluster", "comparison", "convert", "demo", "estimation", "evaluation",
-    "export", "generation", "hub", "plots", "preparation", "scoring", "server", "terminal", "train_tokenizer",
+    "export", "generation", "plots", "preparation", "scoring", "server", "terminal", "train_tokenizer",
     "training", "weights",
 ]  # fmt: skip

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 from illada.errors import IlladaError
+from illada.hub import importing_quietly
 from illada.model.kv_cache import CacheView, KVCache
+
+with importing_quietly():
+    from transformers import AttentionInterface
 
 
 class SegmentGroup(NamedTuple):
