@@ -124,3 +124,12 @@ def test_damage_is_one_clear_line(tmp_path, damage, message):
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     with pytest.raises(IlladaError, match="illada prepare"):
         Shards.open(tmp_path / "nowhere")
+
+
+def test_a_mixture_of_one_is_still_a_mixture(tmp_path):
+    """Runs remember the fingerprints of a mixture as a list."""
+    writer = ShardWriter(tmp_path, 300)
+    writer.append([1, 2, 3])
+    write_index(tmp_path, writer.finish(), vocab_size=300, provenance={"source_fingerprint": "x"})
+    assert Shards.open(tmp_path).index["provenance"] == {"source_fingerprint": "x"}
+    assert Shards.open({str(tmp_path): 3.0}).index == {"provenance": {"source_fingerprint": ["x"]}}

@@ -79,16 +79,16 @@ class Shards:
 
     Args:
         data_sets: where each data set lies, and its `index.json`.
-        shares: of the data sets in a mixture.
+        shares: of the data sets in a mixture; None for a single data set.
     """
 
     def __init__(
-        self, data_sets: Sequence[tuple[Folder | Remote, dict[str, Any]]], shares: Sequence[Fraction] = (Fraction(1),)
+        self, data_sets: Sequence[tuple[Folder | Remote, dict[str, Any]]], shares: Sequence[Fraction] | None = None
     ):
         self._data_set = store, first = data_sets[0]
         indexes = [index for _, index in data_sets]
         fingerprints = [index.get("provenance", {}).get("source_fingerprint") for index in indexes]
-        self.index = first if len(indexes) == 1 else {"provenance": {"source_fingerprint": fingerprints}}
+        self.index = first if shares is None else {"provenance": {"source_fingerprint": fingerprints}}
         self.path = store.path
         self.vocab_size: int = first["vocab_size"]
         self.tokenizer_sha256: str = first["tokenizer_sha256"]
@@ -99,7 +99,7 @@ class Shards:
         self.sources: list[Source] = []
         self._shards: list[ShardInfo] = []
         self._stores: list[Folder | Remote] = []
-        for (store, index), share in zip(data_sets, shares, strict=True):
+        for (store, index), share in zip(data_sets, shares or [Fraction(1)], strict=True):
             sizes = (self.tokens, index["tokens"], self.documents, index["documents"])
             self.sources.append(Source(store.name, *sizes, share))
             self.tokens, self.documents = self.tokens + index["tokens"], self.documents + index["documents"]
@@ -127,7 +127,7 @@ class Shards:
             if not 0 < weight < float("inf"):
                 raise IlladaError(f"the weight of {name} is {weight:g}: it must be above 0 (leave out what has none)")
         parts = [cls._open_one(name) for name in weights]
-        if len(parts) == 1:
+        if not isinstance(place, Mapping):
             return parts[0]
         for name, part in zip(weights, parts, strict=True):
             if (part.tokenizer_sha256, part.vocab_size) != (parts[0].tokenizer_sha256, parts[0].vocab_size):

@@ -130,11 +130,7 @@ def estimate(
     """
     _check(recipe, gpus, gpu, mfu, price)
     settings, window = recipe.training, recipe.data.window
-    shards = _data(recipe)
-    config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
-    if window > config.max_position_embeddings:
-        raise IlladaError(f"data.window {window} is longer than the model's context {config.max_position_embeddings}")
-    check_divisible(config, recipe.parallel.tensor)
+    shards, config = _open(recipe, vocab_size)
     share = math.ceil(settings.samples_per_step / (gpus // recipe.parallel.tensor))
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
@@ -142,12 +138,9 @@ def estimate(
     tokens = settings.samples_per_step * window
     available = data_tokens or (shards.tokens if shards else None)
     steps = settings.steps if available is None else settings.count_steps(available // window)
-    # Two segments of a uniformly split window hold two thirds of its pairs.
-    mean_length = window * (1 - recipe.data.split_probability / 3)
-    flops = flops_per_token(config, mean_length, size.trained if recipe.lora.rank else 0)
+    flops = _flops(recipe, config, size)
     speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * mfu / flops
     seconds = None if speed is None or steps is None else steps * tokens / speed
-    hours = None if seconds is None else gpus * seconds / 3600
     return Estimate(
         parameters=size.parameters,
         parameters_in_blocks=size.blocks,
@@ -166,8 +159,8 @@ def estimate(
         mfu=None if gpu == "cpu" else mfu,
         tokens_per_second=speed,
         days=None if seconds is None else seconds / 86_400,
-        gpu_hours=hours,
-        cost=None if hours is None or price is None else hours * price,
+        gpu_hours=None if seconds is None else gpus * seconds / 3600,
+        cost=None if seconds is None or price is None else gpus * seconds / 3600 * price,
     )
 
 
@@ -228,12 +221,17 @@ def table(result: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _data(recipe: Recipe) -> Shards | None:
-    """Return the prepared data if it exists; a URL must exist."""
-    places = recipe.data.train
+def _open(recipe: Recipe, vocab_size: int | None) -> tuple[Shards | None, IlladaConfig]:
+    """Return the prepared data if it exists (a URL must), and the network's shape, which must fit the recipe."""
+    places, window = recipe.data.train, recipe.data.window
     names = [places] if isinstance(places, str) else list(places)
     exists = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
-    return Shards.open(places) if exists else None
+    shards = Shards.open(places) if exists else None
+    config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
+    if window > config.max_position_embeddings:
+        raise IlladaError(f"data.window {window} is longer than the model's context {config.max_position_embeddings}")
+    check_divisible(config, recipe.parallel.tensor)
+    return shards, config
 
 
 def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
@@ -242,6 +240,13 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
     assert recipe.model.preset is not None
     vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
     return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.changes(), **vocabulary})
+
+
+def _flops(recipe: Recipe, config: IlladaConfig, size: "_Size") -> float:
+    """Return the FLOPs for each token."""
+    # Two segments of a uniformly split window hold two thirds of its pairs.
+    mean_length = recipe.data.window * (1 - recipe.data.split_probability / 3)
+    return flops_per_token(config, mean_length, size.trained if recipe.lora.rank else 0)
 
 
 def _memory_of(gpu: str) -> int:
