@@ -145,8 +145,8 @@ def test_requests_that_enter_later_get_the_same(model):
         engine.submit(prompt, one)
     while engine.busy:
         ended.append(engine.step())
-    found = {index: answer for step in ended for index, answer in step.items()}
-    assert [found[i] for i in range(4)] == generate(model, PROMPTS, SAMPLED)
+    answers = {index: answer for step in ended for index, answer in step.items()}
+    assert [answers[i] for i in range(4)] == generate(model, PROMPTS, SAMPLED)
     assert len(engine.pool.free) == engine.pool.pages  # every row gave its memory back
 
 
@@ -302,7 +302,7 @@ def test_fine_tuning_goes_on_causally(run, tmp_path, rule):
 
 
 def test_the_command_line(run, capsys, tmp_path):
-    def said(*arguments):
+    def run_command(*arguments):
         try:
             code = cli.main([*arguments])
         except SystemExit as ended:
@@ -310,24 +310,26 @@ def test_the_command_line(run, capsys, tmp_path):
         return code, capsys.readouterr()
 
     score = ("score", "--model", run.output, "--context", "one two", "--candidates", " three", " six")
-    code, output = said(*score, "--method", "likelihood")
+    code, output = run_command(*score, "--method", "likelihood")
     assert json.loads(output.out.splitlines()[0])["likelihood"]["choice"] == " three"
-    code, output = said(*score)
+    code, output = run_command(*score)
     assert code == 2
     assert output.err.count("\n") == 1
     assert "take the likelihood" in output.err
-    code, output = said("generate", "--model", run.output, "--prompt", "two three", "--max_new_tokens", "4")
+    code, output = run_command("generate", "--model", run.output, "--prompt", "two three", "--max_new_tokens", "4")
     assert output.out.startswith(" four five")
-    code, output = said("generate", "--model", run.output, "--prompt", "two", "--block_length", "4")
+    code, output = run_command("generate", "--model", run.output, "--prompt", "two", "--block_length", "4")
     assert code == 2
     assert "leave out block_length" in output.err
-    code, output = said("bench", "generate", "--model", run.output)
+    code, output = run_command("bench", "generate", "--model", run.output)
     assert code == 2
     assert "causal" in output.err
-    code, output = said("export", "--model", run.output, "--output", str(tmp_path / "out"), "--layout", "released")
+    code, output = run_command(
+        "export", "--model", run.output, "--output", str(tmp_path / "out"), "--layout", "released"
+    )
     assert code == 2
     assert "take --layout illada" in output.err
-    said("export", "--model", run.output, "--output", str(tmp_path / "export"))
+    run_command("export", "--model", run.output, "--output", str(tmp_path / "export"))
     card = (tmp_path / "export" / "README.md").read_text()
     assert "predict token i + 1" in card
     assert "upper bound" not in card

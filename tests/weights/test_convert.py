@@ -38,7 +38,7 @@ SHAPE = {
 
 
 def tokenizer_without_mask(reserved=()):
-    """Byte tokens and ends; no token's text says mask."""
+    """A tokenizer of bytes and ends; no text of a token says mask."""
     made = train_tokenizer(["one two three four five six seven"] * 3, 280)
     text = made.backend_tokenizer.to_str().replace("<[MASK]>", "<|other|>")
     made._tokenizer = type(made.backend_tokenizer).from_str(text)
@@ -127,7 +127,7 @@ def test_a_tokenizers_own_mask_is_taken(tmp_path):
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("extra_rows", [0, 3])
 def test_a_mask_is_added_as_the_mean_of_the_others(tmp_path, tie, extra_rows):
-    """In a new row, or in one that the embedding has beyond the tokenizer's tokens."""
+    """The mask gets a new row, or a row that the embedding has beyond the tokenizer's tokens."""
     tokenizer = tokenizer_without_mask()
     known = len(tokenizer)
     theirs = make(tmp_path / "causal", tokenizer, extra_rows=extra_rows, tie_word_embeddings=tie)
@@ -150,7 +150,7 @@ def test_a_mask_is_added_as_the_mean_of_the_others(tmp_path, tie, extra_rows):
 
 
 def test_an_unused_reserved_token_becomes_the_mask(tmp_path):
-    """Not one that the chat template or a special id uses, nor an ordinary word that happens to say so."""
+    """A token that the chat template or a special id uses is not taken, nor an ordinary word with such a name."""
     names = ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|reserved_special_token_2|>"]
     tokenizer = tokenizer_without_mask()
     tokenizer.add_tokens(["unused_word"])
@@ -202,9 +202,9 @@ def test_it_generates_and_training_lowers_its_loss(tmp_path):
     tokenizer = tokenizer_without_mask()
     make(tmp_path / "causal", tokenizer, initializer_range=0.02)
     model, again = convert(tmp_path / "causal", tmp_path / "out")
-    said = generate(model, [[3, 17]], GenerationSettings(max_new_tokens=8, block_length=4), tokenizer=again)[0]
-    assert said.forwards >= 4
-    assert model.config.mask_token_id not in said.ids
+    answer = generate(model, [[3, 17]], GenerationSettings(max_new_tokens=8, block_length=4), tokenizer=again)[0]
+    assert answer.forwards >= 4
+    assert model.config.mask_token_id not in answer.ids
     ids = torch.tensor(again.encode("one two three four five six seven")).repeat(8, 1)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
     losses = []
@@ -218,18 +218,18 @@ def test_it_generates_and_training_lowers_its_loss(tmp_path):
 
 
 def test_old_files_and_shards_are_read(tmp_path, tiny_tokenizer):
-    """Rotary frequencies among the weights, as Llama 2 has them; an explicit tied head; several files."""
+    """The files hold rotary frequencies, as those of Llama 2 do, and an explicit tied head; there are several files."""
     theirs = make(tmp_path / "causal", tiny_tokenizer, tie_word_embeddings=True)
-    found = load_file(tmp_path / "causal" / "model.safetensors")
+    tensors = load_file(tmp_path / "causal" / "model.safetensors")
     (tmp_path / "causal" / "model.safetensors").unlink()
-    found["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    found["lm_head.weight"] = found["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     places = {}
-    for number, name in enumerate(found):
+    for number, name in enumerate(tensors):
         file = f"model-{number % 3}.safetensors"
         places[name] = file
     for file in set(places.values()):
-        save_file({name: found[name] for name in found if places[name] == file}, tmp_path / "causal" / file)
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, tmp_path / "causal" / file)
     (tmp_path / "causal" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     model, _ = convert(tmp_path / "causal", tmp_path / "out")
     for name, tensor in theirs.state_dict().items():
@@ -242,9 +242,9 @@ def change(path, **values):
 
 
 def change_weights(path, edit):
-    found = load_file(path / "model.safetensors")
-    edit(found)
-    save_file(found, path / "model.safetensors")
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -265,7 +265,7 @@ BAD = {
     "bias": (lambda p: change(p, attention_bias=True), "has biases: this network has not"),
     "bias in the files": (
         lambda p: change_weights(
-            p, lambda found: found.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+            p, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
         ),
         r"has biases \(model.layers.0.self_attn.q_proj.bias, …\): this network has not",
     ),
@@ -289,15 +289,15 @@ BAD = {
         "is a masked diffusion model already: train it with --model.start",
     ),
     "missing": (
-        lambda p: change_weights(p, lambda found: found.pop("model.norm.weight")),
+        lambda p: change_weights(p, lambda tensors: tensors.pop("model.norm.weight")),
         r"do not fit its config.json \(1 tensors\): model.norm.weight is missing",
     ),
     "odd": (
-        lambda p: change_weights(p, lambda found: found.update({"score.weight": torch.zeros(2)})),
+        lambda p: change_weights(p, lambda tensors: tensors.update({"score.weight": torch.zeros(2)})),
         "score.weight is not part of the model",
     ),
     "shape": (
-        lambda p: change_weights(p, lambda found: found.update({"model.norm.weight": torch.zeros(2)})),
+        lambda p: change_weights(p, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(2)})),
         r"model.norm.weight is \[2\], not \[32\]",
     ),
     "head": (

@@ -101,11 +101,11 @@ def test_a_failed_export_leaves_nothing(run, tmp_path):
 
 
 def weights(path):
-    """All tensors of a folder, and that each has one place."""
+    """All tensors of a folder; each lies in one file only."""
     files = [load_file(file) for file in sorted(path.glob("*.safetensors"))]
-    found = {name: tensor for file in files for name, tensor in file.items()}
-    assert len(found) == sum(map(len, files))
-    return found
+    tensors = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(tensors) == sum(map(len, files))
+    return tensors
 
 
 def assert_same(a, b):
@@ -125,8 +125,8 @@ def answers(path):
     with torch.no_grad():
         logits = model(torch.arange(20)[None]).logits
     settings = GenerationSettings(max_new_tokens=8, block_length=4)
-    said = generate(model, [[3, 17]], settings, tokenizer=tokenizer)[0]
-    return logits, said.ids, confidence_scores(model, [([3, 17], [4, 9])])
+    answer = generate(model, [[3, 17]], settings, tokenizer=tokenizer)[0]
+    return logits, answer.ids, confidence_scores(model, [([3, 17], [4, 9])])
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_release_to_ours_and_back_is_bit_equal(illada_release, tmp_path):
     export_model(str(tmp_path / "ours"), str(tmp_path / "back"), layout="released", max_shard_size="20KB")
     assert_same(weights(tmp_path / "back"), before)
     config, again = read(illada_release / "config.json"), read(tmp_path / "back" / "config.json")
-    # All its fields and values, the mask besides; its one end has become all of them.
+    # All fields and values are back, with the mask id added; eos_token_id now holds every end.
     expected = {
         **config,
         "mask_token_id": 5,
@@ -235,9 +235,9 @@ def test_weights_are_written_in_files_of_the_size_asked_for(illada_release, tmp_
     assert len(written) > 2
     assert max(written) <= 45_000  # so there is never more than one file's worth in memory
     index = read(tmp_path / "out" / "model.safetensors.index.json")
-    found = weights(tmp_path / "out")
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values()) == sum(written)
-    assert index["weight_map"].keys() == found.keys()
+    tensors = weights(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values()) == sum(written)
+    assert index["weight_map"].keys() == tensors.keys()
     for file in set(index["weight_map"].values()):
         here = {name for name, place in index["weight_map"].items() if place == file}
         assert load_file(tmp_path / "out" / file).keys() == here
@@ -255,7 +255,7 @@ def test_the_released_layout_is_readable_by_transformers_4(run, tmp_path, tiny_t
     path, _ = run
     export_model(str(path), str(tmp_path / "out"), layout="released")
     config = read(tmp_path / "out" / "tokenizer_config.json")
-    # The class of 4, and its name for what 5 calls extra_special_tokens (there a list, in 4 a mapping).
+    # transformers 4 has this class, and this name for the list that 5 calls extra_special_tokens (a mapping in 4).
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     assert "extra_special_tokens" not in config
@@ -280,7 +280,7 @@ def card_of(path):
 
 
 def test_the_card_of_a_tuned_checkpoint(run, tmp_path, monkeypatch):
-    """Base, rule, and the numbers at the checkpoint's step though the run had gone on."""
+    """It names base and rule, and the numbers of the checkpoint's step though the run went on."""
     _, model = run
     path = tmp_path / "run"
     checkpoint = path / "checkpoints" / "step-00000004"
@@ -325,7 +325,7 @@ def test_an_output_that_would_touch_the_source_is_refused(illada_release, tmp_pa
     for place in (illada_release / "out", link / "deep" / "out"):
         with pytest.raises(IlladaError, match="being read: choose another --output"):
             export_model(str(illada_release), str(place))
-    # The name under which an output is written is the source: deleting it would delete what is read.
+    # Here the partial folder of the output is the source: deleting it would delete what is read.
     export_model(str(illada_release), str(tmp_path / ".out.partial"))
     before = weights(tmp_path / ".out.partial")
     with pytest.raises(IlladaError, match="being read: choose another --output"):

@@ -35,7 +35,7 @@ def folders(request, build_model, tmp_path_factory):
     """The same model in fp32 and bf16."""
     model = build_model(request.param, seed=5, hidden_size=64, intermediate_size=128)
     places = {}
-    for dtype in (torch.bfloat16, torch.float32):  # both hold numbers of bf16
+    for dtype in (torch.bfloat16, torch.float32):  # the values are those of bf16 in both
         places[dtype] = tmp_path_factory.mktemp("model")
         model.to(torch.bfloat16).to(dtype).save_pretrained(places[dtype])
     return places
@@ -84,7 +84,7 @@ IDS = torch.tensor([[7, 5, 5, 60, 1, 0, 33, 5, 12, 41, 5, 5]])
 
 @torch.inference_mode()
 def test_weights_of_the_blocks_are_rounded_as_said_and_nothing_else(folders, way):
-    plain, model = (load(folders[TYPES[way]], each) for each in (None, way))
+    plain, model = (load(folders[TYPES[way]], name) for name in (None, way))
     originals = linears(plain)
     assert linears(model).keys() == originals.keys()
     for path, layer in linears(model).items():
@@ -96,10 +96,10 @@ def test_weights_of_the_blocks_are_rounded_as_said_and_nothing_else(folders, way
         assert off.float().mean() < (0.06 if way == "int4" else 0.005), path
         assert (effective_NK - original_NK).norm() < 1.05 * (expected_NK - original_NK).norm(), path
     kept = {name: x for name, x in plain.named_parameters() if "_proj" not in name}
-    found = dict(model.named_parameters())
+    actual = dict(model.named_parameters())
     for name, x in kept.items():
-        assert type(found[name]) is nn.Parameter
-        assert torch.equal(found[name], x), name
+        assert type(actual[name]) is nn.Parameter
+        assert torch.equal(actual[name], x), name
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
     assert not model.training
 
@@ -107,23 +107,23 @@ def test_weights_of_the_blocks_are_rounded_as_said_and_nothing_else(folders, way
 @torch.inference_mode()
 def test_logits_are_those_of_an_ordinary_model_with_rounded_weights(folders, way):
     dtype = TYPES[way]
-    plain, model = (load(folders[dtype], each) for each in (None, way))
+    plain, model = (load(folders[dtype], name) for name in (None, way))
     # The ordinary models compute in fp32, so that only the quantised one has errors of its own.
     rounded = rounded_by_hand(plain.float(), way)
-    original, expected, found = (each(IDS).logits.float() for each in (plain, rounded, model))
+    original, expected, actual = (network(IDS).logits.float() for network in (plain, rounded, model))
     lost = (expected - original).norm()
     assert lost > 1e-3 * original.norm()
     if way == "int8":
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     elif way != "int8-bnb":
-        assert (found - expected).norm() < 0.5 * lost
+        assert (actual - expected).norm() < 0.5 * lost
     # LLM.int8() rounds the activations too.
-    assert (found - original).norm() < (0.05 if way.startswith("int8") else 0.6) * original.norm()
+    assert (actual - original).norm() < (0.05 if way.startswith("int8") else 0.6) * original.norm()
 
 
 def test_generation_with_int8_commits_what_the_rounded_model_commits(folders):
     pytest.importorskip("torchao")
-    plain, model = (load(folders[torch.float32], each) for each in (None, "int8"))
+    plain, model = (load(folders[torch.float32], name) for name in (None, "int8"))
     settings = GenerationSettings(max_new_tokens=16, block_length=8, steps_per_block=4, eos_token_id=None)
     prompts = [[7, 9, 11], [3, 2, 40, 41, 8]]
     expected = generate(rounded_by_hand(plain, "int8"), prompts, settings)
@@ -164,8 +164,8 @@ def test_on_a_gpu(folders, way):
     check_shapes(model)
     assert {x.device for x in model.parameters()} == {gpu}
     original = load(folders[torch.bfloat16], None)(IDS).logits.float()
-    found = model(IDS.to(gpu)).logits.float().cpu()
-    assert (found - original).norm() < (0.1 if way.startswith("int8") else 0.6) * original.norm()
+    actual = model(IDS.to(gpu)).logits.float().cpu()
+    assert (actual - original).norm() < (0.1 if way.startswith("int8") else 0.6) * original.norm()
 
 
 @pytest.mark.parametrize("damage", ["missing", "narrow", "short"])

@@ -1,4 +1,4 @@
-"""Released checkpoints: fixtures in their exact layouts, read, run, and refused when anything is odd."""
+"""Released checkpoints: folders in their exact layouts are read, run, and refused when anything is odd."""
 
 import json
 import os
@@ -246,7 +246,7 @@ def test_the_mask_id_is_the_tokenizers_where_config_json_has_none(copy):
     values = json.loads(path.read_text())
     if family == "illada":
         assert "mask_token_id" not in values
-        # A relative with the mask elsewhere in its vocabulary.
+        # A related model has the mask elsewhere in its vocabulary.
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         text = json.dumps(tokenizer).replace("<[MASK]>", "<other>").replace("<sep>", "<[MASK]>")
         (folder / "tokenizer.json").write_text(text)

@@ -103,36 +103,38 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_illada(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `IlladaConfig` for a config.json of iLLaDA or of ours."""
     _require_fixed(values, _ILLADA_FIXED)
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("factor", 1.0) != 1.0:
         raise IlladaError(f"the checkpoint scales its rotary embedding ({rope}): this network does not")
-    kept = {name: value for name, value in values.items() if name not in _DROPPED}
-    if "rope_theta" not in kept and "rope_theta" in rope:
-        kept["rope_theta"] = rope["rope_theta"]
-    return kept
+    fields = {name: value for name, value in values.items() if name not in _DROPPED}
+    if "rope_theta" not in fields and "rope_theta" in rope:
+        fields["rope_theta"] = rope["rope_theta"]
+    return fields
 
 
 def _read_llada(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `IlladaConfig` for a config.json of LLaDA."""
     if "d_model" not in values:
         named = ", ".join(values.get("architectures") or ["no class name"])
         raise IlladaError(f"config.json of type llada has no d_model ({named}): only dense LLaDA models can be read")
     _require_fixed(values, _LLADA_FIXED)
-    kept = {ours: values[theirs] for theirs, ours in _LLADA_CONFIG.items() if values.get(theirs) is not None}
-    if "num_key_value_heads" not in kept and values.get("multi_query_attention"):
-        kept["num_key_value_heads"] = 1
-    if "intermediate_size" not in kept:
-        kept["intermediate_size"] = round(values.get("mlp_ratio", 4) * values["d_model"])
+    fields = {ours: values[theirs] for theirs, ours in _LLADA_CONFIG.items() if values.get(theirs) is not None}
+    if "num_key_value_heads" not in fields and values.get("multi_query_attention"):
+        fields["num_key_value_heads"] = 1
+    if "intermediate_size" not in fields:
+        fields["intermediate_size"] = round(values.get("mlp_ratio", 4) * values["d_model"])
     if "vocab_size" not in values:
         raise IlladaError("config.json of type llada has no vocab_size: the file is damaged")
     # The embedding may have more rows than the vocabulary.
-    kept["vocab_size"] = values.get("embedding_size") or values["vocab_size"]
-    kept.setdefault("tie_word_embeddings", False)
+    fields["vocab_size"] = values.get("embedding_size") or values["vocab_size"]
+    fields.setdefault("tie_word_embeddings", False)
     # The family's ids are those of its 126,464 tokens: a smaller relative has its own.
-    ids = {name: number for name, number in FAMILY_IDS["llada"].items() if number < kept["vocab_size"]}
-    if "mask_token_id" not in {**ids, **kept}:
+    ids = {name: number for name, number in FAMILY_IDS["llada"].items() if number < fields["vocab_size"]}
+    if "mask_token_id" not in {**ids, **fields}:
         raise IlladaError("config.json of type llada has no mask_token_id: add the id of the tokenizer's mask token")
-    return {"bos_token_id": None, "pad_token_id": None, **ids, **kept}
+    return {"bos_token_id": None, "pad_token_id": None, **ids, **fields}
 
 
 def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
