@@ -38,7 +38,7 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
     wanted: list[NDArray[np.int64]] = []
     for row, position_M in zip(rows, open_positions, strict=True):
         inputs += row.branches(model.config.mask_token_id)
-        pasts += row.continued(pool)
+        pasts += row.prepare_caches(pool)
         wanted += [len(row.prompt_P) - row.first - row.causal + position_M] * row.passes
     ids_T = torch.from_numpy(np.concatenate(inputs)).to(model.device)
     hidden_MD = model.model.packed(ids_T, Packing(tuple(map(len, inputs)), tuple(pasts)), wanted=wanted)

@@ -284,7 +284,7 @@ class Engine:
     def _advance(self, request: Request, proposals: Iterator[Proposals]) -> Generation | None:
         """Commit a step, and one more for every draft that came true; return the answer once it is complete.
 
-        The next of the proposals are those for the request's rows.
+        The iterator gives the proposals for each of its rows next.
         """
         rows = [(row, next(proposals)) for row in request.rows]
         request.forwards += request.passes

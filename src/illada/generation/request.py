@@ -153,7 +153,7 @@ class Request:
 
     @property
     def view(self) -> int:
-        """How many positions of the answer the model sees: masks of later blocks only with `later_masks`."""
+        """How many positions of the answer the model sees: later blocks only with `later_masks`; if causal, no mask."""
         return self.budget if self.settings.later_masks else self.block_end - self.causal
 
     @property
@@ -197,7 +197,7 @@ class Request:
             seen.append(np.concatenate((np.full_like(self.prompt_P, mask_id), generated))[self.first :])
         return seen
 
-    def continued(self, pool: PagePool) -> list[KVCache | None]:
+    def prepare_caches(self, pool: PagePool) -> list[KVCache | None]:
         """Return the cache of each branch, ready for this step's pass; None where every pass sees all tokens afresh."""
         if self.settings.cache == "none":
             return [None] * self.passes

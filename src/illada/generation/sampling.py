@@ -103,7 +103,9 @@ def propose(
     for first in range(0, len(row_M), size):
         row_C, position_C, index_C = (x_M[first : first + size] for x_M in (row_M, position_M, index_M))
         state_C = starts[row_C] + index_C
-        chunk = _Chunk(rows, row_C, position_C, index_C == 0, state_C, state_C + counts[row_C])
+        second_C = state_C + counts[row_C]
+        own_rows = rows[row_C[0] : row_C[-1] + 1]
+        chunk = _Chunk(own_rows, row_C - row_C[0], position_C, index_C == 0, state_C, second_C)
         logits_CV = chunk.logits(model, hidden_MD)
         chunk.penalise(logits_CV)
         chunk.boost(logits_CV)
@@ -163,11 +165,11 @@ class _Chunk:
 
     def penalise(self, logits_CV: Tensor) -> None:
         """Divide positive logits of ids that a row shows by its penalty and multiply negative ones, in place."""
-        for r in np.unique(self.row_C):
-            if (penalty := self.rows[r].settings.repetition_penalty) != 1:
-                first, last = np.flatnonzero(self.row_C == r)[[0, -1]]
-                own_CV = logits_CV[first : last + 1]
-                seen_V = _on(self.rows[r].visible_ids(), logits_CV)
+        for r, row in enumerate(self.rows):
+            if (penalty := row.settings.repetition_penalty) != 1:
+                first, end = np.searchsorted(self.row_C, (r, r + 1))
+                own_CV = logits_CV[first:end]
+                seen_V = _on(row.visible_ids(), logits_CV)
                 x = own_CV[:, seen_V]
                 own_CV[:, seen_V] = torch.where(x < 0, x * penalty, x / penalty)
 
