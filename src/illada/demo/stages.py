@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,29 +172,41 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
     return {name: Shards.open(folder / name) for name in (*text, *chat)}
 
 
+def _recipe(
+    output: Path,
+    data: dict[str, Shards],
+    seed: int,
+    name: str,
+    model: ModelRecipe,
+    kind: str,
+    window: int,
+    steps: int,
+    **training: Any,
+) -> Recipe:
+    """Return a recipe of the run `name` on data of a kind, with the settings that the demo's runs share."""
+    validation = str(data[f"{kind}-validation"].path) if "validate_every" in training else None
+    return Recipe(
+        output=str(output / name),
+        model=model,
+        data=DataRecipe(str(data[f"{kind}-train"].path), validation, window),
+        training=TrainingRecipe(
+            steps=steps,
+            samples_per_batch=64,
+            warmup_steps=100,
+            final_learning_rate=2e-5,
+            beta2=0.98,
+            dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (benchmarks/RESULTS.md)
+            seed=seed,
+            checkpoint_every=max(100, steps // 4),
+            keep_checkpoints=1,
+            **training,
+        ),
+    )
+
+
 def _recipes(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> tuple[Recipe, Recipe, Recipe]:
     """Return the recipes of pre-training on text and of two fine-tunings, by LLaDA's rule and by the paper's."""
-
-    def recipe(name: str, model: ModelRecipe, kind: str, window: int, steps: int, **training: Any) -> Recipe:
-        validation = str(data[f"{kind}-validation"].path) if "validate_every" in training else None
-        return Recipe(
-            output=str(output / name),
-            model=model,
-            data=DataRecipe(str(data[f"{kind}-train"].path), validation, window),
-            training=TrainingRecipe(
-                steps=steps,
-                samples_per_batch=64,
-                warmup_steps=100,
-                final_learning_rate=2e-5,
-                beta2=0.98,
-                dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (benchmarks/RESULTS.md)
-                seed=seed,
-                checkpoint_every=max(100, steps // 4),
-                keep_checkpoints=1,
-                **training,
-            ),
-        )
-
+    recipe = partial(_recipe, output, data, seed)
     pretrain = recipe(
         "pretrain",
         ModelRecipe(preset="1m", **SHAPE),
