@@ -5,8 +5,6 @@ one padded and masked call: forward and backward, seconds of paired repetitions,
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -14,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from common import machine
 from torch import Tensor
 
 from illada import rng
@@ -25,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 def nested_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing) -> Tensor:
-    """One call on jagged tensors; each key is repeated for its group, which jagged tensors cannot do themselves."""
+    """Attend by one call on jagged tensors, which need each key repeated for its group."""
     offsets = torch.tensor([0, *packing.lengths]).cumsum(0)
     repeat = query_THD.shape[1] // key_TGD.shape[1]
     parts = (query_THD, key_TGD.repeat_interleave(repeat, 1), value_TGD.repeat_interleave(repeat, 1))
@@ -35,7 +34,7 @@ def nested_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
 
 
 def padded_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing) -> Tensor:
-    """One call on rows padded to the longest segment, the padding masked out."""
+    """Attend by one call on rows padded to the longest segment, with the padding masked out."""
     lengths = torch.tensor(packing.lengths)
     real_SL = torch.arange(max(packing.lengths)) < lengths[:, None]
 
@@ -49,7 +48,7 @@ def padded_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
 
 
 def windows(count: int = 16, length: int = 256) -> Packing:
-    """A training batch of iLLaDA's rule: 30 % of the windows are split in two; longest first, as in training."""
+    """Return a training batch by iLLaDA's rule, in which 30 % of the windows are split in two, the longest first."""
     lengths: list[int] = []
     for n in range(count):
         if rng.uniform_int(0, n, 0) < 0.3:
@@ -61,13 +60,13 @@ def windows(count: int = 16, length: int = 256) -> Packing:
 
 
 def documents(count: int = 64) -> Packing:
-    """Documents of 8 to 256 tokens, short ones more often; longest first."""
+    """Return documents of 8 to 256 tokens, mostly short ones; longest first."""
     lengths = [int(8 * 32 ** rng.uniform_int(1, n)) for n in range(count)]
     return Packing(tuple(sorted(lengths, reverse=True)))
 
 
 def seconds(attend: Attend, packing: Packing, parts: list[Tensor]) -> float:
-    """Time of one forward and backward pass."""
+    """Return the time of one forward and backward pass."""
     for x in parts:
         x.grad = None
     start = time.perf_counter()
@@ -80,8 +79,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=30)
     repeats = arguments.parse_args().repeats
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
-    print(f"torch {torch.__version__}, {machine}; ", end="")
+    print(f"{machine()}; ", end="")
     print(f"{HEADS} heads, {GROUPS} groups of width {WIDTH}, fp32, median of {repeats} paired repetitions\n")
     columns = ["batch", "tokens", "segments", "runs", *(f"{way} (ms)" for way in ("ours", "nested", "padded"))]
     columns += ["nested / ours", "padded / ours"]

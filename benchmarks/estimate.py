@@ -10,7 +10,6 @@ without, where the heap's holes come on top.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from common import machine, status
 
 from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
@@ -45,11 +45,6 @@ def recipe_of(shape: str) -> Recipe:
     preset, _, window, step, batch, dtype, _ = SHAPES[shape]
     training = TrainingRecipe(steps=3, samples_per_step=step, samples_per_batch=batch, dtype=dtype)
     return Recipe(model=ModelRecipe(preset=preset), data=DataRecipe(window=window), training=training)
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(shape: str) -> int:
@@ -91,22 +86,22 @@ def train(model: IlladaForMaskedLM, recipe: Recipe, batches: Batches, shards: Sh
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--shape", choices=SHAPES, help="measure one here, print JSON")
-    given = arguments.parse_args()
-    if given.shape:
-        print(json.dumps(measure(given.shape)))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, help="measure one here, print JSON")
+    args = parser.parse_args()
+    if args.shape:
+        print(json.dumps(measure(args.shape)))
         return
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} thread(s)\n")
+    print(f"{machine()}\n")
     print("| shape | estimated (MB) | measured (MB) | estimated / measured | as it is (MB) |\n|---|---|---|---|---|")
     for shape in SHAPES:
-        found = estimate(recipe_of(shape), 1, "cpu", vocab_size=SHAPES[shape][1]).memory[SHAPES[shape][-1]].peak
+        guess = estimate(recipe_of(shape), 1, "cpu", vocab_size=SHAPES[shape][1]).memory[SHAPES[shape][-1]].peak
         words = [sys.executable, __file__, "--shape", shape]
         real, loose = (
             json.loads(subprocess.run(words, check=True, capture_output=True, env=os.environ | more).stdout)
             for more in ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, {})
         )
-        cells = f"{found / 1e6:.0f} | {real / 1e6:.0f} | {found / real:.2f} | {loose / 1e6:.0f}"
+        cells = f"{guess / 1e6:.0f} | {real / 1e6:.0f} | {guess / real:.2f} | {loose / 1e6:.0f}"
         print(f"| {shape} | {cells} |", flush=True)
 
 

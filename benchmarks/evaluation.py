@@ -10,8 +10,6 @@ modules, 64 whose answers are several words.
 
 import argparse
 import itertools
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from common import machine
 from lm_eval.api.instance import Instance
 
 from illada.evaluation.harness import IlladaLM
@@ -29,19 +28,19 @@ from illada.toy_tasks import held_out, library_choices
 
 def questions() -> list[tuple[str, list[str]]]:
     """Return (context, candidates) of 256 questions, mixed."""
-    found = []
+    items = []
     for choice in library_choices(96):
         options = "".join(f"\n{name}. {text}" for name, text in zip("ABCD", choice.candidates, strict=True))
-        found.append((f"{choice.prompt}{options}\nAnswer:", [" A", " B", " C", " D"]))
-        found.append((choice.prompt, list(choice.candidates)))
-    found = found[:192]
+        items.append((f"{choice.prompt}{options}\nAnswer:", [" A", " B", " C", " D"]))
+        items.append((choice.prompt, list(choice.candidates)))
+    items = items[:192]
     for task in ("capitals", "reversal", "shift", "sorting"):
         problems = held_out(task, 16)
         for place, problem in enumerate(problems):
             others = [problems[(place + step) % len(problems)].answer for step in (1, 2, 3)]
-            found.append((problem.prompt, [problem.answer, *others]))
+            items.append((problem.prompt, [problem.answer, *others]))
     # Kinds alternate, as tasks do in one evaluation.
-    return [found[(59 * place) % len(found)] for place in range(len(found))]
+    return [items[(59 * place) % len(items)] for place in range(len(items))]
 
 
 @contextmanager
@@ -63,7 +62,7 @@ def rows_of(lm: IlladaLM) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def one_at_a_time(lm: IlladaLM, requests: list[Instance]) -> list[float]:
-    """Paper Eq. 2 as public evaluation scripts compute it: a request, a step, all logits."""
+    """Score by paper Eq. 2 as public evaluation scripts do: one request and one step at a time, with all logits."""
     mask, scores = lm.model.config.mask_token_id, []
     for request in requests:
         ((context, candidate),), right = score_layout(lm.tokenizer, request.args[0], [request.args[1]])
@@ -81,11 +80,11 @@ def one_at_a_time(lm: IlladaLM, requests: list[Instance]) -> list[float]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", required=True)
-    arguments.add_argument("--repeats", type=int, default=3)
-    given = arguments.parse_args()
-    lm = IlladaLM(given.model, dtype="fp32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    lm = IlladaLM(args.model, dtype="fp32")
     requests = [
         Instance("loglikelihood", {}, (context, candidate), index, ("mixed", number, 1))
         for number, (context, candidates) in enumerate(questions())
@@ -104,7 +103,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     rows, results = {}, {}
-    for repeat, (way, run) in itertools.product(range(given.repeats), ways.items()):
+    for repeat, (way, run) in itertools.product(range(args.repeats), ways.items()):
         if repeat and way.startswith("likelihood"):
             continue
         with rows_of(lm) as counted:
@@ -114,10 +113,7 @@ def main() -> None:
         rows[way] = (len(counted), sum(counted))
     gap = max(abs(a - b) for a, b in zip(results["confidence"], results["confidence, one at a time"], strict=True))
     assert gap < 1e-3, gap
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
-    print(
-        f"torch {torch.__version__}, {machine}; {len(requests)} candidates of {min(lengths)} to {max(lengths)} tokens"
-    )
+    print(f"{machine()}; {len(requests)} candidates of {min(lengths)} to {max(lengths)} tokens")
     print(f"(mean {statistics.mean(lengths):.1f}); the two confidences differ by at most {gap:.1e} nats.\n")
     print("| scoring | seconds | × ours | rows | × ours | positions |\n|---|---|---|---|---|---|")
     for way in ways:

@@ -47,7 +47,8 @@ def make(folder: Path, layers: int) -> None:
 
 
 def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int | None) -> None:
-    from quantize import anonymous_peak, status, stored_gigabytes
+    from common import status
+    from quantize import anonymous_peak, stored_gigabytes
 
     from illada import GenerationSettings, generate
     from illada.text.prompts import encode_plain
@@ -58,7 +59,7 @@ def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int 
         started = time.monotonic()
         with anonymous_peak(peak, "load"):
             model, tokenizer = load_model(str(folder), **({"quantize": quantize} if quantize else {}))
-        loaded, high = time.monotonic() - started, status("VmHWM")
+        loaded, high = time.monotonic() - started, status("VmHWM") / GB
         print(f"parameters         {sum(p.numel() for p in model.parameters()):,}")
         print(f"weights            {stored_gigabytes(model):6.2f} GB as stored in memory ({quantize or model.dtype})")
         print(f"load               {loaded:6.1f} s   peak resident {high:.2f} GB, not file {peak['load']:.2f} GB")
@@ -68,9 +69,9 @@ def run(folder: Path, tokens: int, quantize: str | None, block: int, steps: int 
         started = time.monotonic()
         answer = generate(model, [encode_plain(tokenizer, "one two three four")], settings)[0]
         seconds = time.monotonic() - started
-        each = seconds / answer.forwards
-        print(f"answer             {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {each:.2f} s each")
-    print(f"peak resident      {status('VmHWM'):6.2f} GB, not file {peak['all']:.2f} GB")
+        mean = seconds / answer.forwards
+        print(f"answer             {seconds:6.1f} s   {tokens} tokens, {answer.forwards} forwards, {mean:.2f} s each")
+    print(f"peak resident      {status('VmHWM') / GB:6.2f} GB, not file {peak['all']:.2f} GB")
 
 
 def compare(folder: Path, prompt: int, block: int, repeats: int) -> None:
@@ -108,10 +109,10 @@ if __name__ == "__main__":
     parser.add_argument("--quantize")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
-    given = parser.parse_args()
-    if given.what == "make":
-        make(given.folder, given.layers)
-    elif given.what == "compare":
-        compare(given.folder, given.prompt, given.block, given.repeats)
+    args = parser.parse_args()
+    if args.what == "make":
+        make(args.folder, args.layers)
+    elif args.what == "compare":
+        compare(args.folder, args.prompt, args.block, args.repeats)
     else:
-        run(given.folder, given.tokens, given.quantize, given.block, given.steps)
+        run(args.folder, args.tokens, args.quantize, args.block, args.steps)

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 import numpy as np
 import torch
+from common import machine
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -27,16 +28,16 @@ from illada.model.transformer import IlladaForMaskedLM
 VOCABULARY, WINDOW, STEP, PASS = 8192, 256, 16, 8
 
 
-DELAY = 0.05  # of a request to an object store, in seconds
+DELAY = 0.05  # seconds of a request to an object store
 
 
-def answer_late(self, *arguments, **keywords):
+def answer_late(self, *args, **keywords):
     time.sleep(DELAY)
-    return AbstractFileSystem.cat_ranges(self, *arguments, **keywords)
+    return AbstractFileSystem.cat_ranges(self, *args, **keywords)
 
 
 def steps(shards: Shards, count: int, ahead: bool) -> tuple[float, float]:
-    """Train; return (seconds, seconds waited for batches), the first step not counted."""
+    """Train and return (seconds, seconds waited for batches), without the first step."""
     model = IlladaForMaskedLM(IlladaConfig.preset("5m", vocab_size=VOCABULARY)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = Batches(shards, WINDOW, STEP, seed=0)
@@ -68,9 +69,9 @@ def steps(shards: Shards, count: int, ahead: bool) -> tuple[float, float]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--steps", type=int, default=11)
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=11)
+    args = parser.parse_args()
     MemoryFileSystem.cat_ranges = answer_late
     with TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
@@ -78,18 +79,16 @@ def main() -> None:
         writer.append(np.random.default_rng(0).integers(8, VOCABULARY, 2_000_000))
         write_index(f"{folder}/data", writer.finish(), vocab_size=VOCABULARY)
         fsspec.filesystem("memory").put(f"{folder}/data", "/data", recursive=True)
-        print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), 5m, {STEP} windows of {WINDOW} a step\n"
-        )
+        print(f"{machine()}, 5m, {STEP} windows of {WINDOW} a step\n")
         print("| shards | batches | seconds a step | of it waiting |\n|---|---|---|---|")
         for name, place in (
             ("disk", f"{folder}/data"),
             (f"streamed, {DELAY * 1e3:.0f} ms a request", "memory://data"),
         ):
             for ahead in (False, True):
-                seconds, waited = steps(Shards.open(place), given.steps, ahead)
+                seconds, waited = steps(Shards.open(place), args.steps, ahead)
                 way = "ahead" if ahead else "in the loop"
-                print(f"| {name} | {way} | {seconds / (given.steps - 1):.3f} | {waited / seconds:.2%} |", flush=True)
+                print(f"| {name} | {way} | {seconds / (args.steps - 1):.3f} | {waited / seconds:.2%} |", flush=True)
 
 
 if __name__ == "__main__":

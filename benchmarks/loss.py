@@ -6,7 +6,6 @@ of all rows: seconds and peak memory of a forward and backward pass, each way in
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
@@ -16,6 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from common import machine
 
 from illada.diffusion.loss import chunked_cross_entropy
 
@@ -39,11 +39,11 @@ def measure(way: str, vocabulary: int, repeats: int) -> dict[str, float]:
         if way == "chunked":
             loss = chunked_cross_entropy(hidden[rows], head, target[rows], weight[rows])
         elif way == "masked rows":
-            each = F.cross_entropy(hidden[rows] @ head.T, target[rows], reduction="none")
-            loss = (each * weight[rows]).sum()
+            losses = F.cross_entropy(hidden[rows] @ head.T, target[rows], reduction="none")
+            loss = (losses * weight[rows]).sum()
         else:
-            each = F.cross_entropy(hidden @ head.T, target, reduction="none")
-            loss = (each * weight * masked).sum()
+            losses = F.cross_entropy(hidden @ head.T, target, reduction="none")
+            loss = (losses * weight * masked).sum()
         loss.backward()
         return loss.detach()
 
@@ -62,27 +62,26 @@ def measure(way: str, vocabulary: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--repeats", type=int, default=7)
-    arguments.add_argument("--way", choices=WAYS, help="measure one way here, print JSON")
-    arguments.add_argument("--vocabulary", type=int, default=2000)
-    given = arguments.parse_args()
-    if given.way:
-        print(json.dumps(measure(given.way, given.vocabulary, given.repeats)))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--way", choices=WAYS, help="measure one way here, print JSON")
+    parser.add_argument("--vocabulary", type=int, default=2000)
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args.way, args.vocabulary, args.repeats)))
         return
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
-    print(f"torch {torch.__version__}, {machine}; ", end="")
-    print(f"{TOKENS} tokens of width {WIDTH}, half of them masked, fp32, median of {given.repeats}\n")
+    print(f"{machine()}; ", end="")
+    print(f"{TOKENS} tokens of width {WIDTH}, half of them masked, fp32, median of {args.repeats}\n")
     print("| vocabulary | way | seconds | times chunked | peak (MB) |\n|---|---|---|---|---|")
     for vocabulary in (2000, 32_000):
-        found = {}
+        results = {}
         for way in WAYS:
             words = [sys.executable, __file__, "--way", way, "--vocabulary", str(vocabulary)]
-            done = subprocess.run([*words, "--repeats", str(given.repeats)], check=True, capture_output=True, text=True)
-            found[way] = json.loads(done.stdout)
-        base = found["chunked"]
-        for way, row in found.items():
-            assert abs(row["loss"] / base["loss"] - 1) < 1e-4, found
+            done = subprocess.run([*words, "--repeats", str(args.repeats)], check=True, capture_output=True, text=True)
+            results[way] = json.loads(done.stdout)
+        base = results["chunked"]
+        for way, row in results.items():
+            assert abs(row["loss"] / base["loss"] - 1) < 1e-4, results
             cells = f"{row['seconds']:.3f} | {row['seconds'] / base['seconds']:.1f} | {row['megabytes']:.0f}"
             print(f"| {vocabulary} | {way} | {cells} |", flush=True)
 

@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from common import machine
 
 from illada.preparation.prepare import prepare
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer_from_files
 from illada.toy_tasks import standard_library
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
@@ -26,51 +25,51 @@ from illada.weights.runs import read_metrics
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--steps", type=int, default=200)
-    arguments.add_argument("--rates", type=float, nargs="+", default=[3e-3])
-    arguments.add_argument("--seeds", type=int, default=3)
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3])
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
     files = sorted(str(path) for path in standard_library().glob("*.py"))
     held_out, texts = files[::12], [file for number, file in enumerate(files) if number % 12]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}; ", end="")
-    print(f"preset 1m, V = 2048, {given.steps} steps of 16 windows of 128, {given.seeds} seeds\n")
+    print(f"{machine()}; ", end="")
+    print(f"preset 1m, V = 2048, {args.steps} steps of 16 windows of 128, {args.seeds} seeds\n")
     print("| optimiser | learning rate | bits per byte (mean ± deviation) | seconds a step |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nothing:
         folder = Path(name)
         with contextlib.redirect_stderr(nothing):
             train_tokenizer_from_files(texts[::4], 2048, folder / "tokenizer")
-            prepare(PrepareSettings(texts, str(folder / "train"), str(folder / "tokenizer")))
-            prepare(PrepareSettings(held_out, str(folder / "held_out"), str(folder / "tokenizer")))
-        for rate in given.rates:
+            prepare(texts, str(folder / "train"), str(folder / "tokenizer"))
+            prepare(held_out, str(folder / "held_out"), str(folder / "tokenizer"))
+        for rate in args.rates:
             for optimizer in ("adamw", "muon"):
-                found, seconds = [], []
-                for seed in range(given.seeds):
+                bounds, seconds = [], []
+                for seed in range(args.seeds):
                     run = folder / f"{optimizer}-{rate:g}-{seed}"
                     settings = TrainingRecipe(
-                        steps=given.steps,
+                        steps=args.steps,
                         samples_per_step=16,
                         samples_per_batch=16,
                         learning_rate=rate,
                         final_learning_rate=rate / 10,
                         warmup_steps=20,
-                        decay_steps=given.steps // 4,
+                        decay_steps=args.steps // 4,
                         optimizer=optimizer,
                         beta2=0.98,
                         dtype="fp32",
                         device="cpu",
                         seed=seed,
-                        validate_every=given.steps,
-                        checkpoint_every=given.steps,
+                        validate_every=args.steps,
+                        checkpoint_every=args.steps,
                         validation_samples=128,
                     )
                     data = DataRecipe(str(folder / "train"), str(folder / "held_out"), 128)
                     begun = time.perf_counter()
                     with contextlib.redirect_stderr(nothing):
                         train(Recipe(str(run), ModelRecipe("1m"), data=data, training=settings))
-                    seconds.append((time.perf_counter() - begun) / given.steps)
-                    found.append(read_metrics(run / "metrics.jsonl")[-1]["validation_bits_per_byte"])
-                mean, deviation = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+                    seconds.append((time.perf_counter() - begun) / args.steps)
+                    bounds.append(read_metrics(run / "metrics.jsonl")[-1]["validation_bits_per_byte"])
+                mean, deviation = statistics.mean(bounds), statistics.stdev(bounds) if len(bounds) > 1 else 0.0
                 cells = f"{mean:.4f} ± {deviation:.4f} | {statistics.median(seconds):.3f}"
                 print(f"| {optimizer} | {rate:g} | {cells} |", flush=True)
 

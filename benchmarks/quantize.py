@@ -10,7 +10,6 @@ Random weights (--shape) tell nothing about agreement. Linux only: memory is rea
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, status
 from torch import Tensor
 
 from illada import IlladaConfig, IlladaForMaskedLM, rng
@@ -36,23 +36,15 @@ WAYS = (PLAIN, "int8", "int4", "int8-bnb", "nf4")
 BLOCK = 32  # rows that the head sees in a step of generation
 
 
-def status(field: str) -> float:
-    """A field of /proc/self/status in GB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise KeyError(field)
-
-
 @contextmanager
 def anonymous_peak(peak: dict[str, float], name: str) -> Iterator[None]:
-    """Note the most anonymous memory in GB added inside; unlike mapped files it cannot be dropped."""
-    before = status("RssAnon")
+    """Note the most anonymous memory in GB added in the block; unlike mapped files it cannot be dropped."""
+    before = status("RssAnon") / 1e9
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
-            peak[name] = max(peak[name], status("RssAnon") - before)
+            peak[name] = max(peak[name], status("RssAnon") / 1e9 - before)
 
     peak[name] = 0.0
     watcher = threading.Thread(target=watch)
@@ -62,11 +54,11 @@ def anonymous_peak(peak: dict[str, float], name: str) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        peak[name] = max(peak[name], status("RssAnon") - before)
+        peak[name] = max(peak[name], status("RssAnon") / 1e9 - before)
 
 
 def stored_gigabytes(model: IlladaForMaskedLM) -> float:
-    """Weights as they are stored, scales included; a tied tensor once."""
+    """Return the size of the weights as stored, scales included; a tied tensor counts once."""
     parts: dict[int, int] = {}
 
     def count(tensor: Any) -> None:
@@ -90,7 +82,7 @@ def stored_gigabytes(model: IlladaForMaskedLM) -> float:
 
 
 def sample(config: IlladaConfig, folder: str, text: str | None, length: int) -> tuple[Tensor, Tensor]:
-    """Ids [L] of a text, or random ones, every second one masked at random; and where."""
+    """Return ids [L] of a text or random ones, each masked with probability one half, and where they are masked."""
     if text is None:
         ids = torch.tensor([int(rng.uniform_int(0, i) * (config.vocab_size - 10)) + 9 for i in range(length)])
     else:
@@ -104,40 +96,40 @@ def sample(config: IlladaConfig, folder: str, text: str | None, length: int) -> 
 
 
 @torch.no_grad()
-def measure(given: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load one way here, time forward passes, compare with the log-probabilities of the unquantised model."""
-    device = choose_device(given.device)
-    config = load_config(given.model)
-    ids, masked = sample(config, given.model, given.text, max(given.lengths))
-    found: dict[str, Any] = {}
+    device = choose_device(args.device)
+    config = load_config(args.model)
+    ids, masked = sample(config, args.model, args.text, max(args.lengths))
+    results: dict[str, Any] = {}
     start = time.perf_counter()
-    with anonymous_peak(found, "load_peak"):
-        extra = {} if given.way == PLAIN else quantized_loading(given.way, config, device)
-        model = IlladaForMaskedLM.from_pretrained(given.model, config=config, dtype="auto", **extra).eval()
+    with anonymous_peak(results, "load_peak"):
+        extra = {} if args.way == PLAIN else quantized_loading(args.way, config, device)
+        model = IlladaForMaskedLM.from_pretrained(args.model, config=config, dtype="auto", **extra).eval()
         if extra:
             check_shapes(model)
         else:
             model = model.to(device)
-    found["load_seconds"] = time.perf_counter() - start
-    with anonymous_peak(found, "run_peak"):
-        for length in given.lengths:
+    results["load_seconds"] = time.perf_counter() - start
+    with anonymous_peak(results, "run_peak"):
+        for length in args.lengths:
             times = []
-            for _ in range(given.repeats + 1):
+            for _ in range(args.repeats + 1):
                 start = time.perf_counter()
                 hidden = model.model(ids[None, :length].to(device)).last_hidden_state[0]
                 model.lm_head(hidden[-BLOCK:]).cpu()
                 times.append(time.perf_counter() - start)
-            found[f"seconds_{length}"] = times[1:]
+            results[f"seconds_{length}"] = times[1:]
     logits = model.lm_head(model.model(ids[None].to(device)).last_hidden_state[0, masked.to(device)])
     log_p = logits.float().log_softmax(-1).cpu()
-    if given.way == PLAIN:
-        torch.save(log_p, given.reference)
-    plain = torch.load(given.reference, mmap=True)
-    found["top1"] = float((plain.argmax(-1) == log_p.argmax(-1)).float().mean())
-    found["kl"] = float((plain.exp() * (plain - log_p)).sum(-1).mean())
-    found["weights"], found["peak"] = stored_gigabytes(model), status("VmHWM")
-    found["gpu_peak"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    return found
+    if args.way == PLAIN:
+        torch.save(log_p, args.reference)
+    plain = torch.load(args.reference, mmap=True)
+    results["top1"] = float((plain.argmax(-1) == log_p.argmax(-1)).float().mean())
+    results["kl"] = float((plain.exp() * (plain - log_p)).sum(-1).mean())
+    results["weights"], results["peak"] = stored_gigabytes(model), status("VmHWM") / 1e9
+    results["gpu_peak"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return results
 
 
 def random_model(shape: str, layers: int | None, folder: str) -> None:
@@ -149,34 +141,34 @@ def random_model(shape: str, layers: int | None, folder: str) -> None:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", help="folder with config.json and safetensors")
-    arguments.add_argument("--shape", default="illada-8b", help="preset to fill with random weights, without --model")
-    arguments.add_argument("--layers", type=int, help="fewer layers of that preset")
-    arguments.add_argument("--text", help="file whose beginning is the input; random ids without it")
-    arguments.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    arguments.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 256])
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--rounds", type=int, default=2, help="times that all ways are run, one after another")
-    arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--way", choices=WAYS, help="measure one way here, print JSON")
-    arguments.add_argument("--reference", help="file of the unquantised log-probabilities, with --way")
-    given = arguments.parse_args()
-    if given.way:
-        print(json.dumps(measure(given)))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder with config.json and safetensors")
+    parser.add_argument("--shape", default="illada-8b", help="preset to fill with random weights, without --model")
+    parser.add_argument("--layers", type=int, help="fewer layers of that preset")
+    parser.add_argument("--text", help="file whose beginning is the input; random ids without it")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 256])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="times that all ways are run, one after another")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--way", choices=WAYS, help="measure one way here, print JSON")
+    parser.add_argument("--reference", help="file of the unquantised log-probabilities, with --way")
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as work:
-        name = given.model
+        name = args.model
         if name is None:
-            given.model, name = f"{work}/model", f"random {given.shape}"
-            random_model(given.shape, given.layers, given.model)
-        ways = [PLAIN, *(way for way in given.ways if way != PLAIN)]
-        words = ["--model", given.model, "--repeats", str(given.repeats), "--device", given.device]
-        words += ["--lengths", *map(str, given.lengths), "--reference", f"{work}/reference.pt"]
-        words += ["--text", given.text] if given.text else []
+            args.model, name = f"{work}/model", f"random {args.shape}"
+            random_model(args.shape, args.layers, args.model)
+        ways = [PLAIN, *(way for way in args.ways if way != PLAIN)]
+        words = ["--model", args.model, "--repeats", str(args.repeats), "--device", args.device]
+        words += ["--lengths", *map(str, args.lengths), "--reference", f"{work}/reference.pt"]
+        words += ["--text", args.text] if args.text else []
         rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         failed: dict[str, str] = {}
-        for _ in range(given.rounds):
+        for _ in range(args.rounds):
             for way in (way for way in ways if way not in failed):
                 print(way, file=sys.stderr)
                 command = [sys.executable, __file__, "--way", way, *words]
@@ -185,27 +177,26 @@ def main() -> None:
                     failed[way] = done.stderr.strip().splitlines()[-1].partition(": ")[2]
                 else:
                     rows[way].append(json.loads(done.stdout.splitlines()[-1]))
-    config = load_config(given.model) if os.path.isdir(given.model) else None
-    layers = given.layers if config is None else config.num_hidden_layers
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    print(f"torch {torch.__version__}, {given.device}, {machine}, load {os.getloadavg()[0]:.1f}; {name}", end="")
+    config = load_config(args.model) if os.path.isdir(args.model) else None
+    layers = args.layers if config is None else config.num_hidden_layers
+    print(f"{machine()}, {args.device}; {name}", end="")
     print(f"{'' if layers is None else f', {layers} layers'}, ", end="")
-    print(f"median of {given.repeats}, the best of {given.rounds} rounds\n")
+    print(f"median of {args.repeats}, the best of {args.rounds} rounds\n")
     print("| weights | GB | load (s) | anonymous peak of loading (GB) | of running | VmHWM |", end="")
-    print("".join(f" s at {length} |" for length in given.lengths), "top-1 | KL (nats) |")
-    print("|---" * (8 + len(given.lengths)) + "|")
-    for way, found in rows.items():
+    print("".join(f" s at {length} |" for length in args.lengths), "top-1 | KL (nats) |")
+    print("|---" * (8 + len(args.lengths)) + "|")
+    for way, runs in rows.items():
         if way in failed:
             print(f"| {way} | {failed[way]} |")
             continue
         cells = [
-            f"{statistics.median(run[key] for run in found):.2f}" for key in ("weights", "load_seconds", "load_peak")
+            f"{statistics.median(run[key] for run in runs):.2f}" for key in ("weights", "load_seconds", "load_peak")
         ]
-        cells += [f"{max(run['run_peak'] for run in found):.2f}", f"{max(run['peak'] for run in found):.1f}"]
-        for length in given.lengths:
+        cells += [f"{max(run['run_peak'] for run in runs):.2f}", f"{max(run['peak'] for run in runs):.1f}"]
+        for length in args.lengths:
             # The quieter round: others may use the machine.
-            cells.append(f"{min(statistics.median(run[f'seconds_{length}']) for run in found):.3f}")
-        print("|", " | ".join([way, *cells, f"{found[0]['top1']:.3f}", f"{found[0]['kl']:.2g}"]), "|", flush=True)
+            cells.append(f"{min(statistics.median(run[f'seconds_{length}']) for run in runs):.3f}")
+        print("|", " | ".join([way, *cells, f"{runs[0]['top1']:.3f}", f"{runs[0]['kl']:.2g}"]), "|", flush=True)
 
 
 if __name__ == "__main__":

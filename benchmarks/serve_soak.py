@@ -35,8 +35,8 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
-    """Return every text under every second way, as a question, as a text to go on with and as one with gaps."""
-    most, found = card["defaults"]["max_new_tokens"], []
+    """Return requests of every text by every second way: as a question, to be continued, or with gaps to fill."""
+    most, requests = card["defaults"]["max_new_tokens"], []
     for (number, text), (place, way) in itertools.product(enumerate(texts), enumerate(WAYS)):
         if (number + place) % 2:
             continue
@@ -48,12 +48,12 @@ def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
             body |= {"prompt": [text, text[::-1]], "max_tokens": most // 3}
         else:
             body |= {"prompt": f"{text} ___ and ___", "slot_tokens": 3 + number % 5}
-        found.append(Request(f"/v1/{'chat/' if 'messages' in body else ''}completions", body, len(found)))
-    return found
+        requests.append(Request(f"/v1/{'chat/' if 'messages' in body else ''}completions", body, len(requests)))
+    return requests
 
 
 def asked(of: Sequence[Request], stay: float, seed: int) -> Iterator[Request]:
-    """Yield what clients send, without end."""
+    """Yield the requests of clients, without end."""
     for number in itertools.count():
         problem, kind, leaving = (uniform_int(seed, number, word) for word in range(3))
         stream = {"stream": True, "stream_options": {"include_usage": True}, "diffusion": kind > 0.7}
@@ -63,9 +63,9 @@ def asked(of: Sequence[Request], stay: float, seed: int) -> Iterator[Request]:
 
 
 def memory(run: Run) -> tuple[list[float], float]:
-    """Return the server's mean memory in each quarter of the time in MB, and its growth behind the first, in MB/minute.
+    """Return the server's mean memory in each quarter of the time in MB, and its growth after the first in MB a minute.
 
-    In the first, buffers and the allocator's pools fill.
+    Buffers and the allocator's pools fill in the first quarter.
     """
     at, size = np.array([(sample["at"], sample["memory"] / 1e6) for sample in run.watched if "memory" in sample]).T
     quarter = np.minimum(4 * at // run.seconds, 3)
@@ -74,37 +74,38 @@ def memory(run: Run) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    """Print what was found; exit with 1 where it is not as it should be."""
+    """Print the figures; exit with 1 where an answer or a status is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--texts", type=int, default=21)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    texts = [example.prompt for task in TASKS for example in held_out(task, -(-given.texts // len(TASKS)))]
+    args = parser.parse_args()
+    texts = [example.prompt for task in TASKS for example in held_out(task, -(-args.texts // len(TASKS)))]
     # A request may ask for six answers, each of which counts.
-    flags = ["--block_length", "16", "--max_new_tokens", "48", "--max_requests", str(6 * given.clients)]
-    with started_server(given.model, flags) as url:
-        pool = problems(texts[: given.texts], get_json(f"{url}/v1/models")["data"][0])
+    flags = ["--block_length", "16", "--max_new_tokens", "48", "--max_requests", str(6 * args.clients)]
+    with started_server(args.model, flags) as url:
+        pool = problems(texts[: args.texts], get_json(f"{url}/v1/models")["data"][0])
         alone = drive(url, pool)
         # So many share the server that an answer takes about so many times as long.
-        stay = given.clients * alone.seconds / len(pool)
-        run = drive(url, asked(pool, stay, given.seed), clients=given.clients, seconds=given.seconds)
-    found, wrong = run.summary(), mixed_up(run.outcomes, alone.outcomes)
+        stay = args.clients * alone.seconds / len(pool)
+        run = drive(url, asked(pool, stay, args.seed), clients=args.clients, seconds=args.seconds)
+    summary, wrong = run.summary(), mixed_up(run.outcomes, alone.outcomes)
     quarters, growth = memory(run)
     print(f"{len(pool)} problems alone: {alone.summary()['statuses']}, p50 {alone.summary()['latency']['p50']:.3f} s")
-    print(f"{given.clients} clients, {run.seconds:.0f} s: {found['sent']} requests, {found['statuses']}")
-    print(f"{found['answers_per_second']:.1f} answers/s, {found['tokens_per_second']:.0f} tokens/s")
-    print(f"latency {found['latency']}\nfirst committed {found['first_committed']}\nfirst text {found['first_text']}")
-    cpu = found["cpu"]["last"] - found["cpu"]["first"]
-    print(f"server: {cpu / run.seconds:.2f} of a core, {found['statuses']['ok'] / cpu:.1f} requests a second of it")
-    print(f"waiting at most {found['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
+    print(f"{args.clients} clients, {run.seconds:.0f} s: {summary['sent']} requests, {summary['statuses']}")
+    print(f"{summary['answers_per_second']:.1f} answers/s, {summary['tokens_per_second']:.0f} tokens/s")
+    print(f"latency {summary['latency']}\nfirst committed {summary['first_committed']}")
+    print(f"first text {summary['first_text']}")
+    cpu = summary["cpu"]["last"] - summary["cpu"]["first"]
+    print(f"server: {cpu / run.seconds:.2f} of a core, {summary['statuses']['ok'] / cpu:.1f} requests a second of it")
+    print(f"waiting at most {summary['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
     print(f"memory {' '.join(f'{size:.1f}' for size in quarters)} MB in each quarter, {growth:+.2f} MB a minute")
     right = {outcome.request.problem: outcome.answer for outcome in alone.outcomes}
     for outcome in wrong[:5]:
         print(f"{outcome.request}\n  alone {right[outcome.request.problem]}\n  now   {outcome.answer}")
-    statuses = found["statuses"].keys() | alone.summary()["statuses"].keys()
+    statuses = summary["statuses"].keys() | alone.summary()["statuses"].keys()
     sys.exit(bool(wrong) or not statuses <= {"ok", "cancelled"})
 
 

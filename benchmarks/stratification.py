@@ -40,36 +40,36 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--draws", type=int, default=60)
     parser.add_argument("--gradients", action="store_true")
-    given = parser.parse_args()
-    model, tokenizer = load_model(given.model)
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
     text = "\n".join(
         path.read_text(encoding="utf-8", errors="ignore") for path in sorted(standard_library().glob("*.py"))[:40]
     )
-    ids = tokenizer.encode(text, add_special_tokens=False)[: given.windows * given.length]
+    ids = tokenizer.encode(text, add_special_tokens=False)[: args.windows * args.length]
     clean_T = torch.tensor(ids)
-    packing = Packing((given.length,) * given.windows)
+    packing = Packing((args.length,) * args.windows)
     print("| t | sd of the loss (nats) | less by | sd by the middle half | less by | sd of the gradient | less by |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     first: list[float] = []
     for way in ("on its own", "within passes of 8", "whole step"):
         losses, total, squares = [], torch.zeros(()), 0.0
-        for draw in range(given.draws):
-            p_T = masking_probability(times(way, given.windows, draw)).float().repeat_interleave(given.length)
+        for draw in range(args.draws):
+            p_T = masking_probability(times(way, args.windows, draw)).float().repeat_interleave(args.length)
             masked_T = rng.uniform(draw, 3, torch.arange(len(clean_T)), dtype=torch.float64) < p_T
-            with torch.set_grad_enabled(given.gradients):
+            with torch.set_grad_enabled(args.gradients):
                 loss = masked_loss(model, clean_T, masked_T, 1 / p_T / len(clean_T), packing)
             losses.append(loss.item())
-            if given.gradients:
+            if args.gradients:
                 loss.backward()
                 gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
                 total, squares = total + gradient, squares + float(gradient.double().square().sum())
                 model.zero_grad()
         loss_N = torch.tensor(losses)
         middle = float(loss_N.quantile(0.75) - loss_N.quantile(0.25)) / 1.349
-        spread = max(0.0, squares / given.draws - float((total / given.draws).double().square().sum())) ** 0.5
-        found = [float(loss_N.std()), middle, spread]
-        first = first or found
-        cells = (f"{x:.4f} | {y / x:.2f}" if x else " | " for x, y in zip(found, first, strict=True))
+        spread = max(0.0, squares / args.draws - float((total / args.draws).double().square().sum())) ** 0.5
+        figures = [float(loss_N.std()), middle, spread]
+        first = first or figures
+        cells = (f"{x:.4f} | {y / x:.2f}" if x else " | " for x, y in zip(figures, first, strict=True))
         print(f"| {way} | {' | '.join(cells)} |", flush=True)
 
 

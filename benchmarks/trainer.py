@@ -30,9 +30,7 @@ def step_of(way, shape, dtype):
     import torch.nn.functional as F
 
     from illada.diffusion.loss import masked_loss
-    from illada.model.attention import Packing
-    from illada.model.config import IlladaConfig
-    from illada.model.transformer import IlladaForMaskedLM
+    from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
 
     model = IlladaForMaskedLM(IlladaConfig(**shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -48,8 +46,8 @@ def step_of(way, shape, dtype):
         total = sum(map(len, documents))
         windows = torch.cat(documents).split(LONGEST)
         passes = -(-len(documents) // ROWS) if way == "ours, its passes" else -(-len(windows) // ROWS)
-        each = -(-len(windows) // passes)
-        for group in (windows[i : i + each] for i in range(0, len(windows), each)):
+        size = -(-len(windows) // passes)
+        for group in (windows[i : i + size] for i in range(0, len(windows), size)):
             lengths = sorted(map(len, group), reverse=True)
             clean_T = torch.cat(group)
             p_T = torch.cat([torch.full((n,), float(torch.rand(()) * 0.999 + 0.001)) for n in lengths])
@@ -67,8 +65,8 @@ def step_of(way, shape, dtype):
             masked_BL = noise(clean_BL.shape, p_B1) & kept_BL
             with autocast():
                 logits_BLV = attend_padded(clean_BL.masked_fill(masked_BL, mask_id), kept_BL)
-                each_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), clean_BL, reduction="none")
-                loss = (each_BL * masked_BL / p_B1).sum() / total
+                loss_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), clean_BL, reduction="none")
+                loss = (loss_BL * masked_BL / p_B1).sum() / total
             loss.backward()
 
     def attend_padded(ids_BL, kept_BL):
@@ -116,26 +114,26 @@ def run(way, shape, dtype, steps, dllm):
     before = memory("VmRSS")
     step(documents[0][:4])
     started = time.process_time()
-    for one in documents[1:]:
-        step(one)
+    for batch in documents[1:]:
+        step(batch)
     seconds = time.process_time() - started
-    found = {"tokens": int(lengths[1:].sum()), "seconds": seconds, "peak": memory("VmHWM") - before}
-    print(json.dumps(found | {"parameters": parameters}))
+    results = {"tokens": int(lengths[1:].sum()), "seconds": seconds, "peak": memory("VmHWM") - before}
+    print(json.dumps(results | {"parameters": parameters}))
 
 
 def memory(name):
-    """Return what this process holds (VmRSS) or has ever held (VmHWM), in bytes."""
+    """Return the resident memory of this process (VmRSS) or its peak (VmHWM), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def shape_of(preset, vocab_size):
-    """Return the sizes and ids of a preset, which is all that another Python need know of it."""
-    from illada.model.config import IlladaConfig
+    """Return the sizes and ids of a preset, which are all that another Python needs."""
+    from illada.model import IlladaConfig
 
-    found = IlladaConfig.preset(preset, vocab_size=vocab_size).to_dict()
+    values = IlladaConfig.preset(preset, vocab_size=vocab_size).to_dict()
     endings = ("_size", "_layers", "_heads", "_embeddings", "_theta", "_token_id")
-    return {key: value for key, value in found.items() if key.endswith(endings)}
+    return {key: value for key, value in values.items() if key.endswith(endings)}
 
 
 if __name__ == "__main__":
@@ -148,31 +146,31 @@ if __name__ == "__main__":
     parser.add_argument("--dllm", default="", help="checkout of dllm")
     parser.add_argument("--dllm_python", default=sys.executable, help="has transformers 4.57 and torchmetrics")
     parser.add_argument("--run", help="what one process shall measure, as JSON")
-    given = parser.parse_args()
-    if given.run:
-        run(**json.loads(given.run))
+    args = parser.parse_args()
+    if args.run:
+        run(**json.loads(args.run))
         sys.exit()
-    shape = shape_of(given.preset, given.vocab_size)
-    theirs = ("dllm", "dllm, windows") if given.dllm else ()
-    found = {way: [] for way in ("ours", "ours, its passes", "common", *theirs)}
-    for _ in range(given.repeats):
-        for way, results in found.items():
-            job = {"way": way, "shape": shape, "dtype": given.dtype, "steps": given.steps}
-            job |= {"dllm": given.dllm if way in theirs else ""}
-            command = [given.dllm_python if way in theirs else sys.executable, __file__, "--run", json.dumps(job)]
+    shape = shape_of(args.preset, args.vocab_size)
+    theirs = ("dllm", "dllm, windows") if args.dllm else ()
+    runs = {way: [] for way in ("ours", "ours, its passes", "common", *theirs)}
+    for _ in range(args.repeats):
+        for way, results in runs.items():
+            job = {"way": way, "shape": shape, "dtype": args.dtype, "steps": args.steps}
+            job |= {"dllm": args.dllm if way in theirs else ""}
+            command = [args.dllm_python if way in theirs else sys.executable, __file__, "--run", json.dumps(job)]
             said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(said.splitlines()[-1]))
             print(way, results[-1], file=sys.stderr, flush=True)
     print("| way | parameters | tokens/s | peak above start (MB) | ours: times as fast | ours: of the memory |")
     print("|---|---:|---:|---:|---:|---:|")
-    for way, results in found.items():
-        pairs = list(zip(found["ours"], results, strict=True))
+    for way, results in runs.items():
+        pairs = list(zip(runs["ours"], results, strict=True))
         cells = [
             f"{results[0]['parameters']:,}",
-            f"{statistics.median(one['tokens'] / one['seconds'] for one in results):,.0f}",
-            f"{statistics.median(one['peak'] for one in results) / 1e6:,.0f}",
+            f"{statistics.median(run['tokens'] / run['seconds'] for run in results):,.0f}",
+            f"{statistics.median(run['peak'] for run in results) / 1e6:,.0f}",
             f"{statistics.median(b['seconds'] / a['seconds'] for a, b in pairs):.2f}",
             f"{statistics.median(a['peak'] / b['peak'] for a, b in pairs):.2f}",
         ]
         print(f"| {way} | {' | '.join(cells)} |")
-    print(f"\n{found['ours'][0]['tokens']} tokens, {given.repeats} repeats")
+    print(f"\n{runs['ours'][0]['tokens']} tokens, {args.repeats} repeats")

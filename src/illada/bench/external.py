@@ -27,7 +27,7 @@ from illada.model.transformer import Block, IlladaForMaskedLM, rotary_angles
 SPEC = re.compile(r"(?P<file>.+?\.py)(:(?P<function>\w+))?(?P<options>(,\w+=[^,]*)*)")
 
 CALLS_PER_TOKEN = 8
-"""Most forwards for each token of the budget; a sampler that makes more, as those that commit MASK do, never ends."""
+"""Most forwards for each token of the budget; a sampler that makes more, as one that commits MASK, would never end."""
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 

@@ -6,8 +6,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from illada.data.shards import Shards
 from illada.demo.report import best_accuracies, write_report
 from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
-from illada.files import write_json
+from illada.files import write_json, write_text
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.preparation.prepare import prepare
@@ -37,7 +38,7 @@ from illada.weights.runs import read_metrics
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything the demo does."""
+    """The size of every stage of the demo."""
 
     tasks: tuple[str, ...]
     vocab_size: int
@@ -67,11 +68,11 @@ SHAPE: dict[str, Any] = {
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Walk the whole road and return the numbers of the report.
+    """Run all stages and return the numbers of the report.
 
     Raises:
         IlladaError: when `output` holds something else, or a demo with other settings.
-        SystemExit: when a signal stops the training; the same command continues.
+        SystemExit: when a signal stops the training; the same command continues it.
     """
     scale = QUICK if quick else FULL
     console = Console(stderr=True)
@@ -83,11 +84,12 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
 
     stage("1/7  Tokenizer and token shards from this Python's standard library")
     data = _prepare(output, scale, seed)
+    pretrain, warmup, sft = _recipes(output, data, scale, seed)
     stage("2/7  Pre-training on text")
-    _train(_pretrain_recipe(output, data, scale, seed), "pre-training")
+    _train(pretrain, "pre-training")
     stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
-    _train(_warmup_recipe(output, data, scale, seed), "LLaDA's rule")
-    _train(_sft_recipe(output, data, scale, seed), "paper's rule")
+    _train(warmup, "LLaDA's rule")
+    _train(sft, "paper's rule")
     if not (output / "model").exists():
         shutil.copytree(output / "sft" / "model", output / "model")
     stage("4/7  Text: bits per byte on held-out files")
@@ -111,6 +113,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Make the demo's folder, or check that it is the folder of a demo with these settings."""
     settings = json.loads(json.dumps(settings))
     marker = output / "demo.json"
     if marker.exists():
@@ -124,7 +127,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _text_files() -> tuple[list[str], list[str]]:
-    """Return the library's files, without its tests, for training and for validation: every twelfth is held out."""
+    """Return the library's files, without its tests, for training and for validation, which gets every twelfth."""
     folder = standard_library()
     skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
     files = sorted(
@@ -132,19 +135,14 @@ def _text_files() -> tuple[list[str], list[str]]:
         for path in folder.rglob("*")
         if path.suffix in (".py", ".txt", ".rst") and path.is_file() and not skipped & set(path.parts)
     )
-    chosen = [str(path) for path in files if path.stat().st_size > 500]
-    return [f for i, f in enumerate(chosen) if i % 12 != 7], [f for i, f in enumerate(chosen) if i % 12 == 7]
-
-
-def _write_examples(path: Path, examples_: Iterator[Any], count: int) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        for example in itertools.islice(examples_, count):
-            file.write(json.dumps({"messages": example.messages}) + "\n")
-    partial.rename(path)
+    names = [str(path) for path in files if path.stat().st_size > 500]
+    validation = names[7::12]
+    del names[7::12]
+    return names, validation
 
 
 def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
+    """Train the tokenizer and write token shards of text and of instructions, for training and for validation."""
     training_files, validation_files = _text_files()
     if not training_files:
         raise IlladaError(f"no text in {standard_library()}: this Python has no standard library as files")
@@ -152,11 +150,11 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
     folder.mkdir(exist_ok=True)
     tokenizer = output / "tokenizer"
     if not tokenizer.exists():
-        # A few hundred instructions, so that their words and letters become tokens.
-        some = itertools.islice(examples("train", seed, scale.tasks), 2000)
+        # Some instructions too, so that their words and letters become tokens.
+        instructions = itertools.islice(examples("train", seed, scale.tasks), 2000)
         texts = itertools.chain(
             (Path(f).read_text(encoding="utf-8", errors="replace") for f in training_files[::3]),
-            (f"{example.prompt}\n {example.answer}" for example in some),
+            (f"{example.prompt}\n {example.answer}" for example in instructions),
         )
         partial = output / ".tokenizer.partial"
         train_tokenizer(texts, scale.vocab_size).save_pretrained(partial)
@@ -164,8 +162,9 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
     for split, count in (("train", scale.sft_examples), ("validation", 500)):
         file = folder / f"chat-{split}.jsonl"
         if not file.exists():
-            # Validation examples are training-split problems under another seed: the test split stays untouched.
-            _write_examples(file, examples("train", seed + (split != "train"), scale.tasks), count)
+            # Validation examples are problems of the training split under another seed; the test split stays unseen.
+            problems = itertools.islice(examples("train", seed + (split != "train"), scale.tasks), count)
+            write_text(file, "".join(json.dumps({"messages": problem.messages}) + "\n" for problem in problems))
     text = {"text-train": training_files, "text-validation": validation_files}
     chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
     for name, files in text.items():
@@ -176,90 +175,82 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
 
 
 def _recipe(
-    output: Path, name: str, data: dict[str, Shards], window: int, seed: int, model: ModelRecipe, **training: Any
+    output: Path,
+    data: dict[str, Shards],
+    seed: int,
+    name: str,
+    model: ModelRecipe,
+    kind: str,
+    window: int,
+    steps: int,
+    **training: Any,
 ) -> Recipe:
+    """Return a recipe of the run `name` on data of a kind, with the settings that the demo's runs share."""
+    validation = str(data[f"{kind}-validation"].path) if "validate_every" in training else None
     return Recipe(
         output=str(output / name),
         model=model,
-        data=DataRecipe(
-            str(data["train"].path), str(data["validation"].path) if "validation" in data else None, window
-        ),
+        data=DataRecipe(str(data[f"{kind}-train"].path), validation, window),
         training=TrainingRecipe(
+            steps=steps,
             samples_per_batch=64,
             warmup_steps=100,
             final_learning_rate=2e-5,
             beta2=0.98,
             dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (benchmarks/RESULTS.md)
             seed=seed,
+            checkpoint_every=max(100, steps // 4),
             keep_checkpoints=1,
             **training,
         ),
     )
 
 
-def _pretrain_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
-    steps = scale.pretrain_steps
-    return _recipe(
-        output,
+def _recipes(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> tuple[Recipe, Recipe, Recipe]:
+    """Return the recipes of pre-training on text and of two fine-tunings, by LLaDA's rule and by the paper's."""
+    recipe = partial(_recipe, output, data, seed)
+    pretrain = recipe(
         "pretrain",
-        {"train": data["text-train"], "validation": data["text-validation"]},
-        scale.window,
-        seed,
         ModelRecipe(preset="1m", **SHAPE),
+        "text",
+        scale.window,
+        scale.pretrain_steps,
         samples_per_step=scale.samples_per_step,
-        steps=steps,
         learning_rate=scale.pretrain_learning_rate,
         decay="cosine",
-        decay_steps=steps // 3,
-        validate_every=max(50, steps // 10),
+        decay_steps=scale.pretrain_steps // 3,
+        validate_every=max(50, scale.pretrain_steps // 10),
         validation_samples=128,
-        checkpoint_every=max(100, steps // 4),
     )
-
-
-def _warmup_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
-    """Return a run by LLaDA's rule: prompts stay visible, so a tiny model learns the skills from far fewer tokens.
-
-    It learns to fill a canvas of known length; answers of any length are what the paper's rule then teaches
-    (docs/log.md).
-    """
-    steps = scale.warmup_steps
-    return _recipe(
-        output,
+    # By LLaDA's rule prompts stay visible, so that a tiny model learns the skills from far fewer tokens. It learns to
+    # fill a canvas of known length; the paper's rule then teaches answers of any length (docs/log.md).
+    warmup = recipe(
         "warmup",
-        {"train": data["chat-train"]},
-        scale.window // 2,
-        seed,
         ModelRecipe(start=str(output / "pretrain" / "model")),
+        "chat",
+        scale.window // 2,
+        scale.warmup_steps,
         samples_per_step=64,
-        steps=steps,
         learning_rate=2e-3,
         rule="llada",
         decay="linear",
-        decay_steps=steps // 5,
-        checkpoint_every=max(100, steps // 4),
+        decay_steps=scale.warmup_steps // 5,
     )
-
-
-def _sft_recipe(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> Recipe:
-    """Return the run by the paper's rule: windows of concatenated examples, everything may be masked."""
-    steps = scale.sft_steps
-    return _recipe(
-        output,
+    # By the paper's rule windows are concatenated examples, in which everything may be masked.
+    sft = recipe(
         "sft",
-        {"train": data["chat-train"], "validation": data["chat-validation"]},
-        scale.window // 2,
-        seed,
         ModelRecipe(start=str(output / "warmup" / "model")),
+        "chat",
+        scale.window // 2,
+        scale.sft_steps,
         samples_per_step=2 * scale.samples_per_step,
-        steps=steps,
-        learning_rate=1e-3,  # lower than before, or what was learned is forgotten
+        learning_rate=1e-3,  # a higher rate forgets what the warm-up taught
         decay="linear",
-        decay_steps=steps // 3,
-        validate_every=max(100, steps // 8),
+        decay_steps=scale.sft_steps // 3,
+        validate_every=max(100, scale.sft_steps // 8),
         validation_samples=64,
-        checkpoint_every=max(100, steps // 4),
     )
+    return pretrain, warmup, sft
 
 
 def _train(recipe: Recipe, title: str) -> None:
@@ -288,13 +279,14 @@ def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[s
 
 
 def _decoding(scale: Scale, tokenizer: Any) -> GenerationSettings:
-    """Return the paper's decoding: one token a pass."""
+    """Return settings of the paper's decoding, one token a pass."""
     return GenerationSettings(
         max_new_tokens=scale.max_new_tokens, block_length=scale.block_length, eos_token_id=tokenizer.eos_token_id
     )
 
 
 def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) -> dict[str, Any]:
+    """Return accuracy and forward passes by task and steps per block, sample answers, choices, and one denoising."""
     model, tokenizer = load_model(str(output))
     problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
     prompts = {
@@ -308,14 +300,12 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
         answers = generate(model, prompts[task], settings, tokenizer=tokenizer)
         texts = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
         right = [text == example.answer for text, example in zip(texts, problems[task], strict=True)]
-        share = sum(right) / len(right)
         frontier.append(
             {
                 "task": task,
                 "steps_per_block": steps,
                 "problems": len(right),
-                "accuracy": round(share, 4),
-                "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4),
+                **_accuracy(right),
                 "forwards_per_token": round(sum(a.forwards for a in answers) / sum(len(a.ids) + 1 for a in answers), 3),
             }
         )
@@ -332,27 +322,27 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     }
 
 
+def _accuracy(right: Sequence[bool]) -> dict[str, float]:
+    """Return the share of right answers and its standard error."""
+    share = sum(right) / len(right)
+    return {"accuracy": round(share, 4), "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4)}
+
+
 def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
     """Return the accuracy of both scorers on held-out library questions with four candidates."""
     choices = library_choices(scale.test_problems, seed)
     items = [Item(choice.prompt, list(choice.candidates), choice.answer) for choice in choices]
-    found: dict[str, Any] = {"problems": len(items), "chance": 0.25}
+    results: dict[str, Any] = {"problems": len(items), "chance": 0.25}
     for method in ("confidence", "likelihood"):
         started = time.monotonic()
         scores = score_candidates(model, tokenizer, items, method, scale.likelihood_samples, seed, chat=True)
-        chosen = [max(range(len(values)), key=values.__getitem__) for values in scores]
-        right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
-        share = sum(right) / len(right)
-        found[method] = {
-            "accuracy": round(share, 4),
-            "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4),
-            "seconds": round(time.monotonic() - started, 2),
-        }
-    return found
+        right = [values.index(max(values)) == item.answer for values, item in zip(scores, items, strict=True)]
+        results[method] = {**_accuracy(right), "seconds": round(time.monotonic() - started, 2)}
+    return results
 
 
 def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
-    """Return every step of one right answer of the task with the longest ones, or of a wrong one if none is right."""
+    """Return every step of a right answer, of the task with the longest answers; a wrong one if none is right."""
     settings = _decoding(scale, tokenizer)
     recorded: list[dict[str, Any]] = []
     longest = [task for task in ("sudoku", "shift") if task in scale.tasks]

@@ -77,7 +77,7 @@ class IlladaLM(LM):
         batch_size: ignored, because passes are filled up to max_batch_tokens; the harness always passes it.
         max_batch_size: ignored, too.
         settings: fields of `GenerationSettings` (block_length, steps_per_block, threshold, cache, ...) for all tasks;
-            a task's own generation_kwargs, which may use the same names, come before them.
+            a task's own generation_kwargs, which may use the same names, override them.
 
     Raises:
         IlladaError: when the model cannot be loaded or a setting is unknown, out of range, or about masks where the

@@ -27,7 +27,8 @@ class EvalOptions:
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null takes the task's own number.
         chat: use the chat template and make each example a turn of its own.
-        settings: settings of generation; a task's own come before them: --settings.block_length 16, ...
+        settings: settings of generation, which override the tasks' own: --settings.block_length 16,
+            --settings.threshold 0.9, ...
         ablate: evaluate several values of this in one table (scoring: the paper's Table 4).
         values: values of the ablation, instead of the usual ones.
         allow_code: run the programs that the model writes, each in a limited process of its own.
