@@ -30,7 +30,9 @@ def step_of(way, shape, dtype):
     import torch.nn.functional as F
 
     from illada.diffusion.loss import masked_loss
-    from illada.model import IlladaConfig, IlladaForMaskedLM, Packing
+    from illada.model.attention import Packing
+    from illada.model.config import IlladaConfig
+    from illada.model.transformer import IlladaForMaskedLM
 
     model = IlladaForMaskedLM(IlladaConfig(**shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -129,7 +131,7 @@ def memory(name):
 
 def shape_of(preset, vocab_size):
     """Return the sizes and ids of a preset, which are all that another Python needs."""
-    from illada.model import IlladaConfig
+    from illada.model.config import IlladaConfig
 
     values = IlladaConfig.preset(preset, vocab_size=vocab_size).to_dict()
     endings = ("_size", "_layers", "_heads", "_embeddings", "_theta", "_token_id")
