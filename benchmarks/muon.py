@@ -17,6 +17,7 @@ from pathlib import Path
 from common import machine
 
 from illada.preparation.prepare import prepare
+from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer_from_files
 from illada.toy_tasks import standard_library
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
@@ -39,8 +40,8 @@ def main() -> None:
         folder = Path(name)
         with contextlib.redirect_stderr(nothing):
             train_tokenizer_from_files(texts[::4], 2048, folder / "tokenizer")
-            prepare(texts, str(folder / "train"), str(folder / "tokenizer"))
-            prepare(held_out, str(folder / "held_out"), str(folder / "tokenizer"))
+            prepare(PrepareSettings(texts, str(folder / "train"), str(folder / "tokenizer")))
+            prepare(PrepareSettings(held_out, str(folder / "held_out"), str(folder / "tokenizer")))
         for rate in args.rates:
             for optimizer in ("adamw", "muon"):
                 bounds, seconds = [], []
