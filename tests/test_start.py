@@ -1,12 +1,16 @@
 """A light start: help, usage errors and `import illada` load no heavy library; the Auto classes know the models."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import illada
 from illada.cli import COMMANDS
+from illada.commands import heavy
 
 HEAVY = ("torch", "transformers", "numpy", "datatrove", "lm_eval", "fastapi", "ray", "matplotlib", "rich")
 LOADED = f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
@@ -42,6 +46,19 @@ def test_help_and_usage_errors_load_no_heavy_library():
 def test_importing_the_package_loads_nothing_and_says_nothing():
     done = python(f"import illada, json, sys; illada.GenerationSettings(); {LOADED}")
     assert (json.loads(done.stdout), done.stderr) == ([], "")
+
+
+def test_what_is_imported_late_is_what_the_types_are_checked_against():
+    """Both files name each module twice: for static tools, and for the first use."""
+    tree = ast.parse(Path(heavy.__file__).read_text())
+    static = {
+        alias.asname: alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert static == heavy.MODULES
+    tree = ast.parse(Path(illada.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    static = {a.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert static == {name: f"illada.{home}" for name, home in illada._HOMES.items()}
 
 
 def test_every_public_name_is_there_and_no_other():

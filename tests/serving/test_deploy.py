@@ -35,7 +35,7 @@ def arguments(pod):
     """Return the arguments that the command line reads in the image and the manifest."""
     words = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", DOCKERFILE, re.M)[1])
     assert words[0] == "illada"
-    return _build()[0].parse_args([*words[1:], *pod["containers"][0]["args"]]).serve
+    return _build([]).parse_args([*words[1:], *pod["containers"][0]["args"]]).serve
 
 
 def test_the_command_lines_are_understood(arguments):

@@ -1,38 +1,13 @@
-"""What the commands run. Each module here is loaded when a command first uses it.
+"""What the commands run. A module here is imported when a command first uses it.
 
-torch and transformers take seconds to import; help and usage errors must not wait for them. Static tools see ordinary
-imports. Lazy modules are imported only here: a second import statement would load them.
+torch and transformers take seconds to import; help and usage errors must not wait for them. (The standard library's
+LazyLoader will not do: torch walks through `sys.modules` while it is imported, which would load every lazy module.)
 """
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import LazyLoader
-from types import ModuleType
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-
-class _LazyFinder:
-    """Finds modules of this package; the first access to an attribute of such a module executes it."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name.startswith("illada.") else None
-        if spec is not None and spec.loader is not None and spec.submodule_search_locations is None:
-            spec.loader = LazyLoader(spec.loader)
-        return spec
-
-
-@contextmanager
-def _lazily() -> Iterator[None]:
-    sys.meta_path.insert(0, _LazyFinder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(_LazyFinder)
-
-
-with _lazily():
+if TYPE_CHECKING:
     import illada.bench.generation as bench_generation
     import illada.bench.serving as bench_serving
     import illada.commands.terminal as terminal
@@ -53,8 +28,31 @@ with _lazily():
     import illada.weights.export as export
     import illada.weights.load as weights
 
-__all__ = [
-    "bench_generation", "bench_serving", "chat", "cluster", "comparison", "convert", "demo", "estimation", "evaluation",
-    "export", "generation", "plots", "preparation", "scoring", "server", "terminal", "train_tokenizer",
-    "training", "weights",
-]  # fmt: skip
+MODULES = {
+    "bench_generation": "illada.bench.generation",
+    "bench_serving": "illada.bench.serving",
+    "chat": "illada.text.chat",
+    "cluster": "illada.serving.cluster",
+    "comparison": "illada.evaluation.compare",
+    "convert": "illada.weights.convert",
+    "demo": "illada.demo.stages",
+    "estimation": "illada.training.optional.estimate",
+    "evaluation": "illada.evaluation.run",
+    "export": "illada.weights.export",
+    "generation": "illada.generation.engine",
+    "plots": "illada.training.optional.plots",
+    "preparation": "illada.preparation.prepare",
+    "scoring": "illada.scoring.candidates",
+    "server": "illada.serving.server",
+    "terminal": "illada.commands.terminal",
+    "train_tokenizer": "illada.preparation.train_tokenizer",
+    "training": "illada.training.trainer",
+    "weights": "illada.weights.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module."""
+    if name not in MODULES:
+        raise AttributeError(name)
+    return import_module(MODULES[name])
