@@ -4,6 +4,8 @@ torch and transformers take seconds to import; help and usage errors must not wa
 LazyLoader will not do: torch walks through `sys.modules` while it is imported, which would load every lazy module.)
 """
 
+# mypy: implicit-reexport
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
