@@ -189,6 +189,7 @@ def test_a_bad_recipe_is_one_clear_line(recipe, says, fails, tmp_path, monkeypat
 # What is wrong with what the words point at
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_used(work, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["pretrain", work.recipe, *SHAPE, "--output", "run"]
@@ -212,6 +213,7 @@ def test_data_that_cannot_be_used(work, fails, tmp_path, monkeypatch):
     assert "file/run: Not a directory" in fails(*command[:-1], "file/run")
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_used(work, fails):
     generate = ["generate", "--model", work.run]
     assert "is empty" in fails(*generate, "--file", str(work.folder / "empty.txt"))
@@ -338,6 +340,7 @@ def test_generate_from_files(work, capsys, tmp_path):
     assert capsys.readouterr().out == plain
 
 
+@pytest.mark.slow
 def test_generate_follows_its_settings(work, capsys):
     def forwards(*more):
         cli.main(["generate", "--model", work.run, "--prompt", "one", *GENERATE, "--json", *more])
@@ -371,6 +374,7 @@ def test_score(work, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["confidence"]["scores"] != scores
 
 
+@pytest.mark.slow
 def test_chat_reads_lines_until_they_end(work, capsys, monkeypatch):
     def talk(*lines):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -403,6 +407,7 @@ def test_chat_knows_a_system_message(work, capsys, monkeypatch):
     assert seen[1][3]["content"] == "two"
 
 
+@pytest.mark.slow
 def test_loading_the_model_code_says_nothing():
     """Optional libraries complain on import of kernels for other machines."""
     script = "import illada; illada.IlladaForMaskedLM"

@@ -21,6 +21,7 @@ def python(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_help_and_usage_errors_load_no_heavy_library():
     wrong = [
         "nonsense", "prepare", "generate", "generate --model m", "score --model m", "export --model m", "convert",
@@ -61,6 +62,7 @@ def test_what_is_imported_late_is_what_the_types_are_checked_against():
     assert static == {name: f"illada.{home}" for name, home in illada._HOMES.items()}
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_no_other():
     script = "import illada; print([name for name in illada.__all__ if getattr(illada, name, None) is None])"
     assert python(script).stdout == "[]\n"

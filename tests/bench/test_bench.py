@@ -113,6 +113,7 @@ def trained_folder(tmp_path_factory, build_model):
     return folder
 
 
+@pytest.mark.slow
 def test_work_of_one_token_a_forward_is_what_arithmetic_says(untied):
     samplers = by_name([plain_sampler(untied, EXACT), *engine_samplers(untied, EXACT, batch=1)[0]])
     positions = sum(B * (len(prompt) + end) for prompt in PROMPTS for end in (4, 8, 12))
@@ -165,6 +166,7 @@ def test_plain_loop_is_exact_decoding(tied, stops):
     assert len(plain[0].ids) < 2 * B if stops else len(plain[0].ids) == G
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("result", ["x", "(x, 12)"])
 def test_outside_sampler_agrees_with_ours(untied, tmp_path, result):
     file = tmp_path / "theirs.py"
@@ -209,6 +211,7 @@ def test_outside_sampler_finds_what_lies_beside_it(untied, tmp_path):
     assert not any(str(tmp_path) in path for path in sys.path)
 
 
+@pytest.mark.slow
 def test_outside_sampler_that_never_ends_is_ended(untied, tmp_path):
     file = tmp_path / "theirs.py"
     file.write_text("def generate(model, prompt):\n    while True:\n        model(prompt)\n")
@@ -216,6 +219,7 @@ def test_outside_sampler_that_never_ends_is_ended(untied, tmp_path):
         outside(file, untied).answer(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["1 token", "threshold 0.9"])
 @pytest.mark.parametrize("function", ["prefix", "dual"])
 def test_outside_samplers_with_a_cache_do_what_our_prefix_cache_does(sure, tmp_path, function, rule):
@@ -346,6 +350,7 @@ def test_every_sampler_runs_in_every_repeat(untied):
     assert all(len(m.seconds) == 2 and min(m.seconds) > 0 and len(m.answers) == 2 for m in found)
 
 
+@pytest.mark.slow
 def test_command_on_a_folder(trained_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(samplers, "modes", lambda: {"": {}, " (prefix cache)": {"cache": "prefix"}})
     prompts = ["one two", "three", "four one"]
@@ -380,6 +385,7 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys, monkeypatch):
     assert "another --output" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_accuracy_is_exact_match_after_stripping(trained_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "show_ids", lambda tokenizer, ids: " yes\n")
     tasks = tmp_path / "tasks.jsonl"
@@ -403,6 +409,7 @@ def test_demo_problems_are_those_of_the_demo(tmp_path, monkeypatch):
     assert tasks(tmp_path / "model") == tasks(tmp_path) == ["Add", "Capitals:", "Add", "Capitals:", "Add"]
 
 
+@pytest.mark.slow
 def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     words = (

@@ -28,6 +28,7 @@ documents_strategy = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(documents_strategy, st.integers(1, 25), st.sampled_from([300, 70_000]), st.integers(1, 3))
 def test_what_is_written_is_what_is_read(tmp_path_factory, documents, per_shard, vocab_size, maps):

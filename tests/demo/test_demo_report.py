@@ -8,6 +8,8 @@ import pytest
 from illada.demo.report import report_markdown, write_report
 from illada.demo.stages import QUICK
 
+pytestmark = pytest.mark.slow
+
 ODD = "Solve\n1|2 *a* _b_ <b>x</b> `c` [d](e) $1"
 HARNESS = [
     {"task": "shift", "metric": "exact_match", "value": 0.5, "standard_error": 0.5},

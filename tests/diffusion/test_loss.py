@@ -53,6 +53,7 @@ def test_chunks_change_neither_value_nor_gradient(build_model, monkeypatch, whic
         torch.testing.assert_close(results[0][1][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_masked_loss_is_the_equation(tied, lengths, data):
@@ -180,6 +181,7 @@ def conditionals():
     return true_conditionals()
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_true_conditionals_is_the_entropy(conditionals):
     """Tight, up to the epsilon of the masking probability.
 
@@ -200,6 +202,7 @@ def test_the_loss_of_the_true_conditionals_is_the_entropy(conditionals):
     assert abs(mean - expected) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["independent", "perturbed", "uniform"])
 def test_the_loss_of_any_other_model_is_above_the_entropy(conditionals, kind):
     p = word_probabilities()

@@ -60,6 +60,7 @@ def test_each_step_visits_every_stratum_once(count):
         assert ((t > 0) & (t < 1)).all()
 
 
+@pytest.mark.slow
 def test_each_time_is_uniform_over_the_steps():
     """Kolmogorov–Smirnov for one segment of a step, over many steps; its sample changes or stays."""
     steps, count = 4000, 5

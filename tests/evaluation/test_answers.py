@@ -240,6 +240,7 @@ def test_the_sandbox_refuses(program):
     assert not passes(program, memory=2**29)
 
 
+@pytest.mark.slow
 def test_the_sandbox_ends_what_does_not_end():
     assert not passes("while True: pass", seconds=0.5)
     assert not passes("import time; time.sleep(60)", seconds=0.5)

@@ -54,6 +54,7 @@ def test_scores_are_log_likelihoods_in_one_pass(lm):
     assert [reference_causal_score(lm.model, *one.pair)[1] for one in job] == [True, False]
 
 
+@pytest.mark.slow
 def test_rolling_is_exact_over_windows(lm):
     text = "one two three four " * 120
     ids = lm.tokenizer.encode(text, add_special_tokens=False)
@@ -80,6 +81,7 @@ def test_what_is_about_masks_is_refused(folder):
         IlladaLM(folder, threshold=0.9, device="cpu")
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_that_of_the_same_tasks(folder, tmp_path):
     options = {"model": folder, "task_files": str(TASKS), "output": str(tmp_path / "out"), "samples": 4}
     options |= {"max_batch_tokens": 64, "dtype": "fp32", "device": "cpu"}

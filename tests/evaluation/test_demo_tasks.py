@@ -35,6 +35,7 @@ def samples(output, task):
     return [json.loads(line) for line in (output / "evaluation" / "samples" / f"{task}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_answers_and_scores_are_the_demo_s_own(demo):
     output, said, rows = demo
     assert [sample["filtered"][0] for sample in samples(output, "shift")] == said

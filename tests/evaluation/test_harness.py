@@ -46,6 +46,7 @@ def rows(name):
     return [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_multiple_choice_is_decided_by_our_scores_in_the_authors_layout(lm, in_tasks):
     results = evaluated(lm, "letters", "endings")
     right = {}
@@ -66,6 +67,7 @@ def test_multiple_choice_is_decided_by_our_scores_in_the_authors_layout(lm, in_t
     )
 
 
+@pytest.mark.slow
 def test_likelihood_is_the_other_scorer(lm, model_folder):
     other = IlladaLM(str(model_folder), scoring="likelihood", samples=4, seed=7, dtype="fp32", device="cpu")
     requests = [ask("loglikelihood", "one two", word, index=i) for i, word in enumerate((" three four", " five"))]
@@ -103,6 +105,7 @@ def test_texts_get_the_bound_in_windows(lm):
     assert "bound" in lm.get_model_info()["loglikelihood_rolling"]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_engine_cut_at_stops(lm, in_tasks):
     results = evaluated(lm, "sums")
     for sample in results["samples"]["sums"]:
@@ -157,6 +160,7 @@ def test_chats_are_encoded_as_everywhere_else(lm):
     assert prefilled == text + "The"
 
 
+@pytest.mark.slow
 def test_shots_are_turns_of_a_chat(lm, in_tasks):
     results = evaluated(lm, "sums", apply_chat_template=True, fewshot_as_multiturn=True, limit=1)
     context = results["samples"]["sums"][0]["arguments"][0][0]
@@ -164,6 +168,7 @@ def test_shots_are_turns_of_a_chat(lm, in_tasks):
     assert context.count("<|assistant|>") == 3
 
 
+@pytest.mark.slow
 def test_long_contexts_lose_their_beginning(lm):
     long = "six " + "seven " * 400
     before = dict(lm.cut)
@@ -188,6 +193,7 @@ def test_settings_of_a_task(lm):
         IlladaLM("nowhere", blocklength=4)
 
 
+@pytest.mark.slow
 def test_a_sampled_answer_asked_for_twice_is_drawn_twice(lm):
     request = ask("generate_until", "one", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8, "seed": 5})
     first, second = lm.generate_until([request, request])

@@ -17,6 +17,8 @@ from illada.evaluation.journal import Entry, Journal, fingerprint
 from illada.evaluation.rows import Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.run import Evaluation, task_manager
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 TASKS = HERE / "tasks"
 

@@ -96,6 +96,7 @@ def agree(answers, wanted, settings):
         assert answer.forwards <= forwards if one.speculate else answer.forwards == forwards
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     st.booleans(),
@@ -132,6 +133,7 @@ MANY_MODES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_compiled_form_is_the_reference(build_model):
     model = build_model(tie=True, seed=3)
     prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
@@ -230,6 +232,7 @@ def test_positions_computed_are_counted(tied):
     assert generate(tied, [prompt], guided)[0].positions == 2 * counted["none"]
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None, max_examples=30, derandomize=True)
 @given(
     st.lists(
@@ -432,6 +435,7 @@ def test_ties_go_to_the_left(confidence):
     assert positions_to_commit(sure, tied_M, position_M, 128, 0, 0).tolist() == [7, 8]
 
 
+@pytest.mark.slow
 def test_gumbel_max_samples_the_softmax(build_model):
     model = build_model(tie=False, seed=5, vocab_size=8)
     prompt, temperature, count = [3, 6], 0.7, 4000

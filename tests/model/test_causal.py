@@ -60,6 +60,7 @@ def llama(model):
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 99))
@@ -247,6 +248,7 @@ def run(make_data, tiny_tokenizer, tmp_path_factory):
     return recipe
 
 
+@pytest.mark.slow
 def test_a_run_is_of_the_same_trainer(run, capsys):
     records = read_metrics(Path(run.output) / "metrics.jsonl")
     assert all("loss_by_mask_ratio" not in record for record in records)
@@ -264,6 +266,7 @@ def test_a_run_is_of_the_same_trainer(run, capsys):
     draw_run(run.output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(run, monkeypatch, tmp_path):
     again = replace(run, output=str(tmp_path / "again"))
     from illada.training import trainer
@@ -301,6 +304,7 @@ def test_fine_tuning_goes_on_causally(run, tmp_path, rule):
         recipe.check()
 
 
+@pytest.mark.slow
 def test_the_command_line(run, capsys, tmp_path):
     def run_command(*arguments):
         try:
@@ -338,6 +342,7 @@ def test_the_command_line(run, capsys, tmp_path):
     assert yaml.safe_load((Path(run.output) / "recipe.yaml").read_text())["model"]["causal"]
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_every_prediction_and_half_the_pairs(run, model):
     big = replace(run, training=replace(run.training, samples_per_step=8, samples_per_batch=8))
     both = [estimate(replace(big, model=replace(run.model, causal=causal)), gpu="cpu") for causal in (True, None)]

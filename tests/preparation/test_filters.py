@@ -139,6 +139,7 @@ def test_plain_words():
     assert "".join(text[start:end] for start, end in words.span_tokenize(text)) == text
 
 
+@pytest.mark.slow
 def test_a_two_worker_ray_run_makes_the_same_data(tmp_path, tokens):
     pytest.importorskip("ray")
     source = write(tmp_path / "in", GOOD, OTHER)
@@ -177,6 +178,7 @@ echo "Submitted batch job 7"
 """
 
 
+@pytest.mark.slow
 def test_slurm_jobs_make_the_data(tmp_path, tokens, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()

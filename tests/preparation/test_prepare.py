@@ -220,6 +220,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
     return settings, content(root / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
     settings, _ = prepared
     # Unpickled in the worker, the settings of a step call os._exit(9).
@@ -261,6 +262,7 @@ prepare.prepare(PrepareSettings(**json.loads(sys.argv[2])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["document", "finish"])
 def test_a_killed_preparation_continues(tmp_path, prepared, where, monkeypatch):
     settings, expected = prepared

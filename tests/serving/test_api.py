@@ -112,6 +112,7 @@ def test_the_word_exact_undoes_what_the_server_was_started_with(serve_model, alo
     assert exact == alone(max_new_tokens=16).forwards > usual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 5, 8, 11, 300])
 def test_an_answer_has_at_most_max_tokens(server, alone, limit):
     found = post(server, max_tokens=limit, logprobs=True).json()

@@ -14,6 +14,8 @@ from illada.bench.load import started_server
 from illada.errors import IlladaError
 from illada.serving.options import ServerSettings
 
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai", reason="the client is among the packages for development")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -21,6 +21,8 @@ from illada.serving import cluster
 from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import open_socket
 
+pytestmark = pytest.mark.slow
+
 KEY = "a-key-for-tests"
 STREAMS = 4
 LONG = {"prompt": "one two three", "max_tokens": 1200, "stream": True}

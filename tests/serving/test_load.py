@@ -22,6 +22,8 @@ from illada import cli
 from illada.bench import serving
 from illada.bench.load import Request, drive, get_json, mixed_up, percentiles, poisson, queued
 
+pytestmark = pytest.mark.slow
+
 SOAK = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+pytestmark = pytest.mark.slow
+
 schemathesis = pytest.importorskip("schemathesis", reason="it is among the packages for development")
 
 BOUNDED = settings(

@@ -11,6 +11,8 @@ import pytest
 
 from illada.serving.options import ServerSettings
 
+pytestmark = pytest.mark.slow
+
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 expect = playwright.expect
 expect.set_options(timeout=15_000)

@@ -79,6 +79,7 @@ def test_the_peak_is_what_the_allocator_sees(dtype, kind):
     assert memory.peak == pytest.approx(most + optimizer, rel=0.15)
 
 
+@pytest.mark.slow
 def test_parts_and_sharding():
     parameters = sum(
         p.numel() for p in IlladaForMaskedLM(IlladaConfig.preset("1m", vocab_size=500, **SHAPE)).parameters()
@@ -100,6 +101,7 @@ def test_parts_and_sharding():
     assert kept[2] > 2 * kept[0]
 
 
+@pytest.mark.slow
 def test_copies_of_the_weights_leave_fewer_shards():
     doubled = recipe(batch=2)
     doubled.parallel.replicate = 2
@@ -117,6 +119,7 @@ def test_copies_of_the_weights_leave_fewer_shards():
         estimate(doubled, 3)
 
 
+@pytest.mark.slow
 def test_gathering_once_a_step_keeps_whole_weights_and_gradients():
     once = recipe("bf16", batch=2)
     by_block = estimate(once, 2)
@@ -130,6 +133,7 @@ def test_gathering_once_a_step_keeps_whole_weights_and_gradients():
     assert estimate(once, 8).memory["none"].gradients == found.parameters // 2  # of one pass nothing is kept whole
 
 
+@pytest.mark.slow
 def test_heads_over_processes_leave_each_less_to_keep():
     split = recipe(batch=2)
     split.parallel.tensor = 2
@@ -148,6 +152,7 @@ def test_heads_over_processes_leave_each_less_to_keep():
         estimate(split, 4)
 
 
+@pytest.mark.slow
 def test_muon_keeps_one_moment_of_the_matrices_in_blocks():
     tuned = recipe(optimizer="muon")
     model = IlladaForMaskedLM(IlladaConfig.preset("1m", vocab_size=500, **SHAPE))
@@ -159,6 +164,7 @@ def test_muon_keeps_one_moment_of_the_matrices_in_blocks():
     assert adamw.memory["none"].peak - muon.memory["none"].peak == adamw.memory["none"].optimizer - real
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_little_beside_frozen_weights(tied, tmp_path):
     pytest.importorskip("peft")
     tied.save_pretrained(tmp_path)
@@ -184,6 +190,7 @@ def test_flops_are_those_of_the_formula():
     assert flops_per_token(config, 8192, adapter=10) < 0.8 * flops_per_token(config, 8192)
 
 
+@pytest.mark.slow
 def test_a_split_window_costs_less_attention():
     """Two segments of a window split anywhere hold 2/3 of its pairs, on average."""
     whole, split = recipe(), recipe()
@@ -196,6 +203,7 @@ def test_a_split_window_costs_less_attention():
     assert (found[0].flops_per_token - found[1].flops_per_token) / attention == pytest.approx(1 - pairs, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_speed_days_and_cost():
     found = estimate(recipe(), 2, "h100", mfu=0.5, price=3.0, vocab_size=500)
     assert found.tokens_per_second == pytest.approx(2 * GPUS["h100"].teraflops * 1e12 * 0.5 / found.flops_per_token)
@@ -234,6 +242,7 @@ def test_what_cannot_be_estimated_is_refused(arguments, message):
         estimate(recipe(window=2048))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(
         "model: {preset: 1m, num_hidden_layers: 1}\ndata: {window: 32}\n"

@@ -100,6 +100,7 @@ def test_an_fp8_model_is_near_ours_and_has_its_names(build_model, torchao):
     assert torch.equal(again_slope, near_slope)
 
 
+@pytest.mark.slow
 def test_fp8_trains_in_shards_and_its_checkpoints_have_the_same_names(make_recipe, tmp_path, torchao):
     emulated = (
         "import sys; from functools import partial; from illada.training.optional import kernels\n"
@@ -292,6 +293,7 @@ def test_a_run_may_go_on_with_other_kernels(make_recipe, capsys, monkeypatch):
         train(recipe)
 
 
+@pytest.mark.slow
 def test_fp8_is_estimated_as_bf16(make_recipe):
     half, eighth = (estimate(make_recipe(dtype=dtype), gpu="cpu", vocab_size=64) for dtype in ("bf16", "fp8"))
     assert eighth.memory == half.memory

@@ -15,6 +15,8 @@ from test_trainer import MACHINE
 
 from illada.weights.runs import checkpoints, read_metrics
 
+pytestmark = pytest.mark.slow
+
 CODES = {
     "whole": [0],
     "killed at 4": [-9],

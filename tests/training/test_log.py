@@ -93,6 +93,7 @@ def test_a_missing_tracker_is_one_clear_line(make_recipe, monkeypatch, log):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_report_draws_a_run(make_recipe, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     recipe = make_recipe(validation="held_out", steps=4, validate_every=2)

@@ -79,6 +79,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "rule"), [("tied", "illada"), ("untied", "llada")])
 def test_the_loss_falls_and_only_the_adapter_changes(
     lora, make_recipe, make_data, tiny_tokenizer, bases, trained, tmp_path, base, rule
@@ -148,6 +149,7 @@ def test_merging_into_bf16_rounds_once(lora, bases):
         assert torch.equal(merged[name], (before.float() + b @ a * 2).bfloat16()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", [{}, {"dropout": 0.2}])
 def test_a_killed_run_ends_in_the_same_adapter(lora, section):
     settings = {"section": section, "checkpoint_every": 3}

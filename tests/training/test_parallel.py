@@ -18,6 +18,8 @@ from illada.errors import IlladaError
 from illada.training.trainer import train
 from illada.weights.runs import read_metrics
 
+pytestmark = pytest.mark.slow
+
 GROUPS = (str(Path(__file__).with_name("groups.py")),)
 
 

@@ -65,6 +65,7 @@ def test_a_left_out_step_changes_nothing(make_recipe, monkeypatch):
     assert same(held(checkpoints(Path(short.output))[-1]), held(checkpoints(Path(recipe.output))[-1]))
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_takes_other_data(make_recipe, monkeypatch, capsys):
     monkeypatch.setattr(spikes, "REORDERED", 12)
     ends = []

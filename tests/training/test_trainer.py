@@ -68,6 +68,7 @@ def train_killed_at(recipe, *steps):
     return train(recipe)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
     recipe = make_recipe(validation="held_out", steps=120, decay_steps=12, validate_every=50, learning_rate=1e-2)
     result = train(recipe)
@@ -105,6 +106,7 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
     assert steps_of(run) == list(range(1, 121))
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe):
     whole = make_recipe("whole", "train", "held_out")
     train(whole)
@@ -235,6 +237,7 @@ def test_a_request_to_decay_comes_too_late_when_the_decay_is_on(make_recipe):
 # What goes wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(make_recipe, monkeypatch, bad):
     recipe = make_recipe()
@@ -265,6 +268,7 @@ def test_divergence_before_any_checkpoint_says_so(make_recipe, monkeypatch):
         train(make_recipe())
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_ignored(make_recipe):
     recipe = make_recipe()
     with pytest.MonkeyPatch.context() as patch:
@@ -325,6 +329,7 @@ def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
         train(changed)
 
 
+@pytest.mark.slow
 def test_what_does_not_change_the_weights_may_change(make_recipe):
     whole, killed = make_recipe("whole"), make_recipe("killed")
     train(whole)
@@ -417,6 +422,7 @@ def base(make_recipe):
     return train(recipe).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["illada", "llada"])
 def test_sft_begins_with_the_weights_of_a_model(make_recipe, base, rule):
     frozen = make_recipe("frozen", "chat", start=base, steps=1, rule=rule, learning_rate=0.0, final_learning_rate=0.0)

@@ -371,6 +371,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_hub_names_are_fetched_without_code_and_bad_ones_are_one_line(tmp_path):
     root = tmp_path / "hub"
     folder = write_released(root / "own" / "model", "illada", random_tensors(1))
