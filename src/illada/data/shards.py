@@ -24,7 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from illada.data.storage import Folder, Range, Remote, open_store
+from illada.data.optional.remote import Remote
+from illada.data.storage import Folder, Range
 from illada.errors import IlladaError
 from illada.files import write_bytes, write_json
 
@@ -140,7 +141,7 @@ class Shards:
 
     @classmethod
     def _open_one(cls, place: str) -> "Shards":
-        store = open_store(place)
+        store = Remote(place) if "://" in place else Folder(Path(place))
         name = store.name
         if not store.exists():
             raise IlladaError(f"no prepared data at {name}: make it with `illada prepare`")
