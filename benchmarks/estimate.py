@@ -22,9 +22,10 @@ from common import machine, status
 
 from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
-from illada.data.shards import Shards, ShardWriter, write_index
+from illada.data.shards import Shards
 from illada.diffusion.loss import masked_loss
 from illada.model.transformer import IlladaForMaskedLM
+from illada.preparation.shard_writer import ShardWriter, write_index
 from illada.training.optional.estimate import _config, estimate
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import recompute
