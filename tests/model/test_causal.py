@@ -29,8 +29,8 @@ from illada.diffusion.causal import causal_loss
 from illada.generation.engine import Engine
 from illada.model.attention import Packing
 from illada.model.kv_cache import KVCache, PagePool
-from illada.training.flops import flops_per_token
 from illada.training.optional.estimate import estimate
+from illada.training.optional.flops import flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.optional.plots import draw_run
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe

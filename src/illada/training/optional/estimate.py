@@ -33,8 +33,8 @@ from illada.errors import IlladaError
 from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
+from illada.training.optional.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
