@@ -22,10 +22,12 @@ from common import machine, status
 
 from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
-from illada.data.shards import Shards, ShardWriter, write_index
+from illada.data.shards import Shards
 from illada.diffusion.loss import masked_loss
 from illada.model.transformer import IlladaForMaskedLM
+from illada.preparation.shard_writer import ShardWriter, write_index
 from illada.training.optional.estimate import _config, estimate
+from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 
@@ -95,7 +97,8 @@ def main() -> None:
     print(f"{machine()}\n")
     print("| shape | estimated (MB) | measured (MB) | estimated / measured | as it is (MB) |\n|---|---|---|---|---|")
     for shape in SHAPES:
-        guess = estimate(recipe_of(shape), 1, "cpu", vocab_size=SHAPES[shape][1]).memory[SHAPES[shape][-1]].peak
+        options = EstimateOptions(gpu="cpu", vocab_size=SHAPES[shape][1])
+        guess = estimate(recipe_of(shape), options).memory[SHAPES[shape][-1]].peak
         words = [sys.executable, __file__, "--shape", shape]
         real, loose = (
             json.loads(subprocess.run(words, check=True, capture_output=True, env=os.environ | more).stdout)

@@ -20,10 +20,11 @@ from fsspec.spec import AbstractFileSystem
 from illada.data.batches import Batches
 from illada.data.collate import Batch, noisy_batches
 from illada.data.prefetch import Prefetch
-from illada.data.shards import Shards, ShardWriter, write_index
+from illada.data.shards import Shards
 from illada.diffusion.loss import masked_loss
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
+from illada.preparation.shard_writer import ShardWriter, write_index
 
 VOCABULARY, WINDOW, STEP, PASS = 8192, 256, 16, 8
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from illada.data.shards import Shards, ShardWriter, write_index
+from illada.data.shards import Shards
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
+from illada.preparation.shard_writer import ShardWriter, write_index
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.tokenizer import tokenizer_sha256
 

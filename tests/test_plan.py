@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "illada"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE = ("rng", "model", "diffusion", "data", "training", "generation", "scoring")
-"""Modules and rooms that the README calls the core; `training/optional` is not part of it."""
+CORE = ("errors", "files", "rng", "devices", "text", "model", "diffusion", "data", "training", "generation", "scoring")
+"""Modules and rooms that the README calls the core; the folders `optional` are not part of it."""
 LONG_FOR_A_REASON: dict[str, str] = {}
 """Functions of 60 lines or more, with the reason why each is better long."""
 

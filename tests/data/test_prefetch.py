@@ -67,17 +67,3 @@ def test_a_step_left_in_the_middle_is_begun_anew():
     with Prefetch(items) as prefetch:
         assert next(iter(prefetch(3))) == (3, 0)
         assert list(prefetch(3)) == items(3)
-
-
-def test_waiting_is_counted_from_the_second_step_on(monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr("illada.data.prefetch.time.perf_counter", lambda: next(clock))
-    with Prefetch(items) as prefetch:
-        list(prefetch(3))
-        assert prefetch.waited == 0
-        list(prefetch(4))
-        assert prefetch.waited == 1
-        list(prefetch(5))
-        assert prefetch.waited == 2
-        list(prefetch(1))
-        assert prefetch.waited == 2

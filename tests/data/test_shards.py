@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illada.data import storage as module
-from illada.data.shards import ShardInfo, Shards, ShardWriter, write_index
+from illada.data.shards import ShardInfo, Shards
 from illada.errors import IlladaError
+from illada.preparation.shard_writer import ShardWriter, write_index
 
 
 def make(folder: Path, documents: list[tuple[list[int], int]], vocab_size: int = 300, per_shard: int = 10) -> Shards:

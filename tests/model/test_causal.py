@@ -29,8 +29,9 @@ from illada.diffusion.causal import causal_loss
 from illada.generation.engine import Engine
 from illada.model.attention import Packing
 from illada.model.kv_cache import KVCache, PagePool
-from illada.training.flops import flops_per_token
 from illada.training.optional.estimate import estimate
+from illada.training.optional.flops import flops_per_token
+from illada.training.optional.options import EstimateOptions
 from illada.training.optional.plots import draw_run
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
@@ -345,7 +346,8 @@ def test_the_command_line(run, capsys, tmp_path):
 @pytest.mark.slow
 def test_an_estimate_counts_every_prediction_and_half_the_pairs(run, model):
     big = replace(run, training=replace(run.training, samples_per_step=8, samples_per_batch=8))
-    both = [estimate(replace(big, model=replace(run.model, causal=causal)), gpu="cpu") for causal in (True, None)]
+    models = [replace(run.model, causal=causal) for causal in (True, None)]
+    both = [estimate(replace(big, model=model), EstimateOptions(gpu="cpu")) for model in models]
     assert both[0].memory["none"].loss > both[1].memory["none"].loss
     assert both[0].flops_per_token != both[1].flops_per_token
     other, seen = type(model.config).from_dict({**model.config.to_dict(), "causal": False}), 40.0

@@ -10,9 +10,11 @@ from illada.errors import IlladaError
 from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.training.flops import GPUS, flops_per_token
 from illada.training.optim import make_optimizers, moments
-from illada.training.optional.estimate import CHECKPOINTING, _lengths, estimate, table
+from illada.training.optional import estimate as estimation
+from illada.training.optional.estimate import CHECKPOINTING, _lengths, table
+from illada.training.optional.flops import GPUS, flops_per_token
+from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe
 
@@ -26,6 +28,10 @@ def recipe(dtype="fp32", window=64, batch=8, **training):
         data=DataRecipe(window=window),
         training=TrainingRecipe(**settings),
     )
+
+
+def estimate(recipe, gpus=1, gpu="h100", **options):
+    return estimation.estimate(recipe, EstimateOptions(gpus, gpu, **options))
 
 
 def real_pass(dtype, kind, before_backward=lambda: None):

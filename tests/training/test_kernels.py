@@ -20,6 +20,7 @@ from illada.model.attention import Packing
 from illada.training.optional import kernels
 from illada.training.optional.estimate import estimate
 from illada.training.optional.kernels import CROSS_ENTROPIES, cut_cross_entropy, fuse, use_fp8
+from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import Objective, recompute
 from illada.training.trainer import train
 from illada.weights.runs import read_metrics
@@ -295,5 +296,6 @@ def test_a_run_may_go_on_with_other_kernels(make_recipe, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_fp8_is_estimated_as_bf16(make_recipe):
-    half, eighth = (estimate(make_recipe(dtype=dtype), gpu="cpu", vocab_size=64) for dtype in ("bf16", "fp8"))
+    options = EstimateOptions(gpu="cpu", vocab_size=64)
+    half, eighth = (estimate(make_recipe(dtype=dtype), options) for dtype in ("bf16", "fp8"))
     assert eighth.memory == half.memory

@@ -39,7 +39,7 @@ def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: 
         json: print a JSON object instead.
         sft: the recipe is for `illada sft`, whose defaults differ.
     """
-    result = heavy.estimation.estimate(recipe, **dataclasses.asdict(options))
+    result = heavy.estimation.estimate(recipe, options)
     print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else heavy.estimation.table(result))
 
 

@@ -1,6 +1,5 @@
 """The batches of the next step, made in a thread while the training takes this one."""
 
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -20,16 +19,11 @@ class Prefetch(Generic[T]):
     to whoever requests the step. The items of two steps are in memory together: 17 bytes a token for batches, which is
     2 x 180 MB for a process that computes 1280 windows of 8192 tokens alone.
 
-    Attributes:
-        waited: seconds for which a requested step was not ready; a step that nobody could have expected, as the first,
-            does not count.
-
     Args:
         make: the items of a step; called in one thread.
     """
 
     def __init__(self, make: Callable[[int], Iterable[T]]):
-        self.waited = 0.0
         self._make = make
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._step: int | None = None
@@ -37,14 +31,10 @@ class Prefetch(Generic[T]):
 
     def __call__(self, step: int) -> list[T]:
         """Return the items of a step, and begin to make those of the next."""
-        expected = step == self._step
-        if not expected:
+        if step != self._step:
             self._begin(step)
         self._step = None  # a step that fails is made anew when it is requested again
-        started = time.perf_counter()
         items = self._items.result()
-        if expected:
-            self.waited += time.perf_counter() - started
         self._begin(step + 1)
         return items
 

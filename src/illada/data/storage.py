@@ -1,44 +1,24 @@
-"""Where the files of a prepared data set lie: a folder of this machine, or any place that fsspec reaches.
+"""The files of a prepared data set in a folder of this machine, memory-mapped."""
 
-A folder is memory-mapped. At other places (s3://, gs://, hf://, memory://, ...) the tokens stay where they are and are
-read by byte ranges, all ranges of a request together; the few small files (index, tokenizer, document ends) are copied
-into the local cache when they are first used.
-"""
-
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-from illada.errors import IlladaError, first_line
-from illada.hub import network
+from illada.errors import IlladaError
 
 # Every map keeps a file open, and a process may open few.
 _OPEN_MAPS = 128
-_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
 Range = tuple[str, int, int]
 """File, first item, and the item after the last one."""
 
 
-def open_store(place: str | os.PathLike[str]) -> "Folder | Remote":
-    """Return the store at a folder or URL.
-
-    Raises:
-        IlladaError: when it cannot be reached.
-    """
-    name = os.fspath(place)
-    return Remote(name) if "://" in name else Folder(Path(name))
-
-
 class Folder:
-    """A folder of this machine."""
+    """A folder of this machine; `illada.data.optional.remote.Remote` has the same methods for other places."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,106 +62,3 @@ class Folder:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle no maps, because a pickled map is a copy of the file."""
         return {**self.__dict__, "_maps": {}}
-
-
-class Remote:
-    """A folder that fsspec reaches.
-
-    Raises:
-        IlladaError: when the library for its protocol is not installed, or the place cannot be read.
-    """
-
-    def __init__(self, url: str):
-        self.name = url.rstrip("/")
-        protocol = url.split("://", 1)[0]
-        try:
-            with network():
-                self._files, self._root = url_to_fs(self.name)
-        except ImportError:
-            extra = _EXTRAS.get(protocol, protocol)
-            raise IlladaError(f"reading {protocol}:// needs {extra}: pip install {extra}") from None
-        except ValueError:
-            raise IlladaError(f"{url}: nothing is known that reads {protocol}://") from None
-        index = self._bytes("index.json") if self.exists() and "index.json" in self.sizes() else b""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "illada"
-        # Data that was prepared again gets a new folder in the cache.
-        self.path = base / hashlib.sha256(self.name.encode() + b"\0" + index).hexdigest()[:20]
-        if index:
-            self._copy("index.json", index)
-            for file in self._names(f"{self._root}/tokenizer"):
-                self._fetch(f"tokenizer/{file}")
-
-    def exists(self) -> bool:
-        """Say whether anything is there."""
-        with self._reading():
-            return self._files.exists(self._root)
-
-    def sizes(self) -> dict[str, int]:
-        """Return the size of every file in bytes."""
-        return self._names(self._root)
-
-    def text(self, file: str) -> str:
-        """Return the contents of a small file; FileNotFoundError when there is none."""
-        return Folder(self.path).text(file)
-
-    def whole(self, file: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return a small file as an array, from its copy in the cache.
-
-        Raises:
-            IlladaError: when it cannot be read.
-        """
-        self._fetch(file)
-        return Folder(self.path).whole(file, dtype)
-
-    def pieces(self, ranges: Sequence[Range], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
-        """Return ranges of files, all requested together.
-
-        Raises:
-            IlladaError: when one cannot be read.
-        """
-        size = dtype.itemsize
-        with self._reading():
-            contents: list[bytes] = self._files.cat_ranges(
-                [f"{self._root}/{file}" for file, _, _ in ranges],
-                [start * size for _, start, _ in ranges],
-                [end * size for _, _, end in ranges],
-                on_error="raise",
-            )
-        for (file, start, end), content in zip(ranges, contents, strict=True):
-            if len(content) != (end - start) * size:
-                raise IlladaError(f"{self.name}/{file} is shorter than it was: prepare or copy the data again")
-        return [np.frombuffer(content, dtype=dtype) for content in contents]
-
-    def _names(self, folder: str) -> dict[str, int]:
-        with self._reading():
-            if not self._files.exists(folder):
-                return {}
-            entries = self._files.ls(folder, detail=True)
-        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
-
-    def _bytes(self, file: str) -> bytes:
-        with self._reading():
-            return self._files.cat_file(f"{self._root}/{file}")
-
-    def _fetch(self, file: str) -> None:
-        if not (self.path / file).exists():
-            self._copy(file, self._bytes(file))
-
-    def _copy(self, file: str, content: bytes) -> None:
-        """Write a file into the cache, whole or not at all, because other processes may do the same meanwhile."""
-        target = self.path / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, target)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn the errors of storage libraries into one line, and allow the network, as the user named the place."""
-        try:
-            with network():
-                yield
-        except IlladaError:
-            raise
-        except Exception as error:  # every storage library has errors of its own
-            raise IlladaError(f"cannot read {self.name}: {first_line(error)}") from error

@@ -139,7 +139,7 @@ def infill(
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for template, own in _with_settings(model, templates, settings, "templates"):
-        engine.submit_template(template, own)
+        engine.enter(Request.of_template(model.config, template, own, f"template {engine.submitted}"))
     return engine.run()
 
 
@@ -187,10 +187,6 @@ class Engine:
         """Add a prompt and return its index: 0, 1, 2, ...; errors as in `generate`."""
         return self.enter(self.request(prompt, settings, f"prompt {self.submitted}"))
 
-    def submit_template(self, template: Sequence[int | None], settings: GenerationSettings) -> int:
-        """Add a template and return its index; errors as in `infill`."""
-        return self.enter(self.request_template(template, settings, f"template {self.submitted}"))
-
     def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Request:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         request = Request.of_prompt(self.model.config, prompt, settings, name)
@@ -200,12 +196,6 @@ class Engine:
         if settings.think_boost and self.tokenizer is not None:
             request.think = tuple(self.tokenizer.encode("</think>", add_special_tokens=False))
         return request
-
-    def request_template(
-        self, template: Sequence[int | None], settings: GenerationSettings, name: str = "the template"
-    ) -> Request:
-        """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
-        return Request.of_template(self.model.config, template, settings, name)
 
     def enter(self, request: Request) -> int:
         """Add a request that was checked before and return its index."""

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from illada.errors import IlladaError
 
 if TYPE_CHECKING:
     from illada.model.transformer import IlladaForMaskedLM
+
+Remasking = Literal["low_confidence", "margin", "random"]
+Cache = Literal["none", "prefix", "frozen", "adaptive"]
 
 MOST = 1e6
 """Largest temperature, guidance, boost and penalty."""
@@ -70,14 +73,14 @@ class GenerationSettings:
     seed: int = 0
     eos_token_id: int | tuple[int, ...] | None = 2
     stop: tuple[str, ...] = ()
-    remasking: Literal["low_confidence", "margin", "random"] = "low_confidence"
+    remasking: Remasking = "low_confidence"
     guidance_scale: float = 0.0
     threshold: float | None = None
     entropy_bound: float | None = None
     later_masks: bool = False
     think_boost: float = 0.0
     think_boost_power: float = 3.0
-    cache: Literal["none", "prefix", "frozen", "adaptive"] = "none"
+    cache: Cache = "none"
     refresh_below: float = 0.5
     speculate: int = 0
 
@@ -90,24 +93,35 @@ class GenerationSettings:
         object.__setattr__(self, "stop", tuple(self.stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise IlladaError(f"stop must hold strings that are not empty, got {list(self.stop)}")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.block_length >= 1, "block_length", self.block_length, "at least 1")
+        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._require("block_length", self.block_length >= 1, "at least 1")
         if self.steps_per_block is not None:
-            wanted = f"between 1 and block_length {self.block_length}"
-            _require(1 <= self.steps_per_block <= self.block_length, "steps_per_block", self.steps_per_block, wanted)
+            holds = 1 <= self.steps_per_block <= self.block_length
+            self._require("steps_per_block", holds, f"between 1 and block_length {self.block_length}")
         for name in ("temperature", "guidance_scale", "think_boost", "think_boost_power"):
-            value = getattr(self, name)
             # The upper bound keeps sums of logits finite in fp32.
-            _require(0 <= value <= MOST, name, value, f"between 0 and {MOST:g}")
-        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "between 0 and 2^63 - 1")
-        _require(all(i >= 0 for i in self.eos_ids), "eos_token_id", self.eos_token_id, "at least 0 (or none)")
-        known = self.remasking in ("low_confidence", "margin", "random")
-        _require(known, "remasking", self.remasking, "low_confidence, margin or random")
-        if self.threshold is not None:
-            _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
-        if self.entropy_bound is not None:
-            holds = math.isfinite(self.entropy_bound) and self.entropy_bound >= 0
-            _require(holds, "entropy_bound", self.entropy_bound, "finite and at least 0")
+            self._require(name, 0 <= getattr(self, name) <= MOST, f"between 0 and {MOST:g}")
+        holds = 1 / MOST <= self.repetition_penalty <= MOST
+        self._require("repetition_penalty", holds, f"between {1 / MOST:g} and {MOST:g}")
+        self._require("seed", 0 <= self.seed < 1 << 63, "between 0 and 2^63 - 1")
+        self._require("eos_token_id", all(i >= 0 for i in self.eos_ids), "at least 0 (or none)")
+        for name, choices in (("remasking", get_args(Remasking)), ("cache", get_args(Cache))):
+            self._require(name, getattr(self, name) in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
+        self._require("threshold", self.threshold is None or 0 < self.threshold <= 1, "above 0 and at most 1")
+        holds = self.entropy_bound is None or 0 <= self.entropy_bound < math.inf
+        self._require("entropy_bound", holds, "finite and at least 0")
+        self._require("top_k", self.top_k is None or self.top_k >= 1, "at least 1")
+        for name in ("top_p", "refresh_below"):
+            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        self._require("speculate", self.speculate >= 0, "at least 0")
+        self._check_together()
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise IlladaError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+    def _check_together(self) -> None:
+        """Refuse settings that contradict each other or do nothing."""
         rules = [n for n in ("steps_per_block", "threshold", "entropy_bound") if getattr(self, n) is not None]
         if len(rules) > 1:
             raise IlladaError(f"{' and '.join(rules)} each say how many tokens a step commits: give one of them")
@@ -115,24 +129,12 @@ class GenerationSettings:
             raise IlladaError(
                 f"{rules[0]} has an order of its own: leave out remasking {self.remasking}, or give steps_per_block"
             )
-        self._check_sampling()
-        known = self.cache in ("none", "prefix", "frozen", "adaptive")
-        _require(known, "cache", self.cache, "none, prefix, frozen or adaptive")
-        _require(0 < self.refresh_below <= 1, "refresh_below", self.refresh_below, "above 0 and at most 1")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1):
+            raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
         if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
             raise IlladaError(
                 f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"
             )
-        _require(self.speculate >= 0, "speculate", self.speculate, "at least 0")
-
-    def _check_sampling(self) -> None:
-        penalty = self.repetition_penalty
-        _require(1 / MOST <= penalty <= MOST, "repetition_penalty", penalty, f"between {1 / MOST:g} and {MOST:g}")
-        if self.top_k is not None:
-            _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        if not self.temperature and (self.top_k is not None or self.top_p < 1):
-            raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
 
     def left_to_right(self) -> "GenerationSettings":
         """Return the settings under which one step of the engine adds the next token of a causal model.
@@ -179,11 +181,6 @@ def refuse_masks(values: Mapping[str, Any]) -> None:
     changed = [name for name, default in defaults.items() if values[name] not in (default, fixed.get(name, default))]
     if changed:
         raise IlladaError(f"a causal model adds one token at a time: leave out {' and '.join(changed)}")
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise IlladaError(f"{name} must be {wanted}, got {value}")
 
 
 def settings_for(model: "IlladaForMaskedLM", settings: GenerationSettings) -> GenerationSettings:

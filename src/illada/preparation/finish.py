@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from illada.data.shards import INDEX, ShardInfo, Shards, write_index
+from illada.data.shards import INDEX, ShardInfo, Shards
 from illada.errors import IlladaError
 from illada.preparation.plan import LOG, SLURM_LOG, WORK, read_plan, stats_file, task_folder
 from illada.preparation.readers import ReadStats
+from illada.preparation.shard_writer import write_index
 
 
 def finish(output: str) -> Shards:

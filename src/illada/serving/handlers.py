@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from illada.errors import IlladaError, needs
+from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
@@ -164,7 +165,7 @@ class Handlers:
         engine = self.worker.engine
         if prompt.slot or prompt.gap:
             settings = replace(settings, think_boost=0.0)
-            request = engine.request_template(prompt.ids, settings, "the text with its gaps")
+            request = Request.of_template(engine.model.config, prompt.ids, settings, "the text with its gaps")
             limit = prompt.gap or request.budget
             return Answer(index, request, Detokenizer(self._tokenizer), limit, slot=prompt.slot)
         if self._causal:

@@ -25,9 +25,9 @@ from illada.devices import peak_memory
 from illada.errors import DivergedError
 from illada.files import write_text
 from illada.training.checkpoint import Checkpoints, RunState
-from illada.training.flops import flops_per_token, peak_flops
 from illada.training.log import StepLog
 from illada.training.optim import set_updates, update
+from illada.training.optional.flops import flops_per_token, peak_flops
 from illada.training.optional.trackers import make_trackers
 from illada.training.parallel import before_pass, clip, gradient_norm, join, release
 from illada.training.recipe import Recipe

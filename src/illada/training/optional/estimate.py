@@ -33,9 +33,9 @@ from illada.errors import IlladaError
 from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.training.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optim import muon_matrices
-from illada.training.optional.options import GpuName
+from illada.training.optional.flops import GPUS, block_parameters, flops_per_token
+from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.weights.adapters import add_adapter
@@ -103,48 +103,33 @@ class Estimate:
         return self.memory[kind].peak <= (1 - FREE_SHARE) * self.memory_available
 
 
-def estimate(
-    recipe: Recipe,
-    gpus: int = 1,
-    gpu: GpuName = "h100",
-    mfu: float = 0.4,
-    price: float | None = None,
-    vocab_size: int | None = None,
-    data_tokens: int | None = None,
-) -> Estimate:
-    """Estimate what it takes to carry out a recipe.
-
-    Args:
-        recipe: the run; its data need not exist yet.
-        gpus: processes, one GPU each; weights and optimiser are sharded over all of them, or over those of one of
-            parallel.replicate copies; parallel.tensor of them compute the same windows.
-        gpu: kind of GPU; "cpu" for one process on this machine, memory only.
-        mfu: model FLOPs utilisation: FLOPs the model needs, without recomputation, over the peak (performance of
-            others at 8B: 0.33 to 0.4 on H100).
-        price: of one GPU for one hour.
-        vocab_size: of the tokenizer; without it the prepared data's, else the preset's.
-        data_tokens: of the training data, for recipes that count epochs; without it the prepared data's.
+def estimate(recipe: Recipe, options: EstimateOptions) -> Estimate:
+    """Estimate what it takes to carry out a recipe, whose data need not exist yet.
 
     Raises:
-        IlladaError: when the recipe or an argument cannot be used.
+        IlladaError: when the recipe or an option cannot be used.
     """
-    _check(recipe, gpus, gpu, mfu, price)
-    settings, window = recipe.training, recipe.data.window
-    shards, config = _open(recipe, vocab_size)
+    _check(recipe, options)
+    gpus, gpu, settings, data = options.gpus, options.gpu, recipe.training, recipe.data
+    shards, config = _open(recipe, options.vocab_size)
     share = math.ceil(settings.samples_per_step / (gpus // recipe.parallel.tensor))
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
-    size, memory = _rehearse(recipe, config, windows, passes, gpus)
-    tokens = settings.samples_per_step * window
-    available = data_tokens or (shards.tokens if shards else None)
-    steps = settings.steps if available is None else settings.count_steps(available // window)
-    flops = _flops(recipe, config, size)
-    speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * mfu / flops
-    seconds = None if speed is None or steps is None else steps * tokens / speed
+    parameters, trained, memory = _rehearse(recipe, config, windows, passes, gpus)
+    tokens = settings.samples_per_step * data.window
+    available = options.data_tokens or (shards.tokens if shards else None)
+    steps = settings.steps if available is None else settings.count_steps(available // data.window)
+    # Two segments of a uniformly split window hold two thirds of its pairs.
+    mean_length = data.window * (1 - data.split_probability / 3)
+    flops = flops_per_token(config, mean_length, trained if recipe.lora.rank else 0)
+    machine_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * options.mfu / flops
+    days = None if speed is None or steps is None else steps * tokens / speed / 86_400
+    gpu_hours = None if days is None else gpus * days * 24
     return Estimate(
-        parameters=size.parameters,
-        parameters_in_blocks=size.blocks,
-        parameters_trained=size.trained,
+        parameters=parameters,
+        parameters_in_blocks=block_parameters(config),
+        parameters_trained=trained,
         vocab_size=config.vocab_size,
         gpus=gpus,
         copies=recipe.parallel.replicate,
@@ -152,23 +137,24 @@ def estimate(
         windows_per_pass=windows,
         passes_per_step=passes,
         memory=memory,
-        memory_available=_memory_of(gpu),
+        memory_available=machine_memory if gpu == "cpu" else int(GPUS[gpu].gigabytes * _GB),
         tokens_per_step=tokens,
         steps=steps,
         flops_per_token=flops,
-        mfu=None if gpu == "cpu" else mfu,
+        mfu=None if gpu == "cpu" else options.mfu,
         tokens_per_second=speed,
-        days=None if seconds is None else seconds / 86_400,
-        gpu_hours=None if seconds is None else gpus * seconds / 3600,
-        cost=None if seconds is None or price is None else gpus * seconds / 3600 * price,
+        days=days,
+        gpu_hours=gpu_hours,
+        cost=None if gpu_hours is None or options.price is None else gpu_hours * options.price,
     )
 
 
-def _check(recipe: Recipe, gpus: int, gpu: str, mfu: float, price: float | None) -> None:
+def _check(recipe: Recipe, options: EstimateOptions) -> None:
     # Where the run will write and read does not matter here.
     named = dataclasses.replace(recipe, output=recipe.output or "run")
     named.data = dataclasses.replace(recipe.data, train=recipe.data.train or "data")
     named.check()
+    gpus, gpu, mfu, price = options.gpus, options.gpu, options.mfu, options.price
     if gpu not in (*GPUS, "cpu"):
         raise IlladaError(f"no gpu {gpu!r}: choose one of {', '.join(GPUS)} or cpu")
     if gpus < 1 or (gpu == "cpu" and gpus > 1):
@@ -242,25 +228,6 @@ def _config(recipe: Recipe, vocab_size: int | None) -> IlladaConfig:
     return IlladaConfig.preset(recipe.model.preset, **{**recipe.model.changes(), **vocabulary})
 
 
-def _flops(recipe: Recipe, config: IlladaConfig, size: "_Size") -> float:
-    """Return the FLOPs for each token."""
-    # Two segments of a uniformly split window hold two thirds of its pairs.
-    mean_length = recipe.data.window * (1 - recipe.data.split_probability / 3)
-    return flops_per_token(config, mean_length, size.trained if recipe.lora.rank else 0)
-
-
-def _memory_of(gpu: str) -> int:
-    """Return the bytes of a GPU, or of this machine for "cpu"."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if gpu == "cpu" else int(GPUS[gpu].gigabytes * _GB)
-
-
-@dataclass(frozen=True)
-class _Size:
-    parameters: int
-    blocks: int
-    trained: int
-
-
 class _Meter(TorchDispatchMode):
     """Counts the bytes of live tensors: `now`, its `peak`, and `peak_with_gradients`, which includes `gradients`."""
 
@@ -304,8 +271,12 @@ class _Meter(TorchDispatchMode):
 
 def _rehearse(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
-) -> tuple[_Size, dict[Checkpointing, Memory]]:
-    """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing."""
+) -> tuple[int, int, dict[Checkpointing, Memory]]:
+    """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing.
+
+    Returns:
+        the parameters of the whole network, the trained ones, and the memory of one GPU.
+    """
     bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
     frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
     # The part of the network that one process of a group with shared heads holds.
@@ -316,8 +287,8 @@ def _rehearse(
     # Not on fake tensors: PEFT moves layers, which they do not allow.
     with torch.device("meta"):
         model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
-        if recipe.lora.rank:
-            _adapt(model, recipe)
+        if rank := recipe.lora.rank:
+            add_adapter(model, rank, 2.0 * rank, recipe.lora.dropout, recipe.lora.targets or LORA_TARGETS, "", 0)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with FakeTensorMode():
         # In the types of the forward pass: FSDP2 hands it bf16 weights of the blocks, autocast makes its own copies.
@@ -327,7 +298,6 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        size = _Size(everything + elsewhere, block_parameters(config), count + elsewhere)
         # A moment is fp32; AdamW has two of each parameter, Muon one.
         optimizer = 4 * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
         shards = gpus // recipe.parallel.replicate // tensor
@@ -358,7 +328,7 @@ def _rehearse(
                 backward=max(0, meter.peak - saved - loss) + reduced,
                 peak=fixed + max(during, after),
             )
-    return size, memory
+    return everything + elsewhere, count + elsewhere, memory
 
 
 def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
@@ -408,9 +378,3 @@ def _fill(part: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
                     tensor = torch.empty(old.shape, dtype=dtype or old.dtype)
                     made[id(old)] = torch.nn.Parameter(tensor, old.requires_grad)
                 module._parameters[name] = made[id(old)]
-
-
-def _adapt(model: IlladaForMaskedLM, recipe: Recipe) -> None:
-    lora = recipe.lora
-    assert lora.rank
-    add_adapter(model, lora.rank, 2.0 * lora.rank, lora.dropout, lora.targets or LORA_TARGETS, "", 0)

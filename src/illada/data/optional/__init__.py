@@ -1,0 +1,1 @@
+"""What reading data can do without: places other than a folder of this machine."""
