@@ -154,12 +154,8 @@ class Evaluation:
     def _sources(self) -> Iterator[None]:
         """Read data sets from beside the task files; use the network only with `download`."""
         saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-        offline = not self.options.download or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
-            "1",
-            "ON",
-            "YES",
-            "TRUE",
-        )
+        banned = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+        offline = banned or not self.options.download
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
         try:
             with contextlib.chdir(self.options.task_files or "."):
