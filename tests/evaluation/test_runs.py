@@ -14,6 +14,7 @@ from illada.errors import IlladaError
 from illada.evaluation import run
 from illada.evaluation.compare import differences, mcnemar
 from illada.evaluation.journal import Entry, Journal, fingerprint
+from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.run import Evaluation, task_manager
 
@@ -238,7 +239,7 @@ def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_mo
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     lm = run.IlladaLM(str(tmp_path / "model"), dtype="fp32", device="cpu")
     manager = task_manager(None)
-    evaluation = Evaluation(manager, tmp_path, limit=1)
+    evaluation = Evaluation(EvalOptions(str(tmp_path), "model", tasks=["any"], limit=1), manager)
     for row in [*paper_rows("base", "exact", "3-4"), *paper_rows("instruct", "exact", "3-4")]:
         small = {"max_gen_toks": 2, "block_length": 2, "think_boost": 0.0} if row.generation else {}
         result = evaluation.add(lm, row, Variant(generation=small))
@@ -256,7 +257,8 @@ def test_a_question_is_not_among_its_own_shots(model_folder, tmp_path, in_tasks)
     shutil.copy(TASKS / "letters.jsonl", tmp_path)
     text = (TASKS / "letters.yaml").read_text()
     (tmp_path / "letters.yaml").write_text(text.replace("task: letters", "task: own_shots"))
-    evaluation = Evaluation(task_manager(str(tmp_path)), tmp_path / "out", folder=str(tmp_path))
+    options = EvalOptions(str(tmp_path / "out"), str(model_folder), task_files=str(tmp_path))
+    evaluation = Evaluation(options, task_manager(str(tmp_path)))
     lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
     seen = []
     lm.loglikelihood = lambda requests: [seen.append(r.args[0]) or (0.0, False) for r in requests]
@@ -271,7 +273,7 @@ def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
     rows = [row for row in paper_rows(table, "exact", "3-4") if row.task.startswith("illada_")]
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
     manager = task_manager(str(run.TASKS))
-    evaluation = Evaluation(manager, tmp_path, allow_code=True)
+    evaluation = Evaluation(EvalOptions(str(tmp_path), "model", paper=table, allow_code=True), manager)
     lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
     asked = {}
     for row in rows:
@@ -309,8 +311,9 @@ def test_rows_of_the_paper():
 
 def test_what_cannot_be_reached_gets_no_number(model_folder, tmp_path, capsys):
     rows = [row for row in paper_rows("base", "exact", "3-4") if row.task.startswith("illada_")]
-    evaluation = Evaluation(task_manager(str(run.TASKS)), tmp_path, rows, "base")
-    table = evaluation.run({"": str(model_folder)}, [Variant()], {"dtype": "fp32", "device": "cpu"})
+    options = EvalOptions(str(tmp_path), str(model_folder), paper="base", dtype="fp32", device="cpu")
+    evaluation = Evaluation(options, task_manager(str(run.TASKS)), rows)
+    table = evaluation.run({"": str(model_folder)}, [Variant()])
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:5]] == ["dataset not reachable"] * 2 + ["–"]
     assert all(not result.metrics for result in evaluation.results)
 

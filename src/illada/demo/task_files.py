@@ -72,6 +72,7 @@ def evaluate_in_harness(
     with needs("eval", "evaluation"):
         import datasets
 
+        from illada.evaluation.options import EvalOptions
         from illada.evaluation.rows import Row, Variant
         from illada.evaluation.run import Evaluation, task_manager
 
@@ -79,15 +80,10 @@ def evaluate_in_harness(
     datasets.disable_progress_bars()
     folder, model = str(output / "tasks"), str(output / "model")
     names = write_tasks(Path(folder), problems, choices, generation)
-    evaluation = Evaluation(
-        task_manager(folder),
-        output / "evaluation",
-        rows=[Row(name, name, shots=0, chat=True) for name in names],
-        arguments={"model": model, "task_files": folder, "chat": True, "seed": seed},
-        seed=seed,
-        folder=folder,
-    )
-    evaluation.run({"": model}, [Variant()], {"seed": seed})
+    options = EvalOptions(str(output / "evaluation"), model, task_files=folder, shots=0, chat=True, seed=seed)
+    rows = [Row(name, name, shots=0, chat=True) for name in names]
+    evaluation = Evaluation(options, task_manager(folder), rows)
+    evaluation.run({"": model}, [Variant()])
     return [
         {
             "task": result.row,

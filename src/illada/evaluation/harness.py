@@ -4,6 +4,7 @@ Shape letters: L candidate tokens.
 """
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -17,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from torch import distributed
 
 from illada.errors import IlladaError, first_line, needs
-from illada.evaluation.journal import Entry, Journal, fingerprint, request_key
+from illada.evaluation.journal import Entry, Journal, fingerprint
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
 from illada.scoring.confidence import confidence_scores
@@ -32,6 +33,7 @@ with needs("eval", "evaluation"):
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from more_itertools import constrained_batches
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
@@ -282,8 +284,10 @@ class IlladaLM(LM):
         return replace(self.settings, **changes, stop=tuple(filter(None, stop)))
 
     def _key(self, request: Instance, settings: dict[str, Any], arguments: Sequence[Any]) -> str:
-        what = (request.request_type, request.task_name, settings, list(arguments))
-        return request_key(self.fingerprint, self.precision, *what)
+        """Return the key of a request: a hash of the model, the task, the settings and the request itself."""
+        model, task = (self.fingerprint, self.precision), (request.request_type, request.task_name)
+        parts = (*model, *task, settings, arguments)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
     def _finish(
         self, jobs: list[tuple[str, Instance, Job]], work: Callable[[list[Job]], Iterator[list[Entry]]]
@@ -329,7 +333,8 @@ class IlladaLM(LM):
             return sum(map(len, job.pair)) * (1 if confidence else self._samples(job.pair[1]))
 
         jobs = sorted(jobs, key=lambda job: (len(job.pair[1]), len(job.pair[0]), job.pair))
-        for chunk in _chunks(jobs, positions, PASSES_PER_CHUNK * self.max_batch_tokens):
+        most = PASSES_PER_CHUNK * self.max_batch_tokens
+        for chunk in constrained_batches(jobs, most, get_len=positions, strict=False):  # a long job is its own chunk
             todo = [job for job in chunk if job.key not in self.journal.entries]
             if not todo:
                 continue
@@ -430,17 +435,3 @@ class IlladaLM(LM):
         """Wait for the other processes."""
         if self._world_size > 1:
             distributed.barrier()
-
-
-def _chunks(items: Sequence[Job], size: Callable[[Job], int], most: int) -> Iterator[list[Job]]:
-    """Cut a list into parts whose sizes sum to at most `most`; a part has at least one item."""
-    chunk: list[Job] = []
-    total = 0
-    for item in items:
-        if chunk and total + size(item) > most:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(item)
-        total += size(item)
-    if chunk:
-        yield chunk

@@ -98,8 +98,3 @@ def fingerprint(model: str) -> str:
                 file.seek(size * piece // PIECES)
                 digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def request_key(*parts: object) -> str:
-    """Return the key of a request: a hash of the model, the task, the settings and the request itself."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]

@@ -50,19 +50,7 @@ def evaluate(options: EvalOptions) -> str | None:
         rows = select_rows(rows, options.tasks)
     settings = options.settings or {}
     variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
-    evaluation = Evaluation(
-        manager,
-        Path(options.output),
-        rows,
-        title=options.paper or "",
-        arguments=asdict(options),
-        limit=options.limit,
-        seed=options.seed,
-        allow_code=options.allow_code,
-        folder=options.task_files,
-        download=options.download,
-    )
-    return evaluation.run(models, variants, {name: getattr(options, name) for name in OF_MODEL})
+    return Evaluation(options, manager, rows).run(models, variants)
 
 
 def _models(options: EvalOptions) -> dict[str, str]:
@@ -94,45 +82,32 @@ class Evaluation:
     """Evaluates rows one after the other into a folder: a journal, samples, results.json, table.md.
 
     Args:
+        options: options of `illada eval`; paths in task files are relative to their folder.
         manager: source of the tasks.
-        output: folder to write to.
         rows: rows to evaluate.
-        title: name of the paper's table ("base", "instruct"), or empty.
-        arguments: options of the command, for the record.
-        limit: most documents of a task.
-        seed: seed of the choice of shots.
-        allow_code: whether generated programs may be run.
-        folder: folder of local task files; paths in them are relative to it.
-        download: whether data sets may be fetched.
         results: what has come out so far.
     """
 
+    options: EvalOptions
     manager: TaskManager
-    output: Path
     rows: Sequence[Row] = ()
-    title: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    limit: int | None = None
-    seed: int = 0
-    allow_code: bool = False
-    folder: str | None = None
-    download: bool = False
     results: list[Result] = field(default_factory=list)
 
-    def run(self, models: dict[str, str], variants: Sequence[Variant], options: dict[str, Any]) -> str | None:
+    def run(self, models: dict[str, str], variants: Sequence[Variant]) -> str | None:
         """Evaluate every row for every model and variant; results.json and table.md are rewritten after each row.
 
         Args:
             models: path of each model by its label; the label is empty when there is one model.
             variants: ways to evaluate; a single one when it is no ablation.
-            options: further arguments of `IlladaLM`.
 
         Returns:
             the table; None in a process of torchrun that writes none.
         """
+        output = Path(self.options.output)
+        of_model = {name: getattr(self.options, name) for name in OF_MODEL}
         table = None
         for label, path in models.items():
-            lm = IlladaLM(path, results=str(self.output), **options)
+            lm = IlladaLM(path, results=str(output), **of_model)
             for variant in variants:
                 column = replace(variant, label=label or variant.label)
                 for row in self.rows:
@@ -142,13 +117,13 @@ class Evaluation:
                     values = ", ".join(f"{name} {value:.4g}" for name, (value, _) in result.metrics.items())
                     name = " ".join(filter(None, (column.label, row.name)))
                     print(f"{name}: {values or result.status}", file=sys.stderr, flush=True)
-                    table = markdown(self.results, self.rows, self.title)
-                    self._write(lm, table)
+                    table = markdown(self.results, self.rows, self.options.paper)
+                    self._write(lm, output, table)
             del lm  # before the next model is loaded
         if not self.results:
             raise IlladaError("no task here is concerned: scoring is that of choices, the other ablations of answers")
         if table is not None and len({result.variant for result in self.results}) > 1:
-            write_picture(self.output / "variants.png", lambda: draw(self.results))
+            write_picture(output / "variants.png", lambda: draw(self.results))
         return table
 
     def add(self, lm: IlladaLM, row: Row, variant: Variant) -> Result | None:
@@ -168,7 +143,7 @@ class Evaluation:
             tasks = loaded["tasks"].values()
             if variant.kinds and variant.kinds.isdisjoint(task.OUTPUT_TYPE for task in tasks):
                 return None
-            if not self.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
+            if not self.options.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
                 result.status, result.reason = "not run", "it runs generated programs: allow that with --allow_code"
             else:
                 self._evaluate(lm, row, variant, loaded, result)
@@ -179,10 +154,11 @@ class Evaluation:
     def _sources(self) -> Iterator[None]:
         """Read data sets from beside the task files; use the network only with `download`."""
         saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-        offline = not self.download or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        banned = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+        offline = banned or not self.options.download
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
         try:
-            with contextlib.chdir(self.folder or "."):
+            with contextlib.chdir(self.options.task_files or "."):
                 yield
         finally:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
@@ -201,11 +177,11 @@ class Evaluation:
             output = evaluate_in_harness(
                 lm,
                 loaded,
-                limit=self.limit,
+                limit=self.options.limit,
                 bootstrap_iters=1000,
                 apply_chat_template=row.chat,
                 fewshot_as_multiturn=row.chat,
-                confirm_run_unsafe_code=self.allow_code,
+                confirm_run_unsafe_code=self.options.allow_code,
             )
             result.settings = self._settings(lm, row, loaded["tasks"])
         finally:
@@ -235,15 +211,15 @@ class Evaluation:
             source.split = task.config.test_split
         if task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", generation, update=True)
-        task.set_fewshot_seed(self.seed)
+        task.set_fewshot_seed(self.options.seed)
 
     def _settings(self, lm: IlladaLM, row: Row, tasks: dict[str, Any]) -> dict[str, Any]:
         """Return the settings under which tasks were evaluated, for the record."""
         settings: dict[str, Any] = {
             "shots": {name: task.config.num_fewshot for name, task in tasks.items()},
             "chat": row.chat,
-            "limit": self.limit,
-            "seed": self.seed,
+            "limit": self.options.limit,
+            "seed": self.options.seed,
         }
         generating = [task for task in tasks.values() if task.OUTPUT_TYPE == "generate_until"]
         if generating:
@@ -256,7 +232,7 @@ class Evaluation:
 
     def _write_samples(self, label: str, task: str, samples: list[dict[str, Any]]) -> None:
         """Write a line for every document: the model's answers and what they count."""
-        folder = self.output / "samples" / label
+        folder = Path(self.options.output) / "samples" / label
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
             {
@@ -274,17 +250,17 @@ class Evaluation:
         name = task.replace("/", "_").replace("::", "_")
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
-    def _write(self, lm: IlladaLM, table: str) -> None:
+    def _write(self, lm: IlladaLM, output: Path, table: str) -> None:
         """Write results.json and table.md."""
         environment = environment_of(lm.model)
         environment["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
         environment["processes"] = lm.world_size
         content = {
-            "arguments": self.arguments,
+            "arguments": asdict(self.options),
             "model_fingerprint": lm.fingerprint,
             "environment": environment,
-            "seeds": {"model": lm.seed, "shots": self.seed},
+            "seeds": {"model": lm.seed, "shots": self.options.seed},
             "results": [asdict(result) for result in self.results],
         }
-        write_json(self.output / "results.json", content)
-        (self.output / "table.md").write_text(table + "\n", encoding="utf-8")
+        write_json(output / "results.json", content)
+        (output / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from illada.evaluation.rows import Result, Row
 from illada.reporting import aligned, figure, png
 
-AVERAGES = {"base": 63.9, "instruct": 67.1}
-"""iLLaDA's averages in the paper's tables (spec §7)."""
-AVERAGED_ROWS = {"base": 8, "instruct": 7}
+AVERAGES = {"base": (63.9, 8), "instruct": (67.1, 7)}
+"""iLLaDA's averages in the paper's tables, and of how many rows they are (spec §7)."""
 NO_SHARES = ("bits_per_byte", "perplexity", "byte_perplexity", "word_perplexity")
 
 
@@ -17,7 +16,7 @@ def format_value(metric: str, value: float, error: float | None) -> str:
     return f"{scale * value:.{digits}f}" + ("" if error is None else f" ± {scale * error:.1f}")
 
 
-def markdown(results: Sequence[Result], rows: Sequence[Row], title: str = "") -> str:
+def markdown(results: Sequence[Result], rows: Sequence[Row], title: str | None) -> str:
     """Return a Markdown table of results; with a title, the paper's "base" or "instruct", beside its numbers."""
     variants = len({result.variant for result in results}) > 1
     by_name = {row.name: row for row in rows}
@@ -49,11 +48,12 @@ def markdown(results: Sequence[Result], rows: Sequence[Row], title: str = "") ->
 
 def _average(results: Sequence[Result], title: str) -> dict[str, str]:
     """Return the line of the average of each row's first metric; only a complete table without limits has one."""
-    line = {"task": "average", "here": _number(None), "iLLaDA": _number(AVERAGES[title])}
+    average, rows = AVERAGES[title]
+    line = {"task": "average", "here": _number(None), "iLLaDA": _number(average)}
     whole = all(result.metrics and result.settings.get("limit") is None for result in results)
-    if whole and len(results) == AVERAGED_ROWS[title]:
+    if whole and len(results) == rows:
         here = 100 * sum(next(iter(result.metrics.values()))[0] for result in results) / len(results)
-        line |= {"here": _number(here), "difference": f"{here - AVERAGES[title]:+.1f}"}
+        line |= {"here": _number(here), "difference": f"{here - average:+.1f}"}
     return line
 
 
