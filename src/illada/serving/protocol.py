@@ -131,14 +131,13 @@ class GenerationRequest(Strict):
         """Return the stop strings, or None when the request has none."""
         return None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def settings(self, defaults: GenerationSettings, eos_ids: tuple[int, ...]) -> GenerationSettings:
-        """Return the defaults with the request's values; `max_new_tokens` and the seed of each choice come later.
+    def settings(self, defaults: GenerationSettings) -> GenerationSettings:
+        """Return the defaults with the request's values; the seed of each choice and what fits the context come later.
 
         Raises:
             IlladaError: when the values contradict each other.
         """
         values = asdict(defaults)
-        values["eos_token_id"] = eos_ids
         if self.decoding is not None:
             ours = {name: getattr(GenerationSettings, name) for name in Decoding.model_fields}
             if isinstance(self.decoding, str):

@@ -13,13 +13,7 @@ from illada.serving.detokenize import Token, TokenTexts
 
 
 class Responses(ABC):
-    """Writes the answers to one HTTP request.
-
-    Args:
-        model: name of the model.
-        log_probs: whether log-probabilities are wanted.
-        prompt_tokens: tokens of the prompts.
-    """
+    """Writes the answers to one HTTP request, with log-probabilities if they are wanted."""
 
     prefix: str
     whole_object: str
