@@ -93,8 +93,8 @@ def test_filters_drop_poor_text_and_say_how_much(tmp_path, tokens):
 
 def test_a_document_longer_than_a_piece_is_judged_as_one(tmp_path, tokens, monkeypatch):
     monkeypatch.setattr("illada.preparation.readers.PIECE_CHARACTERS", 100)
-    source = write(tmp_path / "in", GOOD, GOOD)
-    assert texts(prepare([source], str(tmp_path / "out"), tokens, dedup="exact")) == [GOOD]
+    source = write(tmp_path / "in", GOOD, GOOD, GOOD + OTHER)
+    assert texts(prepare([source], str(tmp_path / "out"), tokens, dedup="exact")) == [GOOD, GOOD + OTHER]
 
 
 def test_conversations_can_be_deduplicated_but_not_filtered(tmp_path, tokens):
@@ -120,6 +120,7 @@ def test_what_was_prepared_otherwise_is_refused(tmp_path, tokens):
         ({"filters": ["goofy"]}, "no filter 'goofy': choose from gopher, gopher-repetition, c4, fineweb"),
         ({"filters": ["language"]}, "no filter language: it needs a fastText model"),
         ({"dedup": "fuzzy"}, "dedup is none, exact or minhash"),
+        ({"executor": "Ray"}, "executor is local, ray or slurm, not 'Ray'"),
         ({"executor": "slurm"}, "needs a partition"),
         ({"partition": "cpu"}, "are for executor slurm"),
         ({"memory_gb": 0}, "at least 1"),

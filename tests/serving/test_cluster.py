@@ -20,6 +20,7 @@ from illada.generation.settings import GenerationSettings
 from illada.serving import cluster
 from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import open_socket
+from illada.weights.options import ModelOptions
 
 pytestmark = pytest.mark.slow
 
@@ -46,25 +47,25 @@ def test_impossible_numbers_are_refused(values, what):
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(IlladaError, match=r"pip install 'illada\[cluster\]'"):
-        cluster.serve(Copies(2, cluster="auto"), "model", ServerSettings(), GenerationSettings())
+        cluster.serve(ModelOptions("model"), ServerSettings(), GenerationSettings(), Copies(2, cluster="auto"))
 
 
 def test_keys_of_the_environment_do_not_silently_stay_behind(monkeypatch):
     monkeypatch.setenv("ILLADA_API_KEYS", KEY)
     with pytest.raises(IlladaError, match="api_key_file") as refused:
-        cluster.serve(Copies(2, cluster="auto"), "model", ServerSettings(), GenerationSettings())
+        cluster.serve(ModelOptions("model"), ServerSettings(), GenerationSettings(), Copies(2, cluster="auto"))
     assert KEY not in str(refused.value)
 
 
 def test_what_needs_no_ray_is_said_before_it_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(cluster, "_import_ray", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(IlladaError, match="no model at"):
-        cluster.serve(Copies(2), str(tmp_path / "none"), ServerSettings(port=0), GenerationSettings())
+        cluster.serve(ModelOptions(str(tmp_path / "none")), ServerSettings(port=0), GenerationSettings(), Copies(2))
     with open_socket("127.0.0.1", 0) as taken:
         taken.listen()
         settings = ServerSettings(port=taken.getsockname()[1])
         with pytest.raises(IlladaError, match="cannot listen"):
-            cluster.serve(Copies(2), str(tmp_path), settings, GenerationSettings())
+            cluster.serve(ModelOptions(str(tmp_path)), settings, GenerationSettings(), Copies(2))
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from illada.weights.options import ModelOptions
 
 def serve(model: ModelOptions, settings: ServerSettings, copies: Copies, generation: GenerationSettings) -> None:
     """Serve a model: an OpenAI-compatible API, and a page to watch answers form."""
-    how = (model.model, settings, generation, model.dtype, model.device, model.quantize)
     if copies == Copies():
-        heavy.server.serve(*how)
+        heavy.server.serve(model, settings, generation)
     else:
-        heavy.cluster.serve(copies, *how)
+        heavy.cluster.serve(model, settings, generation, copies)

@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -60,14 +60,14 @@ class Options:
     kind: Literal["text", "chat"] = "text"
     text_field: str = "text"
     documents: Literal["file", "line"] = "file"
-    piece_characters: int = PIECE_CHARACTERS
+    whole: bool = False
+    """Whether each document is one piece, however long it is."""
 
     @classmethod
     def of(cls, settings: PrepareSettings) -> "Options":
         """Return the options of a preparation; filters and deduplication judge whole documents, so those stay whole."""
-        options = cls(settings.kind, settings.text_field, settings.documents)
-        judged = settings.filters or settings.dedup != "none"
-        return replace(options, piece_characters=sys.maxsize) if judged else options
+        judged = bool(settings.filters) or settings.dedup != "none"
+        return cls(settings.kind, settings.text_field, settings.documents, whole=judged)
 
 
 @dataclass
@@ -208,7 +208,8 @@ def _clean(text: str) -> tuple[str, int]:
 
 def _pieces(chunks: Iterator[str], record: str, options: Options, stats: ReadStats) -> Iterator[Piece]:
     """Turn the chunks of one document into pieces of bounded length, cut before white space where there is some."""
-    buffer, replaced, count, limit = "", 0, 0, options.piece_characters
+    buffer, replaced, count = "", 0, 0
+    limit = sys.maxsize if options.whole else PIECE_CHARACTERS
     slices = (chunk[i : i + _CHUNK] for chunk in chunks for i in range(0, len(chunk), _CHUNK))
     for part in slices:
         text, wrong = _clean(part)
@@ -349,6 +350,8 @@ def _read_records(
         try:
             if isinstance(record, IlladaError):
                 raise record
+            if not isinstance(record, dict):
+                raise IlladaError("not an object")
             if options.kind == "chat":
                 pieces = _conversation_pieces(_conversation(record), name, stats)
             else:
@@ -382,9 +385,7 @@ def _conversation_pieces(messages: Sequence[Message], record: str, stats: ReadSt
         stats.empty_documents += 1
 
 
-def _text(record: Any, text_field: str) -> str:
-    if not isinstance(record, dict):
-        raise IlladaError("not an object")
+def _text(record: dict[str, Any], text_field: str) -> str:
     text = record.get(text_field)
     if text_field not in record:
         raise IlladaError(f"no field {text_field!r}; it has {', '.join(map(repr, list(record)[:8]))}: set text_field")
@@ -393,14 +394,8 @@ def _text(record: Any, text_field: str) -> str:
     return text
 
 
-def _conversation(record: Any) -> list[dict[str, str]]:
-    """Return the messages of a record {"messages": [...]} or {"prompt": ..., "response": ...}.
-
-    Raises:
-        IlladaError: when it is neither.
-    """
-    if not isinstance(record, dict):
-        raise IlladaError("not an object")
+def _conversation(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the messages of a record {"messages": [...]} or {"prompt": ..., "response": ...}."""
     messages = record.get("messages")
     if messages is None:
         if "prompt" not in record or "response" not in record:

@@ -79,6 +79,8 @@ class PrepareSettings:
         self.filters = [name for names in self.filters for name in names.replace(",", " ").split()]
         if self.workers < 1 or self.memory_gb < 1:
             raise IlladaError(f"workers and memory_gb must be at least 1, not {self.workers} and {self.memory_gb}")
+        if self.executor not in ("local", "ray", "slurm"):
+            raise IlladaError(f"executor is local, ray or slurm, not {self.executor!r}")
         if self.executor == "slurm" and self.partition is None:
             raise IlladaError("executor slurm needs a partition: `sinfo` lists them")
         if self.executor != "slurm" and (self.partition is not None or self.slurm_options):

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from illada.errors import IlladaError, needs
+from illada.errors import needs
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.handlers import Handlers
@@ -142,13 +142,7 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def api_error(_: HttpRequest, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(IlladaError)
-    async def bad_input(_: HttpRequest, error: IlladaError) -> Response:
-        return ApiError(400, str(error)).response()
+    """Give FastAPI's own errors our form; the middleware answers all others."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:

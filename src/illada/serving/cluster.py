@@ -22,7 +22,7 @@ from illada.serving.middleware import read_keys
 from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import model_name, open_socket, show_log, url_of
 from illada.weights.load import check_shards, load_model
-from illada.weights.options import Dtype, Quantization
+from illada.weights.options import ModelOptions
 from illada.weights.runs import model_folder
 
 APPLICATION, DEPLOYMENT = "illada", "model"
@@ -36,20 +36,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Replica:
     """What a replica's process holds. Ray Serve creates it, asks it for the application, and checks its health."""
 
-    def __init__(
-        self,
-        model: str,
-        name: str,
-        server: ServerSettings,
-        defaults: GenerationSettings,
-        dtype: Dtype,
-        device: str,
-        quantize: Quantization | None,
-    ) -> None:
+    def __init__(self, model: ModelOptions, name: str, server: ServerSettings, defaults: GenerationSettings) -> None:
         show_log()
         ban_network()
         quiet_libraries()
-        network, tokenizer = load_model(model, dtype, device, quantize)
+        network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
         # The application is made here and not in the caller: threads and locks cannot be sent to another process.
         self.application = create_app(network, tokenizer, name, server, defaults)
         self.gauges: dict[str, Any] = {}
@@ -79,46 +70,36 @@ class Replica:
                 self.gauges[sample.name].set(sample.value, tags=sample.labels)
 
 
-def serve(
-    copies: Copies,
-    model: str,
-    server: ServerSettings,
-    defaults: GenerationSettings,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    quantize: Quantization | None = None,
-) -> None:
+def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSettings, copies: Copies) -> None:
     """Serve until SIGTERM or SIGINT; answers under way then get `server.drain_timeout` seconds to finish.
 
     Args:
-        copies: how many replicas, and where.
-        model: model or run folder, the same on each machine, or a hub name.
+        model: what to load, and how; a folder lies at the same place on each machine. Unless the device is "cpu", each
+            replica gets its own GPU where the cluster has any.
         server: settings of each replica; the proxy before them listens on host and port.
         defaults: how to generate where a request does not say.
-        dtype: type of the weights.
-        device: device to run on; unless it is "cpu", each replica gets its own GPU where the cluster has any.
-        quantize: keep the weights of the blocks in 8 or 4 bits.
+        copies: how many replicas, and where.
 
     Raises:
         IlladaError: when Ray is not installed or not reached, the model, the keys or the address cannot be used, there
             are too few GPUs, or no replica comes up.
     """
-    name = server.name or model_name(model)
+    name = server.name or model_name(model.model)
     if server.api_key_file is not None:
         server = replace(server, api_key_file=str(Path(server.api_key_file).resolve()))
     if copies.cluster is None:  # what can be checked without Ray is checked before it starts
         with open_socket(server.host, server.port) as listening:
             server = replace(server, port=listening.getsockname()[1])
-        folder = model_folder(model)
+        folder = model_folder(model.model)
         if (folder / "config.json").is_file():
             check_shards(folder)
-        model = str(folder.resolve())
+        model = replace(model, model=str(folder.resolve()))
     ray = _import_ray(copies)
     read_keys(server)
-    options = _deployment_options(server, copies, _start_ray(ray, copies, device))
+    options = _deployment_options(server, copies, _start_ray(ray, copies, model.device))
     deployment = ray.serve.deployment(ray.serve.ingress()(Replica), name=DEPLOYMENT, **options)
     try:
-        _run(ray.serve, deployment.bind(model, name, server, defaults, dtype, device, quantize), server)
+        _run(ray.serve, deployment.bind(model, name, server, defaults), server)
         stop = threading.Event()
         for number in SIGNALS:
             signal.signal(number, lambda *_: stop.set())

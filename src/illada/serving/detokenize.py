@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
+
+from illada.text.prompts import show_ids
 
 
 class Token(NamedTuple):
@@ -15,8 +18,10 @@ class Token(NamedTuple):
     """None for given text."""
     end: int
     """Where it ends in the text, special tokens included."""
-    text: str = ""
-    """Its visible text, once it is sent."""
+    text: str
+    """Its visible text."""
+    offset: int
+    """Where its visible text begins in the visible text of the answer."""
 
 
 class Detokenizer:
@@ -34,16 +39,16 @@ class Detokenizer:
         self._special = frozenset(tokenizer.all_special_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._raw = ""
-        self._hidden: list[tuple[int, int]] = []
+        self._hidden: set[int] = set()
         self._tokens: list[Token] = []
         self._pending: list[tuple[int, float | None]] = []
-        self._sent_text = self._sent_tokens = 0
+        self._sent_text = self._sent_tokens = self._visible_length = 0
         self.stopped = False
         """Whether a stop string has come; tokens after it are ignored."""
 
     def show(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
-        return str(self._tokenizer.decode([*ids], skip_special_tokens=True))
+        return show_ids(self._tokenizer, ids)
 
     def add(self, ids: Sequence[int], log_probs: Sequence[float | None], last: bool = False) -> tuple[str, list[Token]]:
         """Take the next committed tokens; return the text and the tokens that can be sent now.
@@ -62,7 +67,7 @@ class Detokenizer:
                 if token_id in self._special:
                     # The piece may begin with bytes of a character that the special token cut short.
                     end = len(self._raw) + len(piece)
-                    self._hidden.append((end - len(self._tokenizer.decode([token_id])), end))
+                    self._hidden.update(range(end - len(self._tokenizer.decode([token_id])), end))
                 self._append(piece)
         if last:
             # Bytes of a character that was never completed.
@@ -79,10 +84,13 @@ class Detokenizer:
 
     def _append(self, piece: str) -> None:
         """Append the text of the pending tokens; the last of them gets all of it."""
-        for token_id, log_prob in self._pending[:-1]:
-            self._tokens.append(Token(token_id, log_prob, len(self._raw)))
-        self._raw += piece
-        self._tokens += [Token(*token, len(self._raw)) for token in self._pending[-1:]]
+        texts = [""] * (len(self._pending) - 1) + [piece]
+        for (token_id, log_prob), text in zip(self._pending, texts, strict=False):
+            begin = len(self._raw)
+            self._raw += text
+            visible = self._visible(begin, len(self._raw))
+            self._tokens.append(Token(token_id, log_prob, len(self._raw), visible, self._visible_length))
+            self._visible_length += len(visible)
         self._pending = []
 
     def _held_back(self) -> int:
@@ -92,23 +100,13 @@ class Detokenizer:
 
     def _send(self, end: int) -> tuple[str, list[Token]]:
         text = self._visible(self._sent_text, end)
-        self._sent_text = max(self._sent_text, end)
-        tokens = []
-        while self._sent_tokens < len(self._tokens) and self._tokens[self._sent_tokens].end <= end:
-            token = self._tokens[self._sent_tokens]
-            begin = self._tokens[self._sent_tokens - 1].end if self._sent_tokens else 0
-            tokens.append(token._replace(text=self._visible(begin, token.end)))
-            self._sent_tokens += 1
+        tokens = list(takewhile(lambda token: token.end <= end, self._tokens[self._sent_tokens :]))
+        self._sent_text, self._sent_tokens = end, self._sent_tokens + len(tokens)
         return text, tokens
 
     def _visible(self, begin: int, end: int) -> str:
         """Return the text between two places without special tokens."""
-        pieces = []
-        for start, stop in self._hidden:
-            if begin < stop and start < end:
-                pieces.append(self._raw[begin:start])
-                begin = stop
-        return "".join([*pieces, self._raw[begin:end]])
+        return "".join(self._raw[place] for place in range(begin, end) if place not in self._hidden)
 
 
 class TokenTexts:
@@ -116,10 +114,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._one = lru_cache(maxsize=65_536)(lambda token_id: self._decode([token_id]))
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        self._one = lru_cache(maxsize=65_536)(lambda token_id: show_ids(tokenizer, [token_id]))
 
     def __call__(self, ids: Sequence[int | None]) -> list[str]:
         """Return one text per token, "" for None; a character made of several tokens stands at the last of them."""
@@ -130,7 +125,7 @@ class TokenTexts:
                 broken = []
                 continue
             broken.append(token_id)
-            texts[place] = self._decode(broken)
+            texts[place] = show_ids(self._tokenizer, broken)
             if len(broken) > 1:
                 texts[place - 1] = ""
             if "\ufffd" not in texts[place]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from illada.errors import IlladaError, needs
 from illada.generation.request import Request
-from illada.generation.settings import GenerationSettings
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
@@ -59,9 +59,7 @@ class Handlers:
         # Encoding changes a tokenizer's state for a moment, so the encoding thread has its own copy.
         self._encoding = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="illada-encode")
-        eos = model.config.eos_token_id
-        self._eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        self._context, self._causal = model.config.max_position_embeddings, model.config.causal
+        self._model, self._context = model, model.config.max_position_embeddings
         self._created = int(time.time())
 
     def check_name(self, name: str) -> None:
@@ -111,8 +109,8 @@ class Handlers:
 
     def _answers(self, body: ChatRequest | CompletionRequest) -> tuple[list[Answer], int]:
         """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in its own thread."""
-        settings = body.settings(self._defaults, self._eos_ids)
-        count = 1 if body.n is None else body.n
+        settings = settings_for(self._model, body.settings(self._defaults))
+        count = body.n or 1
         if count > self._server.max_choices:
             raise IlladaError(f"n is {count}: this server gives at most {self._server.max_choices} answers to a prompt")
         seed = settings.seed
@@ -168,7 +166,7 @@ class Handlers:
             request = Request.of_template(engine.model.config, prompt.ids, settings, "the text with its gaps")
             limit = prompt.gap or request.budget
             return Answer(index, request, Detokenizer(self._tokenizer), limit, slot=prompt.slot)
-        if self._causal:
+        if self._model.config.causal:
             settings = settings.left_to_right()
         ids = [token for token in prompt.ids if token is not None]
         room = self._context - len(ids)
@@ -190,11 +188,11 @@ class Handlers:
             for answer in call.answers:
                 if (opening := responses.opening(answer)) is not None:
                     yield _event(opening)
-            async for news in call.follow():
-                if news is None:
+            async for progress in call.follow():
+                if progress is None:
                     yield ": wait\n\n"
                     continue
-                answer, steps, text, tokens = news
+                answer, steps, text, tokens = progress
                 for step in steps:
                     yield f"event: diffusion\n{_event(diffusion_step(answer, step, self._token_texts))}"
                 if text or (tokens and responses.log_probs):

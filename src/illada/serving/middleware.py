@@ -64,11 +64,7 @@ def _is_loopback(host: str) -> bool:
 class LimitsMiddleware:
     """ASGI middleware: checks host, key, type and size of a request before anything reads it; counts every response.
 
-    Args:
-        app: the application behind it.
-        server: limits and names.
-        keys: API keys; without any, everybody may ask.
-        metrics: counts the responses.
+    It also answers every error that the application raises. Without keys everybody may ask.
     """
 
     def __init__(self, app: ASGIApp, server: ServerSettings, keys: list[str], metrics: Metrics):
@@ -102,13 +98,10 @@ class LimitsMiddleware:
             if scope["method"] == "POST":
                 receive = _replay(await self._read_body(scope, headers, receive), receive)
             await self._app(scope, receive, send_with_headers)
-        except ApiError as error:
-            await error.response()(scope, receive, send_with_headers)
-        except Exception:
+        except Exception as error:
             if status:  # the response has begun: all that is left is to close the connection
                 raise
-            log.exception("a request failed")
-            await FailedError().response()(scope, receive, send_with_headers)
+            await _as_api_error(error).response()(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -152,6 +145,15 @@ class LimitsMiddleware:
         except ClientDisconnect:
             pass  # the application notices it too
         return bytes(body)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, IlladaError):
+        return ApiError(400, str(error))
+    if isinstance(error, ApiError):
+        return error
+    log.exception("a request failed")
+    return FailedError()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from illada.errors import IlladaError, needs
@@ -58,7 +58,7 @@ class Strict(BaseModel):
 
 
 class Decoding(Strict):
-    """How to decode, where not as the server does, in the names of `illada generate`; null is the default there."""
+    """Decoding options, as in `illada generate`. A missing option keeps the server's value; null takes the default."""
 
     block_length: Annotated[int, Field(ge=1)] | None = None
     steps_per_block: Annotated[int, Field(ge=1)] | None = None
@@ -131,14 +131,13 @@ class GenerationRequest(Strict):
         """Return the stop strings, or None when the request has none."""
         return None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def settings(self, defaults: GenerationSettings, eos_ids: tuple[int, ...]) -> GenerationSettings:
-        """Return the defaults with the request's values; `max_new_tokens` and the seed of each choice come later.
+    def settings(self, defaults: GenerationSettings) -> GenerationSettings:
+        """Return the defaults with the request's values; the seed of each choice and what fits the context come later.
 
         Raises:
             IlladaError: when the values contradict each other.
         """
-        values = {field.name: getattr(defaults, field.name) for field in fields(GenerationSettings)}
-        values["eos_token_id"] = eos_ids
+        values = asdict(defaults)
         if self.decoding is not None:
             ours = {name: getattr(GenerationSettings, name) for name in Decoding.model_fields}
             if isinstance(self.decoding, str):
@@ -196,7 +195,7 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(GenerationRequest):
-    """A conversation to go on with."""
+    """A conversation whose next message the model writes."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -217,7 +216,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CompletionRequest(GenerationRequest):
-    """A text to go on with, or one with gaps to fill."""
+    """A text to continue, or a text with gaps to fill."""
 
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[TokenId] | list[list[TokenId]]
     suffix: str | None = None

@@ -13,13 +13,7 @@ from illada.serving.detokenize import Token, TokenTexts
 
 
 class Responses(ABC):
-    """Writes the answers to one HTTP request.
-
-    Args:
-        model: name of the model.
-        log_probs: whether log-probabilities are wanted.
-        prompt_tokens: tokens of the prompts.
-    """
+    """Writes the answers to one HTTP request, with log-probabilities if they are wanted."""
 
     prefix: str
     whole_object: str
@@ -36,13 +30,13 @@ class Responses(ABC):
         }
 
     @abstractmethod
-    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:
+    def content(self, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:
         """Return the fields that hold the text of a choice or of a chunk of it, and the log-probabilities."""
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return the object that holds all answers."""
         choices = [
-            self._choice(answer, self.content(answer, answer.content, answer.tokens, chunk=False), last=True)
+            self._choice(answer, self.content(answer.content, answer.tokens, chunk=False), last=True)
             for answer in answers
         ]
         return {**self._head, "choices": choices, "usage": self._usage(answers)}
@@ -53,7 +47,7 @@ class Responses(ABC):
 
     def chunk(self, answer: Answer, text: str, tokens: Sequence[Token], last: bool = False) -> dict[str, Any]:
         """Return the chunk with the next text and tokens of an answer; the last one says why it ended."""
-        return self._chunk([self._choice(answer, self.content(answer, text, tokens, chunk=True), last)])
+        return self._chunk([self._choice(answer, self.content(text, tokens, chunk=True), last)])
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return the chunk after all answers."""
@@ -85,21 +79,15 @@ class CompletionResponses(Responses):
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+    def content(self, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return text and log-probabilities."""
         if not self.log_probs:
             return {"text": text, "logprobs": None}
-        # Text may be sent before the token in which it ends, so offsets follow from the tokens before.
-        offset = sum(len(token.text) for token in answer.tokens[: len(answer.tokens) - len(tokens)])
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
         log_probs = {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],
             "top_logprobs": [None if token.log_prob is None else {token.text: token.log_prob} for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
         return {"text": text, "logprobs": log_probs}
 
@@ -114,7 +102,7 @@ class ChatResponses(Responses):
         content = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         return self._chunk([self._choice(answer, content, last=False)])
 
-    def content(self, answer: Answer, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:  # noqa: ARG002
+    def content(self, text: str, tokens: Sequence[Token], chunk: bool) -> dict[str, Any]:
         """Return message or delta, and log-probabilities."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if chunk:

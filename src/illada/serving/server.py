@@ -12,7 +12,7 @@ from illada.serving.app import create_app
 from illada.serving.middleware import read_keys
 from illada.serving.options import ServerSettings
 from illada.weights.load import load_model
-from illada.weights.options import Dtype, Quantization
+from illada.weights.options import ModelOptions
 
 with needs("serve", "serving"):
     import uvicorn
@@ -58,23 +58,13 @@ def show_log() -> None:
     log.addHandler(handler)
 
 
-def serve(
-    model: str,
-    server: ServerSettings,
-    defaults: GenerationSettings,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    quantize: Quantization | None = None,
-) -> None:
+def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSettings) -> None:
     """Serve a model until the process is asked to end; answers under way are finished first.
 
     Args:
-        model: model or run folder, or a hub name.
+        model: what to load, and how.
         server: limits, keys and address.
         defaults: how to generate where a request does not say.
-        dtype: type of the weights.
-        device: device to run on.
-        quantize: keep the weights of the blocks in 8 or 4 bits.
 
     Raises:
         IlladaError: when the model or the keys cannot be read or the address cannot be used.
@@ -82,8 +72,8 @@ def serve(
     read_keys(server)  # before the model is loaded, which takes longer
     show_log()
     listening = open_socket(server.host, server.port)
-    network, tokenizer = load_model(model, dtype, device, quantize)
-    app = create_app(network, tokenizer, server.name or model_name(model), server, defaults)
+    network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
+    app = create_app(network, tokenizer, server.name or model_name(model.model), server, defaults)
     config = uvicorn.Config(
         app,
         log_level="info",

@@ -38,13 +38,7 @@ def _trim_heap() -> None:
 
 
 class Worker:
-    """Answers requests until it is closed; everything but the engine's thread runs in one event loop.
-
-    Args:
-        model: the network.
-        tokenizer: the model's tokenizer.
-        server: limits.
-    """
+    """Answers requests until it is closed; everything but the engine's thread runs in one event loop."""
 
     def __init__(self, model: IlladaForMaskedLM, tokenizer: Any, server: ServerSettings):
         self.server = server
@@ -58,7 +52,7 @@ class Worker:
         self._reserved = 0
         self._ends: deque[float] = deque(maxlen=64)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="illada-engine", daemon=True)
 
     def _new_engine(self) -> Engine:
@@ -92,7 +86,7 @@ class Worker:
     async def close(self) -> None:
         """End the thread; answers that are still under way fail."""
         self.draining = True
-        self._commands.put(self._stop)
+        self._commands.put(self._closing.set)
         await asyncio.to_thread(self._thread.join)
 
     def check_room(self, count: int) -> None:
@@ -156,9 +150,6 @@ class Worker:
 
     # From here on: the engine's thread. It runs the commands, one after the other, before each pass.
 
-    def _stop(self) -> None:
-        self._closing = True
-
     def _enter(self, answer: Answer) -> None:
         self._live[self.engine.enter(answer.request)] = answer
 
@@ -178,7 +169,7 @@ class Worker:
 
     def _run(self) -> None:
         trimmed = time.monotonic()
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 if not (self.engine.busy and self._commands.empty()):
                     self._commands.get()()

@@ -1,4 +1,4 @@
-"""Conversations as token ids: prompt, answer, and exactly one end-of-sequence token (paper §2.3; spec §4).
+"""Conversations as token ids: prompt, answer, and exactly one end-of-sequence token (paper §2.2; spec §4).
 
 `CHAT_TEMPLATE` is ours; the functions take any tokenizer with a template. Text in a message that looks like a special
 token is encoded as text, so that nobody can forge the end of a turn. transformers does so with two private marker
