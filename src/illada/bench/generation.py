@@ -192,28 +192,25 @@ def _rows(
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
-    head = ("variant", "tokens/s", "× plain", "forwards", "per answer", "positions", "head pos.", "peak MB")
-    lines = [(*head, "same answers", "same tokens", "accuracy")]
-    for row in results["rows"]:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}"
-        lines.append(
-            (
-                row["name"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['speedup']:.2f}",
-                f"{row['forwards']:,}",
-                f"{row['answer_forwards'] / results['problems']:.1f}",
-                f"{row['positions']:,}",
-                f"{row['head_positions']:,}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-                f"{row['same_answers']:.1%}",
-                "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
-                accuracy,
-            )
-        )
+    lines = [
+        {
+            "variant": row["name"],
+            "tokens/s": f"{row['tokens_per_second']:.1f}",
+            "× plain": f"{row['speedup']:.2f}",
+            "forwards": f"{row['forwards']:,}",
+            "per answer": f"{row['answer_forwards'] / results['problems']:.1f}",
+            "positions": f"{row['positions']:,}",
+            "head pos.": f"{row['head_positions']:,}",
+            "peak MB": "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            "same answers": f"{row['same_answers']:.1%}",
+            "same tokens": "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
+            "accuracy": "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
+        }
+        for row in results["rows"]
+    ]
     environment, arguments = results["environment"], results["arguments"]
     text = [
-        aligned(lines),
+        aligned([list(lines[0]), *(list(line.values()) for line in lines)]),
         "",
         f"{results['problems']} problems, engine in batches of {arguments['batch']}, the others one at a time; "
         f"median of {arguments['repeats']} paired repeats; {environment['dtype']}, {environment['device']}, "
