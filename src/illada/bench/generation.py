@@ -21,7 +21,7 @@ from illada.files import read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
+from illada.reporting import COLOURS, MUTED, accuracy, aligned, environment_of, figure, png, write_results
 from illada.rng import bits, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
@@ -160,7 +160,11 @@ def _rows(
     rows = []
     for m in measurements:
         same_answers, same_tokens = agreement(m.answers, exact)
-        row: dict[str, Any] = {
+        quality: dict[str, float | None] = {"accuracy": None, "standard_error": None}
+        if tokenizer is not None:
+            pairs = zip(m.answers, problems, strict=True)
+            quality |= accuracy([show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs])
+        row = {
             "name": m.sampler.name,
             "tokens_per_second": m.tokens_per_second,
             # Paired: the median of each repeat's quotient of tokens per second, because answers may differ in length.
@@ -174,18 +178,12 @@ def _rows(
             "peak_bytes": m.peak_bytes,
             "same_answers": same_answers,
             "same_tokens": same_tokens,
-            "accuracy": None,
-            "standard_error": None,
+            **quality,
             "answer_tokens": m.tokens,
             "seconds": m.seconds,
             "cpu_seconds": m.cpu_seconds,
             "settings": None if m.sampler.settings is None else asdict(m.sampler.settings),
         }
-        if tokenizer is not None:
-            pairs = zip(m.answers, problems, strict=True)
-            share = sum(show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs) / len(problems)
-            row["accuracy"] = share
-            row["standard_error"] = (share * (1 - share) / len(problems)) ** 0.5
         rows.append(row)
     return rows
 

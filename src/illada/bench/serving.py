@@ -301,11 +301,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
         many.plot(
             [r["clients"] for r in closed], [r["answers_per_second"] for r in closed], "o-", color=colour, label=mix
         )
-        for style, name in zip((":", "--", "-."), closed[0]["alone"], strict=False):
-            many.axhline(closed[0]["alone"][name]["answers_per_second"], color=colour, ls=style, lw=1)
         at_rate = sorted((r for r in rows if r["mix"] == mix and r["rate"] and r["latency"]), key=lambda r: r["rate"])
         lines = [("-", [(r["rate"], r["latency"]) for r in at_rate])]
         for style, name in zip((":", "--", "-."), closed[0]["alone"], strict=False):
+            many.axhline(closed[0]["alone"][name]["answers_per_second"], color=colour, ls=style, lw=1)
             lines.append((style, [(r["rate"], r["alone"][name]["latency"]) for r in at_rate]))
         for style, points in lines:
             x, low, high = [p[0] for p in points], [p[1]["p50"] for p in points], [p[1]["p99"] for p in points]
