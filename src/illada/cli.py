@@ -117,7 +117,7 @@ def _add_option(parser: ArgumentParser, option: _Option) -> None:
     parser.add_argument(option.flag, **keywords)
 
 
-def _build(words: Sequence[str]) -> ArgumentParser:
+def _build(words: Sequence[str]) -> "_Parser":
     """Return the parser for these words; the recipe's defaults depend on the command."""
     parser = _Parser(
         prog="illada",
@@ -129,7 +129,7 @@ def _build(words: Sequence[str]) -> ArgumentParser:
     def add(parent: ArgumentParser, commands: Mapping[str, Any], metavar: str) -> None:
         subcommands = parent.add_subcommands(required=True, metavar=metavar)
         for name, command in commands.items():
-            text = "Measure this package." if isinstance(command, dict) else _summary(command)
+            text = "Measure this package." if isinstance(command, dict) else (command.__doc__ or "").partition("\n")[0]
             child = _Parser(description=text)
             subcommands.add_subcommand(name, child, help=text)
             if isinstance(command, dict):
@@ -139,10 +139,6 @@ def _build(words: Sequence[str]) -> ArgumentParser:
 
     add(parser, COMMANDS, "COMMAND")
     return parser
-
-
-def _summary(command: Command) -> str:
-    return " ".join((command.__doc__ or "").split("\n\n")[0].split())
 
 
 def _call(command: Command, arguments: Namespace) -> None:
@@ -172,27 +168,27 @@ class _Parser(ArgumentParser):
         raise IlladaError(self._plainly(line)[:400]) from ex
 
     def _plainly(self, line: str) -> str:
-        if found := re.fullmatch(r"the following arguments are required: (.*)", line):
-            missing = ", ".join(self._said(name.split(".", 1)[-1]) for name in found[1].split(", "))
+        if match := re.fullmatch(r"the following arguments are required: (.*)", line):
+            missing = ", ".join(self._said(name.split(".", 1)[-1]) for name in match[1].split(", "))
             return f"missing: {missing} (--help explains them)"
-        if found := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
-            return f"no recipe at {found[1]}"
-        if found := re.fullmatch(r'Parser key "([^"]*)"(?: element \d+)?: (.*?)(?:Got value|Given value): (.*)', line):
-            return f"{found[1]} is {found[3]!r}: it must be {_wanted(found[2])}"
-        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
-            return f"unknown option {found[1]}{self._nearest(found[1])}"
-        if found := re.fullmatch(r"Subcommand '(\w+)' does not accept option '(\S+)'", line):
-            return f"unknown key {found[2]} in the recipe{self._nearest(found[2])}"
+        if match := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
+            return f"no recipe at {match[1]}"
+        if match := re.fullmatch(r'Parser key "([^"]*)"(?: element \d+)?: (.*?)(?:Got value|Given value): (.*)', line):
+            return f"{match[1]} is {match[3]!r}: it must be {_wanted(match[2])}"
+        if match := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
+            return f"unknown option {match[1]}{self._nearest(match[1])}"
+        if match := re.fullmatch(r"Subcommand '(\w+)' does not accept option '(\S+)'", line):
+            return f"unknown key {match[2]} in the recipe{self._nearest(match[2])}"
         if line.startswith("Unexpected config"):
             return f"the recipe must hold lines of `key: value`; it begins with {line[18:60].strip()!r}"
         if line.startswith("Problems parsing config: "):
             return "the recipe is not YAML: " + line[25:].replace(' in "<unicode string>",', " at")
-        if found := re.match(r'Parser key "([^"]*)": Unable to load config', line):
-            return f"{found[1]} has keys of its own: give them one by one, as --{found[1]}.KEY VALUE (see --help)"
-        if found := re.fullmatch(r'expected "(\w+)\.subcommand" to be one of \{(.*?)\}.*', line):
-            return f"what to {found[1]} is missing or unknown: choose {found[2].replace(',', ' or ')}"
-        if found := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
-            return f"{found[1]} needs a value"
+        if match := re.match(r'Parser key "([^"]*)": Unable to load config', line):
+            return f"{match[1]} has keys of its own: give them one by one, as --{match[1]}.KEY VALUE (see --help)"
+        if match := re.fullmatch(r'expected "(\w+)\.subcommand" to be one of \{(.*?)\}.*', line):
+            return f"what to {match[1]} is missing or unknown: choose {match[2].replace(',', ' or ')}"
+        if match := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
+            return f"{match[1]} needs a value"
         return line
 
     def _said(self, name: str) -> str:
@@ -216,10 +212,10 @@ class _Parser(ArgumentParser):
 
 def _wanted(types: str) -> str:
     """Say what a value must be, given how jsonargparse names its type."""
-    if found := re.search(r"Subtypes: \[(.*?)\] Errors", types):
-        types = found[1]
-    if found := re.search(r"Literal\[(.*?)\]", types):
-        words = [found[1].replace("'", "").replace(", ", " or ")]
+    if match := re.search(r"Subtypes: \[(.*?)\] Errors", types):
+        types = match[1]
+    if match := re.search(r"Literal\[(.*?)\]", types):
+        words = [match[1].replace("'", "").replace(", ", " or ")]
     else:
         kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
         kinds |= {"list": "a list, as [a, b]", "tuple": "a list, as [a, b]"}
@@ -227,15 +223,14 @@ def _wanted(types: str) -> str:
     return " or ".join(words + ["null"] * ("NoneType" in types))
 
 
-def _normalise(words: list[str], parser: ArgumentParser) -> list[str]:
+def _normalise(words: list[str], parser: "_Parser") -> list[str]:
     """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
     without brackets (`--lora.targets q_proj v_proj`).
     """
     if len(words) > 1 and words[0] in ("pretrain", "sft", "estimate") and not words[1].startswith("-"):
         words = [words[0], "--config", *words[1:]]
-    commands = next((action.choices for action in parser._actions if action.choices), None) or {}
-    command = commands.get(words[0]) if isinstance(commands, dict) else None
-    hints = {} if command is None else {o: a for a in command._actions for o in a.option_strings}
+    command = parser._commands().get(words[0], parser)
+    hints = {option: action for action in command._actions for option in action.option_strings}
     switches = {option for option, action in hints.items() if getattr(action, "_typehint", None) is bool}
     lists = {option for option, action in hints.items() if getattr(action, "_typehint", None) == list[str] | None}
     plain: list[str] = []

@@ -61,6 +61,12 @@ def _commit() -> str | None:
         return None
 
 
+def accuracy(right: Sequence[bool]) -> dict[str, float]:
+    """Return the share of right answers and its standard error."""
+    share = sum(right) / len(right)
+    return {"accuracy": share, "standard_error": (share * (1 - share) / len(right)) ** 0.5}
+
+
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table whose first line is the head; `left` columns stand left, those after them right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

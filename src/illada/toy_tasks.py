@@ -98,11 +98,6 @@ def _sudoku_patterns() -> list[str]:
     return sorted({_relabelled(grid) for grid in sudoku_grids()})
 
 
-def _sudoku_held_out(grid: str) -> bool:
-    """Hold out three of the 12 patterns."""
-    return _sudoku_patterns().index(_relabelled(grid)) % 4 == 3
-
-
 def _rows(cells: str) -> str:
     return "\n".join(cells[i : i + 4] for i in range(0, 16, 4))
 
@@ -114,7 +109,8 @@ def _sudoku(rng: random.Random) -> tuple[Example, bool]:
     # Draw again until the clues leave one solution.
     if sum(all(p in ("0", g) for p, g in zip(puzzle, other, strict=True)) for other in sudoku_grids()) > 1:
         return _sudoku(rng)
-    return Example("sudoku", f"Solve\n{_rows(puzzle)}", _rows(grid)), _sudoku_held_out(grid)
+    held_out = _sudoku_patterns().index(_relabelled(grid)) % 4 == 3  # three of the 12 patterns
+    return Example("sudoku", f"Solve\n{_rows(puzzle)}", _rows(grid)), held_out
 
 
 def standard_library() -> Path:

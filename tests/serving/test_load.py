@@ -140,20 +140,20 @@ def test_every_outcome_has_its_name(fake):
     assert found["statuses"] == {"429": 1, "500": 1, "cancelled": 1, "error timeout": 1, "lost": 1, "ok": 2}
     assert found["tokens_per_forward"] == 2
     assert found["tokens_per_second"] == pytest.approx(6 * found["answers_per_second"])
-    gone = drive("http://127.0.0.1:9", [ask("x")], watch=False)
+    gone = drive("http://127.0.0.1:9", [ask("x")])
     assert [outcome.status for outcome in gone.outcomes] == ["lost: ClientConnectorError"]
 
 
 def test_answers_are_read_alike_and_others_are_found(fake):
-    alone = drive(fake.url, [ask("one", 0), ask("swap", 1)], watch=False).outcomes
+    alone = drive(fake.url, [ask("one", 0), ask("swap", 1)]).outcomes
     assert [outcome.answer for outcome in alone] == [(("eno", "stop"),), (("paws", "stop"),)]
-    run = drive(fake.url, [ask("one", 0, **STREAM), ask("swap", 1, **STREAM), ask("swap", 1)], clients=2, watch=False)
+    run = drive(fake.url, [ask("one", 0, **STREAM), ask("swap", 1, **STREAM), ask("swap", 1)], clients=2)
     assert [o.request.problem for o in mixed_up(run.outcomes, alone)] == [1]
 
 
 def test_times_of_a_stream(fake):
     requests = [ask("a"), ask("b", **STREAM), ask("c", diffusion=True, **STREAM)]
-    whole, stream, diffusion = drive(fake.url, requests, watch=False).outcomes
+    whole, stream, diffusion = drive(fake.url, requests).outcomes
     assert (whole.text, whole.committed, stream.committed) == (None, None, None)
     assert stream.due <= stream.text <= stream.ended
     assert diffusion.due <= diffusion.committed <= diffusion.text <= diffusion.ended

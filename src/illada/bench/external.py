@@ -5,13 +5,12 @@ D head width · V vocabulary.
 """
 
 import ast
-import importlib.util
 import inspect
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from illada.bench.samplers import Answer, Prompts, Sampler, cut
+from illada.bench.samplers import Answer, Sampler, cut
 from illada.errors import IlladaError, first_line
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import Block, IlladaForMaskedLM, rotary_angles
@@ -134,7 +133,7 @@ def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: Gene
     Raises:
         IlladaError: when a spec has another form, when there is no such file, function or option, or when one fails.
     """
-    files: dict[Path, ModuleType] = {}
+    files: dict[Path, dict[str, Any]] = {}
     samplers = []
     for spec in specs:
         parts = SPEC.fullmatch(spec)
@@ -146,7 +145,7 @@ def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: Gene
         if file not in files:
             files[file] = _load(file)
         name = parts["function"] or "generate"
-        function = getattr(files[file], name, None)
+        function = files[file].get(name)
         if not callable(function):
             raise IlladaError(f"{file} defines no function {name}(model, prompt, ...)")
         options = dict(pair.split("=", 1) for pair in parts["options"].split(",")[1:])
@@ -155,16 +154,12 @@ def outside_samplers(specs: Sequence[str], model: IlladaForMaskedLM, exact: Gene
     return samplers
 
 
-def _load(file: Path) -> ModuleType:
-    """Run a file; its imports look beside it first, and modules from there are then forgotten."""
-    spec = importlib.util.spec_from_file_location(f"outside_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def _load(file: Path) -> dict[str, Any]:
+    """Run a file and return its names; its imports look beside it first, and modules from there are then forgotten."""
     folder, known = str(file.parent.resolve()), set(sys.modules)
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        return runpy.run_path(str(file), run_name=f"outside_{file.stem}")
     except Exception as error:
         raise IlladaError(f"{file} cannot be run: {first_line(error)}") from error
     finally:
@@ -172,7 +167,6 @@ def _load(file: Path) -> ModuleType:
         for name in set(sys.modules) - known:
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
                 del sys.modules[name]
-    return module
 
 
 def _outside_sampler(
@@ -208,12 +202,9 @@ def _outside_sampler(
             raise IlladaError(f"{title} failed: {first_line(error)}") from error
         return Answer(cut(ids, exact.eos_ids), theirs.calls)
 
-    def answer(prompts: Prompts) -> list[Answer]:
-        return [answer_one(prompt) for prompt in prompts]
-
     threshold = wanted.get("threshold")
     rule = isinstance(threshold, int | float) and 0 < threshold <= 1
-    return Sampler(title, answer, threshold if rule else None)
+    return Sampler(title, lambda prompts: [answer_one(prompt) for prompt in prompts], threshold if rule else None)
 
 
 def _value(text: str) -> Any:

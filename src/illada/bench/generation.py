@@ -21,7 +21,7 @@ from illada.files import read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
+from illada.reporting import COLOURS, MUTED, accuracy, aligned, environment_of, figure, png, write_results
 from illada.rng import bits, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
@@ -160,7 +160,11 @@ def _rows(
     rows = []
     for m in measurements:
         same_answers, same_tokens = agreement(m.answers, exact)
-        row: dict[str, Any] = {
+        quality: dict[str, float | None] = {"accuracy": None, "standard_error": None}
+        if tokenizer is not None:
+            pairs = zip(m.answers, problems, strict=True)
+            quality |= accuracy([show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs])
+        row = {
             "name": m.sampler.name,
             "tokens_per_second": m.tokens_per_second,
             # Paired: the median of each repeat's quotient of tokens per second, because answers may differ in length.
@@ -174,46 +178,37 @@ def _rows(
             "peak_bytes": m.peak_bytes,
             "same_answers": same_answers,
             "same_tokens": same_tokens,
-            "accuracy": None,
-            "standard_error": None,
+            **quality,
             "answer_tokens": m.tokens,
             "seconds": m.seconds,
             "cpu_seconds": m.cpu_seconds,
             "settings": None if m.sampler.settings is None else asdict(m.sampler.settings),
         }
-        if tokenizer is not None:
-            pairs = zip(m.answers, problems, strict=True)
-            share = sum(show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs) / len(problems)
-            row["accuracy"] = share
-            row["standard_error"] = (share * (1 - share) / len(problems)) ** 0.5
         rows.append(row)
     return rows
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
-    head = ("variant", "tokens/s", "× plain", "forwards", "per answer", "positions", "head pos.", "peak MB")
-    lines = [(*head, "same answers", "same tokens", "accuracy")]
-    for row in results["rows"]:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}"
-        lines.append(
-            (
-                row["name"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['speedup']:.2f}",
-                f"{row['forwards']:,}",
-                f"{row['answer_forwards'] / results['problems']:.1f}",
-                f"{row['positions']:,}",
-                f"{row['head_positions']:,}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-                f"{row['same_answers']:.1%}",
-                "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
-                accuracy,
-            )
-        )
+    lines = [
+        {
+            "variant": row["name"],
+            "tokens/s": f"{row['tokens_per_second']:.1f}",
+            "× plain": f"{row['speedup']:.2f}",
+            "forwards": f"{row['forwards']:,}",
+            "per answer": f"{row['answer_forwards'] / results['problems']:.1f}",
+            "positions": f"{row['positions']:,}",
+            "head pos.": f"{row['head_positions']:,}",
+            "peak MB": "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            "same answers": f"{row['same_answers']:.1%}",
+            "same tokens": "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
+            "accuracy": "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
+        }
+        for row in results["rows"]
+    ]
     environment, arguments = results["environment"], results["arguments"]
     text = [
-        aligned(lines),
+        aligned([list(lines[0]), *(list(line.values()) for line in lines)]),
         "",
         f"{results['problems']} problems, engine in batches of {arguments['batch']}, the others one at a time; "
         f"median of {arguments['repeats']} paired repeats; {environment['dtype']}, {environment['device']}, "

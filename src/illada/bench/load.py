@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any, TextIO
 
 import numpy as np
@@ -116,11 +118,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
 
 def poisson(rate: float, count: int, *key: int) -> list[float]:
     """Return `count` arrival times in seconds, independent of one another and `rate` a second on average."""
-    times, now = [], 0.0
-    for number in range(count):
-        now -= math.log(uniform_int(*key, number)) / rate
-        times.append(now)
-    return times
+    return list(accumulate(-math.log(uniform_int(*key, number)) / rate for number in range(count)))
 
 
 def queued(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
@@ -139,9 +137,8 @@ def drive(
     clients: int | None = None,
     arrivals: Sequence[float] | None = None,
     seconds: float = math.inf,
-    watch: bool = True,
 ) -> Run:
-    """Send requests to a server and wait for their answers.
+    """Send requests to a server and wait for their answers; meanwhile read the server's metrics.
 
     Args:
         url: address of the server, without the path.
@@ -149,30 +146,16 @@ def drive(
         clients: number of clients of a closed loop, in which each sends its next request when it has its answer.
         arrivals: times in seconds at which each request is due in an open loop, however the server fares.
         seconds: time after which no more requests are sent.
-        watch: read the server's metrics meanwhile.
     """
-
-    async def run() -> Run:
-        no_limit = aiohttp.ClientTimeout(total=None, sock_connect=60)
-        connections = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(
-            connector=connections, timeout=no_limit, headers=_key(), read_bufsize=2**20
-        ) as session:
-            return await _drive(session, url.rstrip("/"), requests, clients, arrivals, seconds, watch)
-
-    return asyncio.run(run())
+    return asyncio.run(_drive(url.rstrip("/"), requests, clients, arrivals, seconds))
 
 
 async def _drive(
-    session: aiohttp.ClientSession,
-    url: str,
-    requests: Iterable[Request],
-    clients: int | None,
-    arrivals: Sequence[float] | None,
-    seconds: float,
-    watch: bool,
+    url: str, requests: Iterable[Request], clients: int | None, arrivals: Sequence[float] | None, seconds: float
 ) -> Run:
-    run, started = Run(), time.perf_counter()
+    run, left, started = Run(), iter(requests), time.perf_counter()
+    timeout, connections = aiohttp.ClientTimeout(total=None, sock_connect=60), aiohttp.TCPConnector(limit=0)
+    session = aiohttp.ClientSession(connector=connections, timeout=timeout, headers=_key(), read_bufsize=2**20)
 
     def now() -> float:
         return time.perf_counter() - started
@@ -182,37 +165,33 @@ async def _drive(
         run.outcomes.append(outcome)
         await _send(session, url, outcome, now)
 
-    left = iter(requests)
-
     async def client() -> None:
         while now() < seconds and (request := next(left, None)) is not None:
             await send(request, now())
 
     async def look() -> None:
-        values = await _gauges(session, url)
-        run.watched.append({"at": now(), **values})
+        run.watched.append({**await _gauges(session, url), "at": now()})
 
     async def keep_looking() -> None:
         while True:
             await asyncio.sleep(WATCH_EVERY)
             await look()
 
-    if watch:
+    async with session:
         await look()
         started = time.perf_counter()
-    watcher = asyncio.create_task(keep_looking()) if watch else None
-    async with asyncio.TaskGroup() as group:
-        if arrivals is None:
-            for _ in range(clients or 1):
-                group.create_task(client())
-        else:
-            for request, due in zip(requests, arrivals, strict=True):
-                if due >= seconds:
-                    break
-                await asyncio.sleep(due - now())
-                group.create_task(send(request, due))
-    run.seconds = now() - min((outcome.due for outcome in run.outcomes), default=0.0)
-    if watcher is not None:
+        watcher = asyncio.create_task(keep_looking())
+        async with asyncio.TaskGroup() as group:
+            if arrivals is None:
+                for _ in range(clients or 1):
+                    group.create_task(client())
+            else:
+                for request, due in zip(left, arrivals, strict=True):
+                    if due >= seconds:
+                        break
+                    await asyncio.sleep(due - now())
+                    group.create_task(send(request, due))
+        run.seconds = now() - min((outcome.due for outcome in run.outcomes), default=0.0)
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
         await look()
@@ -249,7 +228,10 @@ async def _send(session: aiohttp.ClientSession, url: str, outcome: Outcome, now:
                 await _read_stream(response, outcome, now)
             else:
                 answer = await response.json()
-                outcome.answer = tuple(_choice(choice) for choice in sorted(answer["choices"], key=_index))
+                outcome.answer = tuple(
+                    (choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"])
+                    for choice in sorted(answer["choices"], key=itemgetter("index"))
+                )
                 _use(outcome, answer["usage"])
                 outcome.status = "ok"
     except TimeoutError:
@@ -257,14 +239,6 @@ async def _send(session: aiohttp.ClientSession, url: str, outcome: Outcome, now:
     except (aiohttp.ClientError, OSError, LookupError, TypeError, ValueError) as error:
         outcome.status = f"lost: {type(error).__name__}"
     outcome.ended = now()
-
-
-def _index(choice: dict[str, Any]) -> int:
-    return int(choice["index"])
-
-
-def _choice(choice: dict[str, Any]) -> tuple[str, str | None]:
-    return (choice["message"]["content"] if "message" in choice else choice["text"]), choice["finish_reason"]
 
 
 def _use(outcome: Outcome, usage: dict[str, int]) -> None:

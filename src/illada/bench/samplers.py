@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 
 from illada.errors import IlladaError
-from illada.generation.engine import StepEvent, generate
+from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 
@@ -94,15 +94,11 @@ def _engine_sampler(name: str, model: IlladaForMaskedLM, settings: GenerationSet
 
 def steps_of_rule(model: IlladaForMaskedLM, prompts: Prompts, settings: GenerationSettings) -> int:
     """Return how many steps commit something when every prompt is answered alone, as the rule itself implies."""
-    known = [0]
-
-    def on_step(event: StepEvent) -> None:
-        known.append(sum(event.committed))
-
+    committed = [0]
     for prompt in prompts:
-        generate(model, [prompt], settings, on_step=on_step)
-        known.append(0)
-    return sum(later > earlier for earlier, later in pairwise(known))
+        generate(model, [prompt], settings, on_step=lambda event: committed.append(sum(event.committed)))
+        committed.append(0)
+    return sum(later > earlier for earlier, later in pairwise(committed))
 
 
 def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sampler:

@@ -240,31 +240,30 @@ def _beside(row: dict[str, Any], run: Run, alone: Alone) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
     others = list(dict.fromkeys(name for row in results["rows"] for name in row["alone"]))
-    head = ["load", "answers/s", "tokens/s", *(f"× {name}" for name in others), "committed p50", "text p50"]
-    head += ["p50", "p90", "p99", *(f"{name} p50 / p99" for name in others), "waiting", "MB", "else"]
-    lines = [head]
+    lines: list[dict[str, str]] = []
     for row in results["rows"]:
-        alone = [row["alone"].get(name, {}) for name in others]
+        alone = {name: row["alone"].get(name, {}) for name in others}
         odd = {name: count for name, count in row["statuses"].items() if name != "ok"}
         odd |= {"mixed up": row["mixed_up"]} if row["mixed_up"] else {}
         lines.append(
-            [
-                f"{row['mix']}, {row['load']}",
-                f"{row['answers_per_second']:.1f}",
-                f"{row['tokens_per_second']:.1f}",
-                *(_times(figures) if row["rate"] is None else "" for figures in alone),
-                *(_seconds(row[name], "p50") for name in ("first_committed", "first_text", "latency")),
-                *(_seconds(row["latency"], name) for name in ("p90", "p99")),
-                *(_seconds(figures.get("latency"), "p50", "p99") for figures in alone),
-                "" if row["waiting"] is None else f"{row['waiting']['most']:.0f}",
-                "" if row["memory"] is None else f"{row['memory']['last'] / 1e6:.0f}",
-                ", ".join(f"{count} {name}" for name, count in odd.items()),
-            ]
+            {
+                "load": f"{row['mix']}, {row['load']}",
+                "answers/s": f"{row['answers_per_second']:.1f}",
+                "tokens/s": f"{row['tokens_per_second']:.1f}",
+                **{f"× {name}": _times(alone[name]) if row["rate"] is None else "" for name in others},
+                "committed p50": _seconds(row["first_committed"], "p50"),
+                "text p50": _seconds(row["first_text"], "p50"),
+                **{name: _seconds(row["latency"], name) for name in ("p50", "p90", "p99")},
+                **{f"{name} p50 / p99": _seconds(alone[name].get("latency"), "p50", "p99") for name in others},
+                "waiting": "" if row["waiting"] is None else f"{row['waiting']['most']:.0f}",
+                "MB": "" if row["memory"] is None else f"{row['memory']['last'] / 1e6:.0f}",
+                "else": ", ".join(f"{count} {name}" for name, count in odd.items()),
+            }
         )
     environment, arguments = results["environment"], results["arguments"]
     return "\n".join(
         [
-            aligned(lines),
+            aligned([list(lines[0]), *(list(line.values()) for line in lines)]),
             "",
             f"Seconds; at most {arguments['requests']} requests and {arguments['seconds']:g} s for each row. Committed "
             "and text: until the first token is committed and until the first text comes, of answers that stream. "
@@ -302,11 +301,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
         many.plot(
             [r["clients"] for r in closed], [r["answers_per_second"] for r in closed], "o-", color=colour, label=mix
         )
-        for style, name in zip((":", "--", "-."), closed[0]["alone"], strict=False):
-            many.axhline(closed[0]["alone"][name]["answers_per_second"], color=colour, ls=style, lw=1)
         at_rate = sorted((r for r in rows if r["mix"] == mix and r["rate"] and r["latency"]), key=lambda r: r["rate"])
         lines = [("-", [(r["rate"], r["latency"]) for r in at_rate])]
         for style, name in zip((":", "--", "-."), closed[0]["alone"], strict=False):
+            many.axhline(closed[0]["alone"][name]["answers_per_second"], color=colour, ls=style, lw=1)
             lines.append((style, [(r["rate"], r["alone"][name]["latency"]) for r in at_rate]))
         for style, points in lines:
             x, low, high = [p[0] for p in points], [p[1]["p50"] for p in points], [p[1]["p99"] for p in points]

@@ -8,6 +8,9 @@ from illada.generation.settings import GenerationSettings, settings_for
 from illada.text.prompts import encode_plain, encode_template, read_prompts, show_ids
 from illada.weights.options import ModelOptions
 
+SHOWN = ("ids", "finish_reason", "forwards", "positions", "log_probs")
+"""What `--json` prints of a `Generation`, beside the prompt and the text."""
+
 
 def generate(
     model: ModelOptions,
@@ -44,15 +47,8 @@ def generate(
         answers = heavy.generation.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
     for text, answer in zip(prompts, answers, strict=True):
         if json:
-            record = {
-                "prompt": text,
-                "text": show_ids(tokenizer, answer.ids),
-                "ids": list(answer.ids),
-                "finish_reason": answer.finish_reason,
-                "forwards": answer.forwards,
-                "positions": answer.positions,
-                "log_probs": answer.log_probs,
-            }
+            record = {"prompt": text, "text": show_ids(tokenizer, answer.ids)}
+            record |= {name: getattr(answer, name) for name in SHOWN}
             print(json_format.dumps(record, ensure_ascii=False))
         else:
             if len(prompts) > 1:

@@ -31,10 +31,8 @@ def draw(tokenizer: Any, event: StepEvent, eos_ids: Sequence[int]) -> Text:
             break
         if committed:
             text.append(piece, style="bold")
-        elif not math.isnan(confidence):
-            text.append(piece or MASK_SIGN, style="dim")
         else:
-            text.append(MASK_SIGN, style="dim")
+            text.append(MASK_SIGN if math.isnan(confidence) or not piece else piece, style="dim")
     return text
 
 
@@ -45,7 +43,6 @@ def chat(model: IlladaForMaskedLM, tokenizer: Any, settings: GenerationSettings,
     """
     console = Console()
     settings = settings_for(model, settings)
-    live = console.is_terminal
     if sys.stdin.isatty():
         console.print("Type a message; /clear forgets the conversation, /quit or Ctrl-D ends.", style="dim")
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -65,7 +62,7 @@ def chat(model: IlladaForMaskedLM, tokenizer: Any, settings: GenerationSettings,
         # A chat on a terminal goes on after \n typed as two characters: puzzles have several lines.
         messages.append({"role": "user", "content": said.replace("\\n", "\n")})
         try:
-            answer = _answer(console, model, tokenizer, messages, settings, live)
+            answer = _answer(console, model, tokenizer, messages, settings)
         except IlladaError as error:
             console.print(f"{error}", style="red", markup=False)
             console.print("(/clear begins a new conversation)", style="dim")
@@ -80,10 +77,9 @@ def _answer(
     tokenizer: Any,
     messages: Sequence[Message],
     settings: GenerationSettings,
-    live: bool,
 ) -> Generation:
     prompt = encode_prompt(tokenizer, messages)
-    if not live:
+    if not console.is_terminal:
         answer = generate(model, [prompt], settings, tokenizer=tokenizer)[0]
         console.print(show_ids(tokenizer, answer.ids), markup=False, highlight=False, soft_wrap=True)
         return answer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import track
@@ -19,14 +19,15 @@ from illada.data.shards import Shards
 from illada.demo.report import best_accuracies, write_report
 from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
-from illada.files import write_json, write_text
+from illada.files import new_folder, read_json, write_json, write_text
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.preparation.prepare import prepare
 from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
+from illada.reporting import accuracy
 from illada.scoring.candidates import Item, score_candidates
-from illada.text.chat import encode_prompt
+from illada.text.prompts import show_ids
 from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
 from illada.training.optional.ngrams import ngram_baselines
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
@@ -84,14 +85,15 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
 
     stage("1/7  Tokenizer and token shards from this Python's standard library")
     data = _prepare(output, scale, seed)
-    pretrain, warmup, sft = _recipes(output, data, scale, seed)
+    pretrain, warmup, sft = _recipes(output, scale, seed)
     stage("2/7  Pre-training on text")
     _train(pretrain, "pre-training")
     stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
     _train(warmup, "LLaDA's rule")
     _train(sft, "paper's rule")
     if not (output / "model").exists():
-        shutil.copytree(output / "sft" / "model", output / "model")
+        with new_folder(output / "model") as folder:
+            shutil.copytree(output / "sft" / "model", folder, dirs_exist_ok=True)
     stage("4/7  Text: bits per byte on held-out files")
     results: dict[str, Any] = {"settings": {"quick": quick, "seed": seed, **asdict(scale)}}
     results["text"] = _measure_text(output, data, scale)
@@ -117,7 +119,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     marker = output / "demo.json"
     if marker.exists():
-        if json.loads(marker.read_text()) != settings:
+        if read_json(marker) != settings:
             raise IlladaError(f"{output} holds a demo with other settings: choose another --output or delete it")
         return
     if output.exists() and any(output.iterdir()):
@@ -156,41 +158,33 @@ def _prepare(output: Path, scale: Scale, seed: int) -> dict[str, Shards]:
             (Path(f).read_text(encoding="utf-8", errors="replace") for f in training_files[::3]),
             (f"{example.prompt}\n {example.answer}" for example in instructions),
         )
-        partial = output / ".tokenizer.partial"
-        train_tokenizer(texts, scale.vocab_size).save_pretrained(partial)
-        partial.rename(tokenizer)
+        with new_folder(tokenizer) as partial:
+            train_tokenizer(texts, scale.vocab_size).save_pretrained(partial)
+    sources = {"text-train": training_files, "text-validation": validation_files}
     for split, count in (("train", scale.sft_examples), ("validation", 500)):
         file = folder / f"chat-{split}.jsonl"
         if not file.exists():
             # Validation examples are problems of the training split under another seed; the test split stays unseen.
             problems = itertools.islice(examples("train", seed + (split != "train"), scale.tasks), count)
             write_text(file, "".join(json.dumps({"messages": problem.messages}) + "\n" for problem in problems))
-    text = {"text-train": training_files, "text-validation": validation_files}
-    chat = {name: [str(folder / f"{name}.jsonl")] for name in ("chat-train", "chat-validation")}
-    for name, files in text.items():
-        prepare(PrepareSettings(files, str(folder / name), str(tokenizer)))
-    for name, files in chat.items():
-        prepare(PrepareSettings(files, str(folder / name), str(tokenizer), kind="chat"))
-    return {name: Shards.open(folder / name) for name in (*text, *chat)}
+        sources[file.stem] = [str(file)]
+    for name, files in sources.items():
+        kind: Literal["text", "chat"] = "chat" if name.startswith("chat") else "text"
+        prepare(PrepareSettings(files, str(folder / name), str(tokenizer), kind=kind))
+    return {name: Shards.open(folder / name) for name in sources}
 
 
 def _recipe(
-    output: Path,
-    data: dict[str, Shards],
-    seed: int,
-    name: str,
-    model: ModelRecipe,
-    kind: str,
-    window: int,
-    steps: int,
-    **training: Any,
+    output: Path, scale: Scale, seed: int, name: str, model: ModelRecipe, kind: str, steps: int, **training: Any
 ) -> Recipe:
     """Return a recipe of the run `name` on data of a kind, with the settings that the demo's runs share."""
-    validation = str(data[f"{kind}-validation"].path) if "validate_every" in training else None
+    data = output / "data"
+    validation = str(data / f"{kind}-validation") if "validate_every" in training else None
+    window = scale.window if kind == "text" else scale.window // 2
     return Recipe(
         output=str(output / name),
         model=model,
-        data=DataRecipe(str(data[f"{kind}-train"].path), validation, window),
+        data=DataRecipe(str(data / f"{kind}-train"), validation, window),
         training=TrainingRecipe(
             steps=steps,
             samples_per_batch=64,
@@ -206,14 +200,13 @@ def _recipe(
     )
 
 
-def _recipes(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> tuple[Recipe, Recipe, Recipe]:
+def _recipes(output: Path, scale: Scale, seed: int) -> tuple[Recipe, Recipe, Recipe]:
     """Return the recipes of pre-training on text and of two fine-tunings, by LLaDA's rule and by the paper's."""
-    recipe = partial(_recipe, output, data, seed)
+    recipe = partial(_recipe, output, scale, seed)
     pretrain = recipe(
         "pretrain",
         ModelRecipe(preset="1m", **SHAPE),
         "text",
-        scale.window,
         scale.pretrain_steps,
         samples_per_step=scale.samples_per_step,
         learning_rate=scale.pretrain_learning_rate,
@@ -228,7 +221,6 @@ def _recipes(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> 
         "warmup",
         ModelRecipe(start=str(output / "pretrain" / "model")),
         "chat",
-        scale.window // 2,
         scale.warmup_steps,
         samples_per_step=64,
         learning_rate=2e-3,
@@ -241,7 +233,6 @@ def _recipes(output: Path, data: dict[str, Shards], scale: Scale, seed: int) -> 
         "sft",
         ModelRecipe(start=str(output / "warmup" / "model")),
         "chat",
-        scale.window // 2,
         scale.sft_steps,
         samples_per_step=2 * scale.samples_per_step,
         learning_rate=1e-3,  # a higher rate forgets what the warm-up taught
@@ -289,23 +280,21 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     """Return accuracy and forward passes by task and steps per block, sample answers, choices, and one denoising."""
     model, tokenizer = load_model(str(output))
     problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
-    prompts = {
-        task: [encode_prompt(tokenizer, example.messages[:1]) for example in tests] for task, tests in problems.items()
-    }
     frontier: list[dict[str, Any]] = []
     samples: dict[str, list[dict[str, Any]]] = {}
     runs = [(steps, task) for steps in scale.steps_per_block for task in scale.tasks]
     for steps, task in track(runs, description="answering", console=console, disable=not console.is_terminal):
         settings = replace(_decoding(scale, tokenizer), steps_per_block=steps)
-        answers = generate(model, prompts[task], settings, tokenizer=tokenizer)
-        texts = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
+        questions = [example.messages[:1] for example in problems[task]]
+        answers = generate(model, questions, settings, tokenizer=tokenizer)
+        texts = [show_ids(tokenizer, answer.ids) for answer in answers]
         right = [text == example.answer for text, example in zip(texts, problems[task], strict=True)]
         frontier.append(
             {
                 "task": task,
                 "steps_per_block": steps,
                 "problems": len(right),
-                **_accuracy(right),
+                **_rounded_accuracy(right),
                 "forwards_per_token": round(sum(a.forwards for a in answers) / sum(len(a.ids) + 1 for a in answers), 3),
             }
         )
@@ -322,10 +311,8 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     }
 
 
-def _accuracy(right: Sequence[bool]) -> dict[str, float]:
-    """Return the share of right answers and its standard error."""
-    share = sum(right) / len(right)
-    return {"accuracy": round(share, 4), "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 4)}
+def _rounded_accuracy(right: Sequence[bool]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in accuracy(right).items()}
 
 
 def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
@@ -337,7 +324,7 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dic
         started = time.monotonic()
         scores = score_candidates(model, tokenizer, items, method, scale.likelihood_samples, seed, chat=True)
         right = [values.index(max(values)) == item.answer for values, item in zip(scores, items, strict=True)]
-        results[method] = {**_accuracy(right), "seconds": round(time.monotonic() - started, 2)}
+        results[method] = {**_rounded_accuracy(right), "seconds": round(time.monotonic() - started, 2)}
     return results
 
 
@@ -346,17 +333,16 @@ def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> di
     settings = _decoding(scale, tokenizer)
     recorded: list[dict[str, Any]] = []
     longest = [task for task in ("sudoku", "shift") if task in scale.tasks]
-    for task, example in [(name, example) for name in longest for example in held_out(name, 12, seed)]:
+    for example in itertools.chain.from_iterable(held_out(task, 12, seed) for task in longest):
         steps: list[dict[str, Any]] = []
 
         def keep(event: Any, steps: list[dict[str, Any]] = steps) -> None:
             tokens = [tokenizer.decode([i]) for i in event.ids]
             steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
 
-        prompt = encode_prompt(tokenizer, example.messages[:1])
-        answer = generate(model, [prompt], settings, tokenizer=tokenizer, on_step=keep)[0]
-        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-        record = {"task": task, "prompt": example.prompt, "expected": example.answer, "answer": text, "steps": steps}
+        (answer,) = generate(model, [example.messages[:1]], settings, tokenizer=tokenizer, on_step=keep)
+        text = show_ids(tokenizer, answer.ids)
+        record = asdict(example) | {"expected": example.answer, "answer": text, "steps": steps}
         if text == example.answer:
             return record
         recorded.append(record)
