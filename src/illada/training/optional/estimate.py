@@ -278,17 +278,8 @@ def _rehearse(
         the parameters of the whole network, the trained ones, and the memory of one GPU.
     """
     bf16 = recipe.training.dtype != "fp32"  # FP8 keeps bf16 activations
-    frozen = torch.bfloat16 if bf16 and recipe.lora.rank else torch.float32
-    # The part of the network that one process of a group with shared heads holds.
-    tensor, part = recipe.parallel.tensor, copy.deepcopy(config)
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        setattr(part, name, getattr(config, name) // tensor)
-    elsewhere = block_parameters(config) - block_parameters(part)
-    # Not on fake tensors: PEFT moves layers, which they do not allow.
-    with torch.device("meta"):
-        model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
-        if rank := recipe.lora.rank:
-            add_adapter(model, rank, 2.0 * rank, recipe.lora.dropout, recipe.lora.targets or LORA_TARGETS, "", 0)
+    model = _share_of_network(recipe, config)
+    tensor, elsewhere = recipe.parallel.tensor, block_parameters(config) - block_parameters(model.config)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with FakeTensorMode():
         # In the types of the forward pass: FSDP2 hands it bf16 weights of the blocks, autocast makes its own copies.
@@ -329,6 +320,20 @@ def _rehearse(
                 peak=fixed + max(during, after),
             )
     return everything + elsewhere, count + elsewhere, memory
+
+
+def _share_of_network(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM:
+    """Return the part of the network that one process of a group with shared heads holds, without memory."""
+    part = copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(part, name, getattr(config, name) // recipe.parallel.tensor)
+    frozen = torch.bfloat16 if recipe.training.dtype != "fp32" and recipe.lora.rank else torch.float32
+    # Not on fake tensors: PEFT moves layers, which they do not allow.
+    with torch.device("meta"):
+        model = IlladaForMaskedLM._from_config(part, dtype=frozen).train()
+        if rank := recipe.lora.rank:
+            add_adapter(model, rank, 2.0 * rank, recipe.lora.dropout, recipe.lora.targets or LORA_TARGETS, "", 0)
+    return model
 
 
 def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
