@@ -128,7 +128,9 @@ def test_a_file_may_be_divided_anywhere(tmp_path_factory, lines, newline_at_end,
 def pieces(text: str, chunk: int, limit: int) -> tuple[list[reading.Piece], reading.ReadStats]:
     stats = reading.ReadStats()
     chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
-    return list(reading._pieces(chunks, "x", reading.Options(piece_characters=limit), stats)), stats
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE_CHARACTERS", limit)
+        return list(reading._pieces(chunks, "x", reading.Options(), stats)), stats
 
 
 # Words of at most 4 and gaps of at most 3 characters: the last eighth of 56 characters holds a gap.
@@ -162,8 +164,7 @@ def test_a_document_without_spaces_is_cut_and_one_of_spaces_only_is_empty():
 
 def test_a_huge_document_stays_one(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(reading, "_CHUNK", 50)
-    monkeypatch.setattr(reading.Options, "piece_characters", 100)
-    monkeypatch.setattr(reading.Options.__init__, "__defaults__", ("text", "text", "file", 100))
+    monkeypatch.setattr(reading, "PIECE_CHARACTERS", 100)
     text = "some words of text " * 40
     (tmp_path / "a.txt").write_text(text)
     write_jsonl(tmp_path / "b.jsonl", {"text": text + "é"}, {"text": "short"})
