@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common import machine
 
+from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer_from_files
 from illada.toy_tasks import standard_library
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe

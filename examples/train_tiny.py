@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 import illada
+from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train

@@ -9,7 +9,7 @@ from illada.errors import IlladaError
 from illada.preparation import executors
 from illada.preparation import prepare as preparing
 from illada.preparation.filters import PlainWords
-from illada.preparation.settings import PrepareSettings
+from illada.preparation.options import PrepareSettings
 from illada.text.tokenizer import load_tokenizer
 
 GOOD = (

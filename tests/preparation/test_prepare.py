@@ -16,7 +16,7 @@ from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.preparation import prepare as preparing
 from illada.preparation import readers as reading
-from illada.preparation.settings import PATTERNS, PrepareSettings
+from illada.preparation.options import PATTERNS, PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.chat import encode_conversation
 from illada.text.tokenizer import encode_texts, load_tokenizer, tokenizer_sha256
@@ -240,7 +240,7 @@ KILLED = """
 import json, os, signal, sys
 from illada.data import shards
 from illada.preparation import prepare
-from illada.preparation.settings import PrepareSettings
+from illada.preparation.options import PrepareSettings
 
 def die_at_call_9(original):
     calls = []

@@ -1,7 +1,7 @@
 """`illada tokenizer` and `illada prepare`."""
 
 from illada.commands import heavy
-from illada.preparation.settings import PrepareSettings
+from illada.preparation.options import PrepareSettings
 
 
 def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000) -> None:

@@ -22,8 +22,8 @@ from illada.errors import IlladaError
 from illada.files import new_folder, read_json, write_json, write_text
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
+from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.reporting import accuracy
 from illada.scoring.candidates import Item, score_candidates

@@ -23,8 +23,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada.errors import IlladaError, first_line, needs
+from illada.preparation.options import PrepareSettings
 from illada.preparation.pipeline import Stage
-from illada.preparation.settings import PrepareSettings
 
 with needs("data", "preparing data"):
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor

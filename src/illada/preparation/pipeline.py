@@ -11,8 +11,8 @@ from typing import Any
 
 from illada.errors import needs
 from illada.preparation.filters import FILTER_STEPS, PlainWords
+from illada.preparation.options import PrepareSettings
 from illada.preparation.plan import WORK
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.steps import finish_data, read_documents, write_shards
 
 with needs("data", "preparing data"):

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from illada.data.shards import INDEX, Shards
 from illada.errors import IlladaError
 from illada.files import write_json
+from illada.preparation.options import PrepareSettings
 from illada.preparation.readers import Options, SourceFile, Unit, divide, find_files, fingerprint
-from illada.preparation.settings import PrepareSettings
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 
 # Paths inside the output folder. All of WORK is deleted when the data is complete.

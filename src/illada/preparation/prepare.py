@@ -10,9 +10,9 @@ from pathlib import Path
 from illada.data.shards import Shards
 from illada.preparation.executors import progress, quiet, run_locally, run_on_ray, submit_to_slurm
 from illada.preparation.finish import finish
+from illada.preparation.options import PrepareSettings
 from illada.preparation.pipeline import pipeline
 from illada.preparation.plan import LOG, SLURM_LOG, WORK, plan, read_plan
-from illada.preparation.settings import PrepareSettings
 
 
 def prepare(settings: PrepareSettings) -> Shards | str:

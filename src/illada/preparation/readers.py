@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from illada.errors import IlladaError, needs
-from illada.preparation.settings import PrepareSettings
+from illada.preparation.options import PrepareSettings
 from illada.text.chat import Message, check_messages
 
 PIECE_CHARACTERS = 1_000_000

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from illada.errors import IlladaError, needs
 from illada.files import write_json
 from illada.preparation.finish import finish
+from illada.preparation.options import PrepareSettings
 from illada.preparation.plan import TOKENIZER, UNITS, WORK, stats_file, task_folder
 from illada.preparation.readers import Options, ReadStats, Unit, read_unit
-from illada.preparation.settings import PrepareSettings
 from illada.preparation.shard_writer import ShardWriter
 from illada.text.chat import encode_conversation, split_turns
 from illada.text.tokenizer import encode_texts, load_tokenizer

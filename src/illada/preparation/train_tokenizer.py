@@ -8,8 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError
+from illada.preparation.options import PATTERNS
 from illada.preparation.readers import Options, ReadStats, Unit, find_files, read_unit
-from illada.preparation.settings import PATTERNS
 from illada.text.chat import CHAT_TEMPLATE
 
 # bos, pad, eos and mask have the ids of the released tokenizer (spec §1); the names and the other ids are ours.
