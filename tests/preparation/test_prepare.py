@@ -238,7 +238,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, prepared):
 
 KILLED = """
 import json, os, signal, sys
-from illada.data import shards
+from illada.preparation import shard_writer
 from illada.preparation import prepare
 from illada.preparation.options import PrepareSettings
 
@@ -256,7 +256,7 @@ def finish(output, original=prepare.finish):
     return original(output)
 
 if sys.argv[1] == "document":
-    shards.ShardWriter.end_document = die_at_call_9(shards.ShardWriter.end_document)
+    shard_writer.ShardWriter.end_document = die_at_call_9(shard_writer.ShardWriter.end_document)
 else:
     prepare.finish = finish
 prepare.prepare(PrepareSettings(**json.loads(sys.argv[2])))
