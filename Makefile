@@ -37,12 +37,13 @@ unit: setup
 docs: setup  # into site/; tests/test_docs.py builds it too, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lowest:  # the suite on the lowest versions that pyproject.toml allows
+lowest:  # the suite on the lowest versions that pyproject.toml allows; -c and not -r, which would also take CUDA's packages
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --all-extras pyproject.toml -o .venv-lowest/pins.txt
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/pins.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,dev,docs]'
-	.venv-lowest/bin/pytest
+	rm -f .venv-lowest/pins.txt
+	UV_PYTHON_DOWNLOADS=never .venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --all-extras --no-header --no-annotate pyproject.toml -o .venv-lowest/pins.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/pins.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,fused,dev,docs]'
+	.venv-lowest/bin/python -m pytest
 
 package: setup
 	$(BIN)/python tests/check_wheel.py
