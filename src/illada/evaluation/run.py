@@ -108,6 +108,7 @@ class Evaluation:
         table = None
         for label, path in models.items():
             lm = IlladaLM(path, results=str(output), **of_model)
+            lm.rule = lm.settings_of(self.options.settings or {})
             for variant in variants:
                 column = replace(variant, label=label or variant.label)
                 for row in self.rows:
@@ -228,6 +229,8 @@ class Evaluation:
             settings["scoring"] = lm.scoring
             if lm.scoring == "likelihood":
                 settings["samples"] = lm.samples
+            elif lm.scoring == "path":
+                settings["rule"] = asdict(lm.rule)
         return settings
 
     def _write_samples(self, label: str, task: str, samples: list[dict[str, Any]]) -> None:
