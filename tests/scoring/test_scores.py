@@ -106,6 +106,9 @@ def test_forward_passes_hold_no_more_positions_than_allowed(untied, monkeypatch)
     monkeypatch.setattr(untied.model, "packed", lambda *a, **k: seen.append(a[1].lengths) or packed(*a, **k))
     confidence_scores(untied, [([1], [7]), ([2], [7]), ([3], [7]), ([4] * 8, [7])], max_batch_tokens=5)
     assert seen == [(2, 2), (2,), (9,)]
+    monkeypatch.setattr(layout, "ON_CPU", 4)
+    confidence_scores(untied, [([1], [7]), ([2], [7]), ([3], [7])])
+    assert seen[3:] == [(2, 2), (2,)]
 
 
 def test_confidence_reveals_the_surest_truth_first(untied):

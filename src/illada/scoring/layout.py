@@ -23,6 +23,9 @@ Pair = tuple[Sequence[int], Sequence[int]]
 LOGITS_HELD = 2**24
 """Most logits held at once; the head runs over this many divided by V tokens at a time."""
 
+ON_CPU = 4096
+"""Most positions of one forward pass on a CPU, whatever is allowed: more leave its caches (docs/log.md)."""
+
 
 def score_layout(
     tokenizer: Any, context: str, candidates: Sequence[str]
@@ -140,18 +143,19 @@ def answers(
     The softmax, in fp32, goes over all ids but MASK, which is no token of a text: so the probabilities of what a text
     can hold sum to 1 (ours; the authors' code keeps MASK in the sum, see spec §6).
 
-    Queries are taken as they come, at most `max_batch_tokens` positions in one forward pass (a single query may exceed
-    it). Queries of one pass with the same sequence share it, as candidates of equal length do in their first step.
-    Neighbours should be of similar length.
+    Queries are taken as they come, at most `max_batch_tokens` positions (on a CPU 4096) in one forward pass; a single
+    query may exceed it. Queries of one pass with the same sequence share it, as candidates of equal length do in their
+    first step. Neighbours should be of similar length.
     """
     if max_batch_tokens < 1:
         raise IlladaError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+    most = min(max_batch_tokens, ON_CPU) if model.device.type == "cpu" else max_batch_tokens
     group: list[Query] = []
     sequences: set[bytes] = set()
     positions = 0
     for query in queries:
         key = query.seen.tobytes()
-        if group and key not in sequences and positions + len(query.seen) > max_batch_tokens:
+        if group and key not in sequences and positions + len(query.seen) > most:
             yield from _run(model, group, statistic)
             group, sequences, positions = [], set(), 0
         if key not in sequences:
