@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -37,6 +37,8 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
+Bos = Literal["always", "scores", "tokenizer"]
+SpecialTokens = Literal["drop", "keep"]
 SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
 PASSES_PER_CHUNK = 8
 """Scoring writes to the journal when jobs have filled so many first passes, so that few passes are partly empty."""
@@ -76,6 +78,12 @@ class IlladaLM(LM):
         device: device to run on; auto takes a GPU where there is one, and under torchrun the process's own. cuda:0 does
             the same, because the harness's command line passes it by default.
         quantize: weights in 8 or 4 bits, as in `illada score`.
+        bos: where a BOS begins the context: "always", as in training; "scores" as in the authors' script, which adds it
+            for scores only; "tokenizer" as in the harness's model hf, where the tokenizer adds one by itself. In the
+            last two a generation prompt has the BOS that the tokenizer or the chat template puts there. There are
+            never two (the authors' script would have two in scores with a tokenizer that adds one).
+        special_tokens: "drop" deletes special tokens from answers, all but the marks of thinking; "keep" leaves them,
+            as in the authors' script, and takes the text of EOS for a stop string.
         batch_size: ignored, because passes are filled up to max_batch_tokens; the harness always passes it.
         max_batch_size: ignored, too.
         settings: fields of `GenerationSettings` (block_length, steps_per_block, threshold, cache, ...) for all tasks;
@@ -99,6 +107,8 @@ class IlladaLM(LM):
         dtype: Dtype = "auto",
         device: str = "auto",
         quantize: Quantization | None = None,
+        bos: Bos = "always",
+        special_tokens: SpecialTokens = "drop",
         batch_size: object = None,  # noqa: ARG002
         max_batch_size: object = None,  # noqa: ARG002
         **settings: Any,
@@ -109,6 +119,11 @@ class IlladaLM(LM):
             raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
         if scoring not in ("confidence", "likelihood", None):
             raise IlladaError(f"scoring must be confidence or likelihood, got {scoring}")
+        if bos not in get_args(Bos) or special_tokens not in get_args(SpecialTokens):
+            raise IlladaError(
+                f"bos must be one of {', '.join(get_args(Bos))}, and special_tokens drop or keep; got {bos} and "
+                f"{special_tokens}"
+            )
         self._join()
         if device in ("auto", "cuda:0"):
             many = self._world_size > 1 and torch.cuda.is_available()
@@ -131,8 +146,12 @@ class IlladaLM(LM):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.cut: Counter[str] = Counter()
         """Forward passes of rows, seconds, and requests whose context was cut to fit, each by task."""
+        self.bos, self.special_tokens = bos, special_tokens
+        ids = self.tokenizer("x")["input_ids"]
+        self.tokenizer_begins = bool(ids) and ids[0] == self.tokenizer.bos_token_id
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special, self.markup = list(special.values()), special.keys() - {self.tokenizer.bos_token_id}
+        self.dropped = sorted(set(special.values()) - {"<think>", "</think>"}, key=len, reverse=True)
+        self.markup = special.keys() - {self.tokenizer.bos_token_id}
 
     # The harness's interface
 
@@ -181,7 +200,7 @@ class IlladaLM(LM):
         return [float(entry.value[0]) for entry in self._finish(jobs, self._bound)]
 
     def generate_until(self, requests: list[Instance], **_: object) -> list[str]:
-        """Return each answer without special tokens, cut before the first of its `until` strings.
+        """Return each answer, cut before the first of its `until` strings; see `special_tokens`.
 
         A request to sample that comes several times is drawn several times, with consecutive seeds.
         """
@@ -192,8 +211,12 @@ class IlladaLM(LM):
             if settings.temperature:
                 settings = replace(settings, seed=settings.seed + drawn[id(request)])
                 drawn[id(request)] += 1
-            key = self._key(request, asdict(settings), request.args[:1])
-            ids = self._fit(request, self._encode(request.args[0]), self.max_length - settings.block_length)
+            if self.special_tokens == "keep" and self.tokenizer.eos_token:
+                settings = replace(settings, stop=(*settings.stop, self.tokenizer.eos_token))
+            ways = {} if self.special_tokens == "drop" else {"special_tokens": self.special_tokens}
+            key = self._key(request, {**asdict(settings), **ways}, request.args[:1])
+            ids = self._encode(request.args[0], self._begins(scoring=False))
+            ids = self._fit(request, ids, self.max_length - settings.block_length)
             jobs.append((key, request, (key, ids, settings)))
         return [str(entry.value[0]) for entry in self._finish(jobs, self._generate)]
 
@@ -241,6 +264,8 @@ class IlladaLM(LM):
             "model_fingerprint": self.fingerprint,
             "model_dtype": self.precision,
             "model_device": str(self.model.device),
+            "bos": self.bos,
+            "special_tokens": self.special_tokens,
             "scoring": self.scoring,
             "likelihood_samples": self.samples,
             "loglikelihood_rolling": "log p" if self.causal else "lower bound on log p (LLaDA Eq. 6), not a likelihood",
@@ -286,6 +311,8 @@ class IlladaLM(LM):
     def _key(self, request: Instance, settings: dict[str, Any], arguments: Sequence[Any]) -> str:
         """Return the key of a request: a hash of the model, the task, the settings and the request itself."""
         model, task = (self.fingerprint, self.precision), (request.request_type, request.task_name)
+        if self.bos != "always":
+            settings = {**settings, "bos": self.bos}
         parts = (*model, *task, settings, arguments)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
@@ -379,23 +406,30 @@ class IlladaLM(LM):
             for index, answer in sorted(answers.items()):
                 # The text, not the ids, is cut exactly where a stop string begins.
                 text = str(answer.text)
-                for token in self.special:
+                for token in self.dropped if self.special_tokens == "drop" else ():
                     text = text.replace(token, "")
                 entries.append(Entry(keys[index], [text], answer.forwards, seconds))
             yield entries
             start = time.perf_counter()
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt, BOS first; a template may already have written it."""
+    def _begins(self, scoring: bool) -> bool:
+        """Return whether contexts begin with a BOS beside what a template writes, see `bos`."""
+        return self.bos == "always" or (self.bos == "scores" and scoring) or self.tokenizer_begins
+
+    def _encode(self, text: str, begins: bool) -> list[int]:
+        """Return the ids of a prompt, BOS first where it `begins` so; a template may already have written it."""
         bos = self.tokenizer.bos_token
-        return encode_plain(self.tokenizer, text.removeprefix(bos) if bos else text)
+        if begins:
+            return encode_plain(self.tokenizer, text.removeprefix(bos) if bos else text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _layout(self, context: str, candidates: list[str]) -> list[Pair]:
         """Return a context and its continuations as ids, in the authors' layout or as a template rendered them."""
-        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates)[0]]
+        begins = self._begins(scoring=True) or not context  # a causal model goes on from something
+        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates, begins)[0]]
         if self.markup.isdisjoint(pairs[0][0]):
             return pairs
-        left = self._encode(context)
+        left = self._encode(context, begins)
         return [(left, list(self.tokenizer.encode(text, add_special_tokens=False))) for text in candidates]
 
     def _fit(self, request: Instance, ids: list[int], room: int) -> list[int]:
@@ -403,7 +437,7 @@ class IlladaLM(LM):
         if len(ids) <= room:
             return ids
         self.cut[str(request.task_name)] += 1
-        first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        first = ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
         return first + ids[len(ids) - max(0, room - len(first)) :]
 
     # Processes

@@ -24,26 +24,24 @@ LOGITS_HELD = 2**24
 
 
 def score_layout(
-    tokenizer: Any, context: str, candidates: Sequence[str]
+    tokenizer: Any, context: str, candidates: Sequence[str], begins: bool = True
 ) -> tuple[list[tuple[list[int], list[int]]], tuple[int, ...]]:
     """Lay out a question as the authors' evaluation code does (spec §6); return (pairs, right_context).
 
-    BOS, where the tokenizer has one, goes before the context, and one visible EOS after the candidate. White space that
-    ends the context moves to the candidate. A candidate is encoded together with its context, unless that changes the
-    ids of the context: then it is encoded alone.
+    BOS, where the tokenizer has one, goes before the context if that `begins` so, and one visible EOS after the
+    candidate. White space that ends the context moves to the candidate. The candidate is what follows the context's
+    number of ids in the ids of both together; where nothing follows, because joining made fewer tokens, it is encoded
+    alone (ours).
     """
     body = context.rstrip()
     space = context[len(body) :]
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id] if begins and tokenizer.bos_token_id is not None else []
     context_ids = list(tokenizer.encode(body, add_special_tokens=False))
     pairs = []
     for candidate in candidates:
         joint = list(tokenizer.encode(body + space + candidate, add_special_tokens=False))
-        if joint[: len(context_ids)] == context_ids:
-            candidate_ids = joint[len(context_ids) :]
-        else:
-            candidate_ids = list(tokenizer.encode(space + candidate, add_special_tokens=False))
-        pairs.append((begin + context_ids, candidate_ids))
+        alone = () if len(joint) > len(context_ids) else tokenizer.encode(space + candidate, add_special_tokens=False)
+        pairs.append((begin + context_ids, [*joint[len(context_ids) :], *alone]))
     return pairs, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
