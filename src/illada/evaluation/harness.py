@@ -328,7 +328,8 @@ class IlladaLM(LM):
         for key, task in {key: str(request.task_name) for key, request, _ in jobs}.items():
             self.forwards[task] += self.journal.entries[key].forwards
             self.seconds[task] += self.journal.entries[key].seconds
-        for task, count in self.cut.items():
+        for task in {str(request.task_name) for _, request, _ in jobs} & self.cut.keys():
+            count = self.cut[task]
             log.warning("%s: %d contexts were cut on the left to fit into %d tokens", task, count, self.max_length)
         return [self.journal.entries[key] for key, _, _ in jobs]
 
