@@ -43,10 +43,10 @@ def evaluate(options: EvalOptions) -> str | None:
     models = _models(options)
     if options.local_data is not None:
         check_folder(options.local_data)
+    folder = options.authors_tasks and tasks_folder(options.authors_tasks)
     variants = ablation(options.ablate, options.values) if options.ablate else [Variant()]
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = task_manager(options.task_files)
-    folder = options.authors_tasks and tasks_folder(options.authors_tasks)
     if options.paper is not None:
         rows = select_rows(paper_rows(options.paper, options.decode, options.lengths, bool(folder)), options.tasks)
     else:
