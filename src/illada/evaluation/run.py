@@ -1,6 +1,7 @@
 """`illada eval`: rows of a table, each a task of the harness with its settings, for one model or several variants."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -76,11 +77,17 @@ def task_manager(folder: str | None) -> TaskManager:
         IlladaError: when the folder has none.
     """
     if folder is None:
-        return TaskManager(include_path=str(TASKS))
+        return _known_tasks()
     if not any(Path(folder).rglob("*.yaml")):
         raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
     # The path is made absolute because data sets are read from inside the folder.
     return TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
+
+
+@functools.cache
+def _known_tasks() -> TaskManager:
+    """Return the harness's tasks and ours; finding them all takes seconds."""
+    return TaskManager(include_path=str(TASKS))
 
 
 @dataclass
