@@ -86,4 +86,4 @@ def test_functions_are_short():
 def test_the_core_is_an_evening():
     rooms = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
     core = [path for path, room in rooms.items() if room in CORE and "optional" not in path.parts]
-    assert sum(len(path.read_text().splitlines()) for path in core) <= 6000
+    assert sum(len(path.read_text().splitlines()) for path in core) <= 6250
