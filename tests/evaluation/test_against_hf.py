@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from illada import cli
+from illada.evaluation.harness import IlladaLM
 from illada.evaluation.local_data import reading_from
 from illada.evaluation.run import task_manager
 from illada.weights.load import load_model
@@ -28,6 +30,7 @@ pytestmark = [
     ),
 ]
 SOURCE, DATA = os.environ.get("ILLADA_CAUSAL_MODEL", ""), os.environ.get("ILLADA_DATA", "")
+UNTIL = {"gsm8k_cot": ["Q:"], "illada_humaneval": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]}
 LIMIT = int(os.environ["ILLADA_LIMIT"]) if "ILLADA_LIMIT" in os.environ else None
 
 
@@ -40,20 +43,17 @@ def ours(tmp_path_factory):
 
 def samples(model, folder, task, limit=None, **options):
     """Evaluate a task and return its documents in order, each with the model's responses."""
-    arguments = {"pretrained": folder, "dtype": "float32" if model == "hf" else "fp32", **options}
+    if model == "hf":
+        lm = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=8, **options)
+    else:
+        lm = IlladaLM(folder, device="cpu", dtype="fp32", **options)
     with reading_from(Path(DATA), download=False):
-        found = simple_evaluate(
-            model,
-            model_args=arguments,
-            tasks=[task],
-            task_manager=task_manager(None),
-            device="cpu",
-            limit=limit,
-            num_fewshot=0,
-            bootstrap_iters=0,
-            gen_kwargs="max_gen_toks=256" if task in ("gsm8k_cot", "illada_humaneval") else None,
-            confirm_run_unsafe_code=True,
-        )
+        loaded = task_manager(None).load([task])
+    loaded["tasks"][task].set_config("num_fewshot", 0)
+    if task in UNTIL:
+        kwargs = {"until": UNTIL[task], "max_gen_toks": 256, "do_sample": False}
+        loaded["tasks"][task].set_config("generation_kwargs", kwargs)
+    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=True)
     return sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
 
 
