@@ -70,7 +70,9 @@ def one_at_a_time(lm: IlladaLM, requests: list[Instance]) -> list[float]:
         place = torch.arange(len(context), len(context) + len(candidate))
         truth, masked, score = torch.tensor(candidate), torch.ones(len(candidate), dtype=torch.bool), 0.0
         while masked.any():
-            log_p = lm.model(input_ids=ids).logits[0].float().log_softmax(-1)[place, truth]
+            logits = lm.model(input_ids=ids).logits[0].float()
+            logits[:, mask] = -torch.inf  # as in ours, so that the scores compare
+            log_p = logits.log_softmax(-1)[place, truth]
             best = int(log_p.masked_fill(~masked, -torch.inf).argmax())
             score += float(log_p[best])
             masked[best] = False

@@ -31,6 +31,13 @@ def logits_of(model, ids):
     return model(torch.tensor([ids])).logits[0].double()
 
 
+def log_p_of(model, ids):
+    """Return the log-probabilities of all ids but MASK, which is no token of a text."""
+    logits = logits_of(model, ids)
+    logits[:, model.config.mask_token_id] = -math.inf
+    return logits.log_softmax(-1)
+
+
 @torch.no_grad()
 def logits_with_past(model, ids, start, past):
     """Return the logits of the positions from `start` on; they attend to the old keys and values of those before it.
@@ -239,7 +246,7 @@ def reference_causal_loss(model, ids, lengths):
 
 def reference_causal_score(model, context, candidate):
     """Return log p(candidate | context), and whether each of its tokens is the most probable one."""
-    log_p = logits_of(model, [*context, *candidate]).log_softmax(-1)[len(context) - 1 : -1]
+    log_p = log_p_of(model, [*context, *candidate])[len(context) - 1 : -1]
     return sum(float(row[x]) for row, x in zip(log_p, candidate, strict=True)), log_p.argmax(-1).tolist() == candidate
 
 
@@ -270,7 +277,7 @@ def reference_confidence_score(model, context, candidate, right_context=()):
     masked = list(range(len(candidate)))
     while masked:
         seen = [mask if i in masked else x for i, x in enumerate(candidate)]
-        log_p = logits_of(model, [*context, *seen, *right_context]).log_softmax(-1)
+        log_p = log_p_of(model, [*context, *seen, *right_context])
         value = {i: float(log_p[len(context) + i, candidate[i]]) for i in masked}
         best = max(masked, key=lambda i: (value[i], -i))
         score += value[best]
@@ -283,6 +290,43 @@ def reference_likelihood_score(model, context, candidate, masks, right_context=(
     mask, total = model.config.mask_token_id, 0.0
     for masked in masks:
         seen = [mask if i in masked else x for i, x in enumerate(candidate)]
-        log_p = logits_of(model, [*context, *seen, *right_context]).log_softmax(-1)
+        log_p = log_p_of(model, [*context, *seen, *right_context])
         total += len(candidate) / len(masked) * sum(float(log_p[len(context) + i, candidate[i]]) for i in masked)
     return total / len(masks)
+
+
+def reference_path(model, context, candidate, settings, right_context=()):
+    """Return sum over k, sum over i in S_k, of log p(x_i | what was visible before step k), and the steps S_k.
+
+    S_k is chosen by the rule of the settings from the distributions at the open positions of the block, never from x.
+    A later block does not exist yet, unless something stands behind it.
+    """
+    s, mask, length, total, paths = settings, model.config.mask_token_id, len(candidate), 0.0, []
+    seen = [mask] * length
+    for start in range(0, length, s.block_length):
+        end = min(start + s.block_length, length)
+        steps, number, masked = min(s.steps_per_block or s.block_length, end - start), 0, list(range(start, end))
+        while masked:
+            view = [*seen, *right_context] if right_context or s.later_masks else seen[:end]
+            logits = logits_of(model, [*context, *view])[len(context) :]
+            order = {}
+            for i in masked:
+                best, second = sorted(p for v, p in enumerate(logits[i].softmax(-1).tolist()) if v != mask)[:-3:-1]
+                tokens = torch.cat((logits[i, :mask], logits[i, mask + 1 :])).softmax(-1)
+                order[i] = second - best if s.remasking == "margin" else -best
+                if s.entropy_bound is not None:
+                    order[i] = -float((tokens * tokens.log()).sum())
+            ranked = sorted(masked, key=lambda i: (order[i], i))
+            count = (end - start) // steps + (number < (end - start) % steps)
+            if s.threshold is not None:
+                count = max(1, sum(-x >= s.threshold for x in order.values()))
+            if s.entropy_bound is not None:
+                count = sum(sum(order[i] for i in ranked[:n]) <= s.entropy_bound for n in range(len(ranked)))
+            log_p = log_p_of(model, [*context, *view])[len(context) :]
+            paths.append(sorted(ranked[:count]))
+            total += sum(float(log_p[i, candidate[i]]) for i in paths[-1])
+            for i in paths[-1]:
+                seen[i] = candidate[i]
+                masked.remove(i)
+            number += 1
+    return total, paths

@@ -149,6 +149,8 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
         ("score --model missing --context a --candidates b", "no model at missing"),
         ("score --model m", "give --context and --candidates"),
         ("score --model m --context a", "--candidates is missing"),
+        ("score --model m --threshold 0.9", "only --method path looks at threshold"),
+        ("score --model m --method path --threshold 0.9 --steps_per_block 2", "give one of them"),
         ("export --model missing --output o", "no model at missing"),
         ("tokenizer missing.txt --output o", "missing.txt"),
         ("prepare missing.txt --tokenizer t --output o", "missing.txt"),
@@ -370,6 +372,13 @@ def test_score(work, capsys, tmp_path):
     assert lines[4] == "confidence: 3 of 4 right (75.0%)"
     assert lines[5].startswith("likelihood: ")
     assert len(lines) == 6
+    words = ["score", "--model", work.run, "--context", "one two", "--candidates", " three", " seven six"]
+    cli.main([*words, "--method", "path", "--steps_per_block", "1"])
+    at_once = json.loads(capsys.readouterr().out)["path"]["scores"]
+    cli.main([*words, "--method", "path", "--remasking", "margin"])
+    one_by_one = json.loads(capsys.readouterr().out)["path"]["scores"]
+    assert all(score < 0 for score in at_once + one_by_one)
+    assert at_once != one_by_one
     cli.main(["score", "--model", work.run, "--context", "one two", "--candidates", " three", " seven six", "--chat"])
     assert json.loads(capsys.readouterr().out)["confidence"]["scores"] != scores
 

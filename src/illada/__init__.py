@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from illada.model.transformer import IlladaForMaskedLM, IlladaModel
     from illada.scoring.confidence import confidence_scores
     from illada.scoring.likelihood import likelihood_scores
+    from illada.scoring.path import path_log_likelihoods
     from illada.weights.load import load_model
 
 __version__ = version("illada")
@@ -44,6 +45,7 @@ __all__ = [
     "infill",
     "likelihood_scores",
     "load_model",
+    "path_log_likelihoods",
 ]
 
 _HOMES = {
@@ -59,6 +61,7 @@ _HOMES = {
     "infill": "generation.engine",
     "likelihood_scores": "scoring.likelihood",
     "load_model": "weights.load",
+    "path_log_likelihoods": "scoring.path",
 }
 
 

@@ -42,6 +42,14 @@ def results():
             "parameters": 1_234_567,
             "training_tokens": 7_000_000,
             "validation_bytes": 900_000,
+            "likelihood": {
+                "windows": 16,
+                "tokens": 2032,
+                "figures": {
+                    name: {"mean": mean, "standard_error": 0.015}
+                    for name, mean in (("bound", 2.5), ("path", 2.25), ("path - bound", -0.25))
+                },
+            },
         },
         "frontier": [row | {"forwards_per_token": row["steps_per_block"] / 10} for row in rows],
         "samples": {"shift": [sample, sample | {"right": True}]},
@@ -72,6 +80,10 @@ def test_the_text_says_what_the_numbers_say(results, tmp_path):
     text = report_markdown(tmp_path, results)
     assert "1,234,567 parameters, trained from random weights in 4 minutes" in text
     assert "2.750 bits per byte, below the unigram model." in text
+    assert "On 2,032 of these tokens, in 16 windows, blocks of 16" in text
+    assert "take 2.250 ± 0.015 bits per byte" in text
+    assert "the difference -0.250 ± 0.015." in text
+    assert "no bound" not in report_markdown(tmp_path, {**results, "text": {**results["text"], "likelihood": None}})
     assert "Below half right: library." in text
     assert "| task | 1 step a block | 16 steps a block | problems |\n|---|---:|---:|---:|" in text
     assert "| shift | 75.0% ± 2.0% | 75.0% ± 2.0% | 50 |" in text

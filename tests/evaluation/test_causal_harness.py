@@ -45,6 +45,12 @@ def test_scores_are_log_likelihoods_in_one_pass(lm):
     want = [reference_causal_score(lm.model, prompt, encode(a, add_special_tokens=False)) for a in answers]
     assert [score for score, _ in got] == pytest.approx([score for score, _ in want], abs=1e-4)
     assert lm.samples == 1
+    lm.scoring = "path"
+    requests = [ask("loglikelihood", "one two", text, doc=n) for n, text in enumerate(answers)]
+    try:
+        assert lm.loglikelihood(requests) == got  # the same, as the only rule is left to right
+    finally:
+        lm.scoring = "likelihood"
     said = generate(lm.model, [prompt], GenerationSettings(max_new_tokens=3, eos_token_id=None))[0].ids
     job = [
         Scorable(name, (prompt, ids), True) for name, ids in (("said", said), ("not said", [*said[:2], said[2] - 1]))

@@ -24,6 +24,7 @@ from illada.generation.settings import GenerationSettings, settings_for
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import score_layout
 from illada.scoring.likelihood import likelihood_scores
+from illada.scoring.path import path_log_likelihoods
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
 
@@ -282,6 +283,27 @@ def test_a_sampled_answer_asked_for_twice_is_drawn_twice(lm):
     first, second = lm.generate_until([request, request])
     assert first != second
     assert lm.generate_until([request]) == [first]
+
+
+def test_path_is_the_exact_scorer(model_folder, lm):
+    words = {"scoring": "path", "steps_per_block": 2, "block_length": 4}
+    other = IlladaLM(str(model_folder), **words, dtype="fp32", device="cpu")
+    texts = [" three four five six seven", " five"]
+    requests = [ask("loglikelihood", "one two", text, index=i) for i, text in enumerate(texts)]
+    pairs, eos = score_layout(lm.tokenizer, "one two", texts)
+    want = path_log_likelihoods(lm.model, pairs, GenerationSettings(steps_per_block=2, block_length=4), eos)
+    assert [score for score, _ in other.loglikelihood(requests)] == pytest.approx(want, abs=1e-4)
+    length = len(pairs[0][1])
+    assert other.forwards["task"] == length // 4 * 2 + min(length % 4, 2) + 1
+    text = "one two three four"
+    (rolling,) = other.loglikelihood_rolling([ask("loglikelihood_rolling", text)])
+    whole = ([0], lm.tokenizer.encode(text, add_special_tokens=False))
+    assert [rolling] == pytest.approx(path_log_likelihoods(lm.model, [whole], other.rule), abs=1e-4)
+    assert rolling != pytest.approx(lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)])[0], abs=1e-3)
+    assert other.get_model_info()["loglikelihood_rolling"] == "log p under the decoding rule of the settings"
+    other.rule = GenerationSettings(cache="frozen")
+    with pytest.raises(IlladaError, match="leave out cache"):
+        other.loglikelihood([ask("loglikelihood", "one", " four")])
 
 
 def test_the_harness_knows_the_model_by_name():

@@ -142,13 +142,13 @@ def test_ablations_are_one_table(model_folder, tmp_path, capsys):
     table = capsys.readouterr().out
     assert [line.split("|")[1:3] for line in table.splitlines()[2:] if "acc " in line] == [
         [f" {scorer} ", f" {task} "]
-        for scorer in ("confidence", "likelihood")
+        for scorer in ("confidence", "likelihood", "path      ")
         for task in ("endings  ", "last_word", "letters  ")
     ]
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     forwards = {(r["variant"], r["row"]): r["forwards"] for r in results}
     # Two documents with two candidates of two tokens each.
-    assert (forwards["confidence", "letters"], forwards["likelihood", "letters"]) == (8, 12)
+    assert [forwards[scorer, "letters"] for scorer in ("confidence", "likelihood", "path")] == [8, 12, 8]
     assert (tmp_path / "variants.png").stat().st_size > 1000
     settings = ["--settings.threshold", "0.75", "--settings.cache", "frozen"]
     cli.main([*words, "--ablate", "block_length", "--values", "2", "4", "--tasks", "sums", *settings])

@@ -19,6 +19,7 @@ from transformers import (
 from illada import GenerationSettings, cli, diffusion_loss, generate
 from illada.errors import IlladaError
 from illada.preparation.train_tokenizer import train_tokenizer
+from illada.scoring.likelihood import likelihood_scores
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.convert import convert_model
 from illada.weights.load import load_model
@@ -424,6 +425,10 @@ def test_a_causal_model_stays_what_it_is(tmp_path, capsys):
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     prompt = [0, 20, 30, 40]
+    with torch.inference_mode():
+        log_p = theirs(torch.tensor([[*prompt, 50, 60]])).logits[0].double().log_softmax(-1)
+    want = float(log_p[3, 50] + log_p[4, 60])
+    assert likelihood_scores(model, [(prompt, [50, 60])]) == pytest.approx([want], abs=1e-5)
     settings = GenerationSettings(max_new_tokens=12, block_length=1, eos_token_id=None)
     said = generate(model, [prompt], settings)[0].ids
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import illada.serving.server as server
     import illada.text.chat as chat
     import illada.training.optional.estimate as estimation
+    import illada.training.optional.likelihood as likelihood
     import illada.training.optional.plots as plots
     import illada.training.trainer as training
     import illada.weights.convert as convert
@@ -42,6 +43,7 @@ MODULES = {
     "evaluation": "illada.evaluation.run",
     "export": "illada.weights.export",
     "generation": "illada.generation.engine",
+    "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
     "preparation": "illada.preparation.prepare",
     "scoring": "illada.scoring.candidates",

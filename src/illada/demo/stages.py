@@ -29,6 +29,7 @@ from illada.reporting import accuracy
 from illada.scoring.candidates import Item, score_candidates
 from illada.text.prompts import show_ids
 from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
+from illada.training.optional.likelihood import text_likelihood
 from illada.training.optional.ngrams import ngram_baselines
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
@@ -59,6 +60,8 @@ class Scale:
 
 FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 3e-3, 80_000, 1600, 2700, 200, (1, 2, 4, 8, 16))
 QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 2e-3, 20_000, 1100, 700, 50, (1, 4, 16))
+LIKELIHOOD_WINDOWS = 16
+"""Windows of held-out text whose exact likelihood is computed; 0 leaves it out."""
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -259,7 +262,11 @@ def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[s
     baselines = ngram_baselines(data["text-train"], shards)
     nats = {"model": bound, "unigram": baselines.unigram, "bigram": baselines.bigram}
     metrics = read_metrics(output / "pretrain" / "metrics.jsonl")
+    exact = None
+    if LIKELIHOOD_WINDOWS:
+        exact = asdict(text_likelihood(model, shards, scale.window, LIKELIHOOD_WINDOWS, scale.block_length))
     return {
+        "likelihood": exact,
         "bits_per_byte": {k: round(bits_per_byte(v, shards.tokens, shards.bytes), 4) for k, v in nats.items()},
         "nats_per_token": {k: round(v, 4) for k, v in nats.items()},
         "parameters": model.num_parameters(),

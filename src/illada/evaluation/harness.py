@@ -24,6 +24,7 @@ from illada.generation.settings import OF_DIFFUSION, GenerationSettings, setting
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores
+from illada.scoring.path import refuse_rule, walk
 from illada.text.chat import without_system
 from illada.text.prompts import encode_plain
 from illada.weights.load import load_model
@@ -65,8 +66,9 @@ class IlladaLM(LM):
 
     Args:
         pretrained: model, adapter or run folder, or hub name.
-        scoring: "confidence" (paper Eq. 2) or "likelihood" (LLaDA Eq. 6); null takes confidence, and for a causal model
-            the likelihood, which is exact there and takes one pass.
+        scoring: "confidence" (paper Eq. 2), "likelihood" (LLaDA Eq. 6), or "path", the exact likelihood under the
+            decoding rule of the settings (`path_log_likelihoods`); null takes confidence, and for a causal model the
+            likelihood, which is exact there and takes one pass.
         samples: Monte-Carlo samples of the likelihood (LLaDA: 128). One-token answers, where both scores coincide, and
             causal models take one.
         seed: seed of the likelihood's masks and of generation.
@@ -97,7 +99,7 @@ class IlladaLM(LM):
     def __init__(
         self,
         pretrained: str,
-        scoring: Literal["confidence", "likelihood"] | None = None,
+        scoring: Literal["confidence", "likelihood", "path"] | None = None,
         samples: int = 128,
         seed: int = 0,
         max_batch_tokens: int = 16_384,
@@ -117,8 +119,8 @@ class IlladaLM(LM):
         unknown = sorted(set(settings) - SETTINGS)
         if unknown:
             raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
-        if scoring not in ("confidence", "likelihood", None):
-            raise IlladaError(f"scoring must be confidence or likelihood, got {scoring}")
+        if scoring not in ("confidence", "likelihood", "path", None):
+            raise IlladaError(f"scoring must be confidence, likelihood or path, got {scoring}")
         if bos not in get_args(Bos) or special_tokens not in get_args(SpecialTokens):
             raise IlladaError(
                 f"bos must be one of {', '.join(get_args(Bos))}, and special_tokens drop or keep; got {bos} and "
@@ -139,6 +141,8 @@ class IlladaLM(LM):
         base = GenerationSettings(**{"max_new_tokens": max_gen_tokens, "seed": seed, **settings})
         base = settings_for(self.model, base)
         self.settings = base.left_to_right() if self.causal else base
+        self.rule = self.settings
+        """The decoding rule of scoring=path."""
         self.fingerprint = fingerprint(pretrained)
         self.precision = f"{self.model.dtype} {quantize or ''}".removeprefix("torch.").strip()
         self.journal = Journal(results, self._rank)
@@ -164,6 +168,8 @@ class IlladaLM(LM):
         settings: dict[str, Any] = {"scoring": self.scoring}
         if self.scoring == "likelihood":
             settings |= {"samples": self.samples, "seed": self.seed}
+        elif self.scoring == "path":
+            settings |= {"rule": asdict(self.rule)}
         once = {id(request): request for request in requests}.values()  # the harness repeats some to fill up a process
         continuations = Counter((request.task_name, request.doc_id) for request in once)
         of_context = defaultdict(list)
@@ -186,7 +192,8 @@ class IlladaLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance], **_: object) -> list[float]:
         """Return an estimate of a lower bound on log p(text) in nats, by LLaDA Eq. 6 of whole texts; not a likelihood.
 
-        The bound is the training loss's (paper Eq. 1). A causal model gives log p(text) itself. Texts longer than the
+        The bound is the training loss's (paper Eq. 1). With scoring=path it is log p(text) under the decoding rule, and
+        a causal model gives log p(text) itself. Texts longer than the
         context are cut into windows; each begins with a BOS and does not see the others.
         """
         begin = encode_plain(self.tokenizer, "")
@@ -195,7 +202,9 @@ class IlladaLM(LM):
         for request in requests:
             ids = list(self.tokenizer.encode(request.args[0], add_special_tokens=False))
             pairs: list[Pair] = [(begin, ids[start : start + size]) for start in range(0, len(ids), size)]
-            key = self._key(request, {"samples": self.samples, "seed": self.seed}, request.args)
+            exact = self.scoring == "path"
+            settings = {"rule": asdict(self.rule)} if exact else {"samples": self.samples, "seed": self.seed}
+            key = self._key(request, settings, request.args)
             jobs.append((key, request, (key, pairs)))
         return [float(entry.value[0]) for entry in self._finish(jobs, self._bound)]
 
@@ -268,7 +277,7 @@ class IlladaLM(LM):
             "special_tokens": self.special_tokens,
             "scoring": self.scoring,
             "likelihood_samples": self.samples,
-            "loglikelihood_rolling": "log p" if self.causal else "lower bound on log p (LLaDA Eq. 6), not a likelihood",
+            "loglikelihood_rolling": self._rolling(),
             "generation": asdict(self.settings),
             "row_forwards": dict(self.forwards),
             "contexts_cut": dict(self.cut),
@@ -338,11 +347,28 @@ class IlladaLM(LM):
         for key, pairs in jobs:
             if key not in self.journal.entries:
                 start = time.perf_counter()
-                scores = likelihood_scores(
-                    self.model, pairs, self.samples, self.seed, max_batch_tokens=self.max_batch_tokens
-                )
-                forwards = sum(self._samples(candidate) for _, candidate in pairs)
+                scores, passes = self._scores(pairs, (), "path" if self.scoring == "path" else "likelihood")
+                forwards = sum(passes)
                 yield [Entry(key, [sum(scores)], forwards, time.perf_counter() - start)]
+
+    def _scores(self, pairs: list[Pair], right: Sequence[int], scoring: str) -> tuple[list[float], list[int]]:
+        """Return the score of each pair, and how many passes it took part in."""
+        if scoring == "confidence":
+            return confidence_scores(self.model, pairs, right, self.max_batch_tokens), [len(ids) for _, ids in pairs]
+        if scoring == "path":
+            refuse_rule(self.rule, self.causal)
+            if not self.causal:  # for which both are log p
+                paths = walk(self.model, pairs, self.rule, right, self.max_batch_tokens)
+                return [path.log_likelihood for path in paths], [len(path.steps) for path in paths]
+        scores = likelihood_scores(self.model, pairs, self.samples, self.seed, right, self.max_batch_tokens)
+        return scores, [self._samples(ids) for _, ids in pairs]
+
+    def _rolling(self) -> str:
+        """Say what rolling requests get."""
+        if self.causal:
+            return "log p"
+        rule = "log p under the decoding rule of the settings"
+        return rule if self.scoring == "path" else "lower bound on log p (LLaDA Eq. 6), not a likelihood"
 
     def _samples(self, candidate: Sequence[int]) -> int:
         """Return how many passes the likelihood of a candidate takes."""
@@ -355,10 +381,9 @@ class IlladaLM(LM):
         that was not interrupted.
         """
         right = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
-        confidence = self.scoring == "confidence"
 
         def positions(job: Scorable) -> int:
-            return sum(map(len, job.pair)) * (1 if confidence else self._samples(job.pair[1]))
+            return sum(map(len, job.pair)) * (self._samples(job.pair[1]) if self.scoring == "likelihood" else 1)
 
         jobs = sorted(jobs, key=lambda job: (len(job.pair[1]), len(job.pair[0]), job.pair))
         most = PASSES_PER_CHUNK * self.max_batch_tokens
@@ -367,17 +392,12 @@ class IlladaLM(LM):
             if not todo:
                 continue
             start = time.perf_counter()
-            pairs = [job.pair for job in todo]
-            if confidence:
-                scores = confidence_scores(self.model, pairs, right, self.max_batch_tokens)
-            else:
-                scores = likelihood_scores(self.model, pairs, self.samples, self.seed, right, self.max_batch_tokens)
+            scores, passes = self._scores([job.pair for job in todo], right, self.scoring)
             says = self._says([job for job in todo if job.greedy])
             seconds = (time.perf_counter() - start) / len(todo)
             entries = []
-            for job, score in zip(todo, scores, strict=True):
-                length = len(job.pair[1])
-                forwards = (length if confidence else self._samples(job.pair[1])) + length * job.greedy
+            for job, score, count in zip(todo, scores, passes, strict=True):
+                forwards = count + len(job.pair[1]) * job.greedy
                 entries.append(Entry(job.key, [score, says.get(job.key, False)], forwards, seconds))
             yield entries
 

@@ -25,8 +25,9 @@ class EvalOptions:
         limit: most documents of each task.
         decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache, which is not the paper's way.
         lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
-        scoring: how to score choices where the paper's row does not say; null takes confidence, and the exact
-            likelihood for a causal model.
+        scoring: how to score choices where the paper's row does not say: confidence, likelihood (a bound), or path
+            (exact, under the decoding rule of the settings); null takes confidence, and the exact likelihood for a
+            causal model.
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null takes the task's own number.
         chat: use the chat template and make each example a turn of its own.
@@ -62,7 +63,7 @@ class EvalOptions:
     limit: int | None = None
     decode: Literal["exact", "fast"] = "exact"
     lengths: Literal["3-4", "4-3"] = "3-4"
-    scoring: Literal["confidence", "likelihood"] | None = None
+    scoring: Literal["confidence", "likelihood", "path"] | None = None
     samples: int = 128
     shots: int | None = None
     chat: bool = False

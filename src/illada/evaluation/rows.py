@@ -13,7 +13,7 @@ PAPER = Path(__file__).with_name("paper.yaml")
 FAST = {"threshold": 0.95, "cache": "adaptive"}
 """Decoding of `--decode fast`, which is not the paper's."""
 ABLATIONS: dict[str, list[Any]] = {
-    "scoring": ["confidence", "likelihood"],
+    "scoring": ["confidence", "likelihood", "path"],
     "block_length": [8, 16, 32, 64],
     "steps": [32, 16, 8, 4],
     "threshold": ["none", 0.95, 0.9, 0.8],
@@ -28,7 +28,7 @@ class Row:
     name: str
     task: str
     shots: int | None = None
-    scoring: Literal["confidence", "likelihood"] | None = None
+    scoring: Literal["confidence", "likelihood", "path"] | None = None
     samples: int | None = None
     chat: bool = False
     metrics: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Variant:
 
     label: str = ""
     generation: dict[str, Any] = field(default_factory=dict)
-    scoring: Literal["confidence", "likelihood"] | None = None
+    scoring: Literal["confidence", "likelihood", "path"] | None = None
     kinds: frozenset[str] = frozenset()
     """Output types of the tasks that the variant concerns; empty for all."""
 
@@ -127,8 +127,8 @@ def ablation(what: str, values: Sequence[Any] | None) -> list[Variant]:
     variants = []
     for value in values or ABLATIONS[what]:
         if what == "scoring":
-            if value not in ("confidence", "likelihood"):
-                raise IlladaError(f"values of scoring are confidence and likelihood, got {value}")
+            if value not in ABLATIONS["scoring"]:
+                raise IlladaError(f"values of scoring are confidence, likelihood and path, got {value}")
             variants.append(Variant(value, scoring=value, kinds=frozenset(("multiple_choice", "loglikelihood"))))
             continue
         try:

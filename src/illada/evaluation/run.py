@@ -123,6 +123,7 @@ class Evaluation:
         table = None
         for label, path in models.items():
             lm = IlladaLM(path, results=str(output), **of_model)
+            lm.rule = lm.settings_of(self.options.settings or {})
             for variant in variants:
                 column = replace(variant, label=label or variant.label)
                 for row in self.rows:
@@ -259,6 +260,8 @@ class Evaluation:
             settings["scoring"] = lm.scoring
             if lm.scoring == "likelihood":
                 settings["samples"] = lm.samples
+            elif lm.scoring == "path":
+                settings["rule"] = asdict(lm.rule)
         return settings
 
     def _conditions(self, lm: IlladaLM) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from illada import rng
 from illada.generation.request import Request
+from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 
 GUMBEL = 16
@@ -38,7 +39,25 @@ def is_plain(row: Request) -> bool:
     """Return whether this step of a row wants the most probable token, its probability and nothing else."""
     s = row.settings
     changed = s.temperature or s.guidance_scale or s.repetition_penalty != 1 or row.boost() is not None
-    return not changed and s.remasking != "margin" and s.entropy_bound is None
+    return not changed and statistic_of(s) is None
+
+
+def margin(logits_CV: Tensor, log_sum_C: Tensor) -> Tensor:
+    """Return by how much the probability of the best id leads that of the second [C]; the logit of MASK is -inf."""
+    best_C2 = (logits_CV.topk(2).values - log_sum_C[:, None]).exp()
+    return best_C2[:, 0] - best_C2[:, 1]
+
+
+def entropy(logits_CV: Tensor, _: Tensor) -> Tensor:
+    """Return the entropy in nats of the distribution over all ids but MASK [C], whose logit is -inf."""
+    return torch.special.entr(logits_CV.softmax(-1)).sum(-1)
+
+
+def statistic_of(settings: GenerationSettings) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what unmasking looks at, as a function of logits and the log of their sum; None for the confidence."""
+    if settings.remasking == "margin":
+        return margin
+    return None if settings.entropy_bound is None else entropy
 
 
 def most_probable(model: IlladaForMaskedLM, hidden_MD: Tensor, logits_held: int) -> Columns:
@@ -222,13 +241,10 @@ class _Chunk:
     def score(self, logits_CV: Tensor, log_sum_C: Tensor, log_prob_C: Tensor) -> Tensor:
         """Return what unmasking looks at [C]: the confidence, or the margin or entropy where a row asks for it."""
         score_C = log_prob_C.exp()
-        margin = np.flatnonzero(self.spread(lambda row: row.settings.remasking == "margin"))
-        if margin.size:
-            at = _on(margin, logits_CV)
-            best_C2 = (logits_CV[at].topk(2).values - log_sum_C[at, None]).exp()
-            score_C[at] = best_C2[:, 0] - best_C2[:, 1]
-        entropy = np.flatnonzero(self.spread(lambda row: row.settings.entropy_bound is not None))
-        if entropy.size:
-            at = _on(entropy, logits_CV)
-            score_C[at] = torch.special.entr(logits_CV[at].softmax(-1)).sum(-1)
+        for statistic in (margin, entropy):
+            wanting = np.array([statistic_of(row.settings) is statistic for row in self.rows])
+            found = np.flatnonzero(wanting[self.row_C])
+            if found.size:
+                at = _on(found, logits_CV)
+                score_C[at] = statistic(logits_CV[at], log_sum_C[at])
         return score_C

@@ -1,1 +1,1 @@
-"""Scoring of candidate answers: confidence (paper Eq. 2) and Monte-Carlo likelihood (LLaDA Eq. 6; spec §6)."""
+"""Scoring of candidate answers (spec §6): confidence (paper Eq. 2), likelihood (LLaDA Eq. 6), path (exact, DUEL)."""

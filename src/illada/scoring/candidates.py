@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores
+from illada.scoring.path import path_log_likelihoods
 from illada.text.chat import encode_prompt
 
 
@@ -22,13 +24,20 @@ class Item:
 
 
 def score_candidates(
-    model: IlladaForMaskedLM, tokenizer: Any, items: Sequence[Item], method: str, samples: int, seed: int, chat: bool
+    model: IlladaForMaskedLM,
+    tokenizer: Any,
+    items: Sequence[Item],
+    method: str,
+    samples: int,
+    seed: int,
+    chat: bool,
+    settings: GenerationSettings | None = None,
 ) -> list[list[float]]:
     """Return the scores of each item's candidates in nats; all candidates of all items advance together.
 
     In the chat layout a candidate answers the context, a user's question; otherwise it continues the context (spec §6).
-    One EOS follows the candidate in both. `method` is "confidence" or "likelihood", and only the latter looks at
-    `samples` and `seed`.
+    One EOS follows the candidate in both. `method` is "confidence", "likelihood", which alone looks at `samples` and
+    `seed`, or "path", which alone looks at `settings` (None: one token a pass, the paper's decoding).
     """
     pairs: list[Pair] = []
     right: Sequence[int] = ()
@@ -42,6 +51,8 @@ def score_candidates(
             pairs += item_pairs
     if method == "confidence":
         scores = confidence_scores(model, pairs, right_context=right)
+    elif method == "path":
+        scores = path_log_likelihoods(model, pairs, settings or GenerationSettings(), right_context=right)
     else:
         scores = likelihood_scores(model, pairs, samples=samples, seed=seed, right_context=right)
     remaining = iter(scores)

@@ -1,16 +1,17 @@
 """From texts to pairs of ids, and from queries about them to packed forward passes.
 
-Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · A positions whose hidden
-states are wanted · C of M in one chunk · D width.
+Shape letters: T packed tokens · L candidate tokens · M masked tokens of one query or of all · A different positions
+whose hidden states are wanted · C of them in one chunk · K of M that ask about these · D width · V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from illada.errors import IlladaError
 from illada.model.attention import Packing
@@ -80,12 +81,25 @@ class Query:
     """The tokens."""
 
 
+class Answer(NamedTuple):
+    """What the model says to a query."""
+
+    log_p_M: NDArray[np.float64]
+    """Log-probabilities of its tokens in nats."""
+    score_M: NDArray[np.float32]
+    """What a rule looks at, at each position; empty where nothing was asked for."""
+
+
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""From logits [C, V], that of MASK at -inf, and the log of their sum of exponentials with MASK [C], to scores [C]."""
+
+
 def check_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: Sequence[int]) -> list[Candidate]:
     """Check each pair and join it with the right context.
 
     Raises:
-        IlladaError: when a candidate is empty, a pair is longer than the model's context, or an id is outside the
-            vocabulary; when a pair's context is empty and the model causal.
+        IlladaError: when a candidate is empty or holds the mask token, a pair is longer than the model's context, or
+            an id is outside the vocabulary; when a pair's context is empty and the model causal.
     """
     config = model.config
     context, vocabulary = config.max_position_embeddings, config.vocab_size
@@ -103,6 +117,8 @@ def check_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: 
             )
         if not 0 <= ids.min() <= ids.max() < vocabulary:
             raise IlladaError(f"pair {i} holds ids outside the vocabulary of {vocabulary}: check the tokenizer")
+        if config.mask_token_id in candidate:
+            raise IlladaError(f"candidate {i} holds the mask token {config.mask_token_id}, which is no part of a text")
         candidates.append(Candidate(ids, len(left), len(candidate)))
     return candidates
 
@@ -110,7 +126,17 @@ def check_pairs(model: IlladaForMaskedLM, pairs: Sequence[Pair], right_context: 
 def target_log_probs(
     model: IlladaForMaskedLM, queries: Iterable[Query], max_batch_tokens: int
 ) -> Iterator[NDArray[np.float64]]:
-    """Yield log-probabilities [M] of the targets in nats, full softmax in fp32, for each query in order.
+    """Yield log-probabilities [M] of the targets in nats for each query in order, as `answers` does."""
+    return (answer.log_p_M for answer in answers(model, queries, max_batch_tokens))
+
+
+def answers(
+    model: IlladaForMaskedLM, queries: Iterable[Query], max_batch_tokens: int, statistic: Statistic | None = None
+) -> Iterator[Answer]:
+    """Yield log-probabilities [M] of the targets in nats, and scores [M] if wanted, for each query in order.
+
+    The softmax, in fp32, goes over all ids but MASK, which is no token of a text: so the probabilities of what a text
+    can hold sum to 1 (ours; the authors' code keeps MASK in the sum, see spec §6).
 
     Queries are taken as they come, at most `max_batch_tokens` positions in one forward pass (a single query may exceed
     it). Queries of one pass with the same sequence share it, as candidates of equal length do in their first step.
@@ -124,40 +150,63 @@ def target_log_probs(
     for query in queries:
         key = query.seen.tobytes()
         if group and key not in sequences and positions + len(query.seen) > max_batch_tokens:
-            yield from _run(model, group)
+            yield from _run(model, group, statistic)
             group, sequences, positions = [], set(), 0
         if key not in sequences:
             sequences.add(key)
             positions += len(query.seen)
         group.append(query)
     if group:
-        yield from _run(model, group)
+        yield from _run(model, group, statistic)
 
 
 @torch.inference_mode()
-def _run(model: IlladaForMaskedLM, group: Sequence[Query]) -> list[NDArray[np.float64]]:
-    """Run one forward pass over the distinct sequences of a group, and the head at the positions of its queries."""
+def _run(model: IlladaForMaskedLM, group: Sequence[Query], statistic: Statistic | None) -> list[Answer]:
+    """Run one forward pass over the distinct sequences of a group, and the head once at each position asked about."""
     keys = [query.seen.tobytes() for query in group]
     was_training = model.training
     model.eval()
     try:
         wanted: dict[bytes, NDArray[np.int64]] = {}
         for query, key in zip(group, keys, strict=True):
-            wanted[key] = np.union1d(wanted.get(key, query.at_M), query.at_M)
+            wanted[key] = np.union1d(wanted[key], query.at_M) if key in wanted else query.at_M
         sequences = [np.frombuffer(key, dtype=np.int64) for key in wanted]
         ids_T = torch.from_numpy(np.concatenate(sequences)).to(model.device)
         packing = Packing(tuple(map(len, sequences)))
         hidden_AD = model.model.packed(ids_T, packing, wanted=list(wanted.values()))
         starts = dict(zip(wanted, np.cumsum([0, *map(len, wanted.values())]).tolist(), strict=False))
-        at = [starts[key] + np.searchsorted(wanted[key], q.at_M) for q, key in zip(group, keys, strict=True)]
-        at_M = torch.from_numpy(np.concatenate(at)).to(model.device)
-        target_M = torch.from_numpy(np.concatenate([q.target_M for q in group])).to(model.device)
-        results = []
-        chunk = max(1, LOGITS_HELD // model.config.vocab_size)
-        for at_C, target_C in zip(at_M.split(chunk), target_M.split(chunk), strict=True):
-            logits = model.lm_head(hidden_AD[at_C]).float()
-            results.append(logits.gather(1, target_C[:, None])[:, 0] - logits.logsumexp(-1))
-        log_p_M = torch.cat(results).double().cpu().numpy()
+        at_M = np.concatenate(
+            [starts[key] + np.searchsorted(wanted[key], q.at_M) for q, key in zip(group, keys, strict=True)]
+        )
+        log_p_M, score_A = _head(model, hidden_AD, at_M, np.concatenate([q.target_M for q in group]), statistic)
     finally:
         model.train(was_training)
-    return np.split(log_p_M, np.cumsum([len(q.at_M) for q in group])[:-1])
+    ends = np.cumsum([len(q.at_M) for q in group])[:-1]
+    score_M = score_A[at_M] if statistic is not None else np.zeros(len(at_M), dtype=np.float32)
+    return [Answer(*parts) for parts in zip(np.split(log_p_M, ends), np.split(score_M, ends), strict=True)]
+
+
+def _head(
+    model: IlladaForMaskedLM,
+    hidden_AD: Tensor,
+    at_M: NDArray[np.int64],
+    target_M: NDArray[np.int64],
+    statistic: Statistic | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Return log-probabilities [M] of the targets, each at one of the hidden states, and the scores [A], if wanted."""
+    order_M = np.argsort(at_M, kind="stable")
+    sorted_M = at_M[order_M]
+    log_p_M, scores = np.empty(len(at_M)), []
+    size = max(1, LOGITS_HELD // model.config.vocab_size)
+    for first in range(0, len(hidden_AD), size):
+        logits_CV = model.lm_head(hidden_AD[first : first + size]).float()
+        log_sum_C = logits_CV.logsumexp(-1) if statistic is not None else None
+        if model.config.mask_token_id is not None:
+            logits_CV[:, model.config.mask_token_id] = -torch.inf
+        if statistic is not None and log_sum_C is not None:
+            scores.append(statistic(logits_CV, log_sum_C))
+        begin, end = np.searchsorted(sorted_M, (first, first + size))
+        own_K = order_M[begin:end]
+        row_K, target_K = (torch.from_numpy(x_M[own_K]).to(logits_CV.device) for x_M in (at_M - first, target_M))
+        log_p_M[own_K] = (logits_CV[row_K, target_K] - logits_CV.logsumexp(-1)[row_K]).double().cpu().numpy()
+    return log_p_M, torch.cat(scores).float().cpu().numpy() if scores else np.empty(0, dtype=np.float32)

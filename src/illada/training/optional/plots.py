@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError, needs
+from illada.files import read_json
 from illada.weights.runs import read_metrics
 
 
 def draw_run(run: str, output: str | None = None) -> Path:
     """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; return the picture's path.
+
+    Beside the loss stand the figures of RUN/likelihood.json, where `illada report --windows` has written them.
 
     The run of a causal model has no mask ratios, and their place stays empty.
 
@@ -34,6 +37,13 @@ def draw_run(run: str, output: str | None = None) -> Path:
 
     curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
     curve(loss, column("validation_bits_per_byte"), "held out", marker=".", color="black")
+    if (folder / "likelihood.json").exists():
+        found = read_json(folder / "likelihood.json")
+        for name, figures in found["models"].items():
+            for kind in sorted(figures.keys() - {"path - bound"}):
+                mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
+                label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
+                loss.errorbar(records[-1]["step"], mean, error, marker="_", capsize=3, label=label)
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
     loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
