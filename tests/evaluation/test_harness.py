@@ -224,9 +224,10 @@ def test_whether_a_tokenizer_adds_bos_is_seen(lm, model_folder, tmp_path):
     assert IlladaLM(str(tmp_path / "model"), dtype="fp32", device="cpu", bos="tokenizer").tokenizer_begins
 
 
-@pytest.mark.parametrize("wrong", [{"bos": "never"}, {"special_tokens": "some"}])
+@pytest.mark.parametrize("wrong", [{"bos": "never"}, {"special_tokens": "some"}, {"scoring": "guess"}])
 def test_unknown_ways_are_refused(model_folder, wrong):
-    with pytest.raises(IlladaError, match="bos must be one of always, scores, tokenizer"):
+    ((name, value),) = wrong.items()
+    with pytest.raises(IlladaError, match=f"{name} must be one of .*, got {value}"):
         IlladaLM(str(model_folder), dtype="fp32", device="cpu", **wrong)
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -38,6 +38,7 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
+Scoring = Literal["confidence", "likelihood", "path"]
 Bos = Literal["always", "scores", "tokenizer"]
 SpecialTokens = Literal["drop", "keep"]
 SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
@@ -53,6 +54,20 @@ class Scorable:
     pair: Pair
     greedy: bool
     """Whether to find out, too, if greedy generation gives the candidate."""
+
+
+def _check_arguments(scoring: object, bos: object, special_tokens: object, settings: Iterable[str]) -> None:
+    """Refuse values and names of model_args that mean nothing; the harness hands on whatever its user writes.
+
+    Raises:
+        IlladaError: when one is unknown.
+    """
+    if unknown := sorted(set(settings) - SETTINGS):
+        raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
+    choices = {"scoring": (*get_args(Scoring), None), "bos": get_args(Bos), "special_tokens": get_args(SpecialTokens)}
+    for (name, known), value in zip(choices.items(), (scoring, bos, special_tokens), strict=True):
+        if value not in known:
+            raise IlladaError(f"{name} must be one of {', '.join(filter(None, known))}, got {value}")
 
 
 @register_model("illada")
@@ -99,7 +114,7 @@ class IlladaLM(LM):
     def __init__(
         self,
         pretrained: str,
-        scoring: Literal["confidence", "likelihood", "path"] | None = None,
+        scoring: Scoring | None = None,
         samples: int = 128,
         seed: int = 0,
         max_batch_tokens: int = 16_384,
@@ -116,16 +131,7 @@ class IlladaLM(LM):
         **settings: Any,
     ):
         super().__init__()
-        unknown = sorted(set(settings) - SETTINGS)
-        if unknown:
-            raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
-        if scoring not in ("confidence", "likelihood", "path", None):
-            raise IlladaError(f"scoring must be confidence, likelihood or path, got {scoring}")
-        if bos not in get_args(Bos) or special_tokens not in get_args(SpecialTokens):
-            raise IlladaError(
-                f"bos must be one of {', '.join(get_args(Bos))}, and special_tokens drop or keep; got {bos} and "
-                f"{special_tokens}"
-            )
+        _check_arguments(scoring, bos, special_tokens, settings)
         self._join()
         if device in ("auto", "cuda:0"):
             many = self._world_size > 1 and torch.cuda.is_available()
