@@ -103,6 +103,12 @@ def test_cleaning_parses_few_ranges(monkeypatch):
     assert len(calls) < 600  # of 1,953 ranges
 
 
+@pytest.mark.parametrize("terms", [500, 1000, 2000, 4000])
+def test_what_is_nested_too_deep_is_no_program(terms):
+    code = "def f(x):\n    return x" + "+1" * terms
+    assert clean(code, "f") in ("", code.replace("+", " + "))
+
+
 class Loader(yaml.SafeLoader):
     """Task files without their functions."""
 

@@ -322,6 +322,18 @@ def test_what_cannot_be_reached_gets_no_number(model_folder, tmp_path, capsys):
     assert all(not result.metrics for result in evaluation.results)
 
 
+def test_without_the_math_libraries_only_the_math_rows_are_missing(ours, model_folder, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if "/minerva" in name or ".minerva_math" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    rows = select_rows(paper_rows("instruct", "exact", "3-4"), ["MATH", "MATH-reasoning", "MATH-500", "GSM8K"])
+    evaluation = Evaluation(EvalOptions(str(tmp_path), "model", paper="instruct"), task_manager(str(run.TASKS)))
+    lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
+    small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
+    found = [evaluation.add(lm, row, Variant(generation=small)).status for row in rows]
+    assert found == ["library missing"] * 3 + ["ok"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

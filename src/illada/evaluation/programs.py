@@ -99,11 +99,18 @@ def clean(text: str, name: str | None) -> str:
     """Return the imports and definitions in the longest part of a text that can be parsed.
 
     Of the definitions only those count on which the function `name` depends (all, when it is None), and of the
-    functions only those with a `return`: a prompt's stub has none.
+    functions only those with a `return`: a prompt's stub has none. Nothing is left of a text nested too deep.
     """
+    try:
+        return _cleaned(_longest(_lines(text.replace("\t", "    ").strip())[:MOST_LINES]), name)
+    except RecursionError:
+        return ""
+
+
+def _cleaned(statements: list[ast.stmt], name: str | None) -> str:
     imports: list[str] = []
     definitions: dict[str, ast.stmt] = {}
-    for node in _longest(_lines(text.replace("\t", "    ").strip())[:MOST_LINES]):
+    for node in statements:
         match node:
             case ast.Import() | ast.ImportFrom():
                 imports.append(ast.unparse(node))
