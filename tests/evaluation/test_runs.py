@@ -235,6 +235,11 @@ def ours(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
+def overlap(one, other):
+    """Whether one string can begin within the other and reach its end or beyond."""
+    return any(other.startswith(one[at:]) or one[at:].startswith(other) for at in range(1, len(one)))
+
+
 @pytest.mark.slow
 def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_model, tiny_tokenizer, tmp_path):
     model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=4096, mask_token_id=5)
@@ -249,6 +254,9 @@ def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_mo
         if result.status == "ok":
             assert set(result.metrics) == set(row.metrics)
             assert set(result.settings["shots"].values()) == {row.shots}
+            # The authors cut at one stop string after the other, we at the earliest: equal where none overlap.
+            stops = result.settings.get("generation", {}).get("stop", ())
+            assert not any(overlap(one, other) for one in stops for other in stops if one != other), stops
         else:  # programs are not allowed here
             assert result.status == "not run"
     assert sum(result.status == "ok" for result in evaluation.results) >= 12
