@@ -192,10 +192,13 @@ class Evaluation:
 
     def _evaluate(self, lm: IlladaLM, row: Row, variant: Variant, loaded: dict[str, Any], result: Result) -> None:
         """Evaluate loaded tasks and fill in the result."""
+        generation = row.generation
         if lm.causal:
             refuse_masks(variant.generation)
+            # The boost makes up for iLLaDA's long thinking; another model's answer it would break in two.
+            generation = {name: value for name, value in generation.items() if not name.startswith("think_boost")}
         for task in loaded["tasks"].values():
-            self._configure(task, row.shots, {**row.generation, **variant.generation})
+            self._configure(task, row.shots, {**generation, **variant.generation})
         saved = lm.scoring, lm.samples, lm.bos, lm.special_tokens
         # The paper's rows say how to score a diffusion model.
         lm.scoring = variant.scoring or (None if lm.causal else row.scoring) or lm.scoring
