@@ -17,7 +17,7 @@ from torch import Tensor
 Word = int | Tensor
 
 # One stream per purpose: under the same seed, the random numbers of two purposes are unrelated.
-TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER, TURN = range(8)
+TIME, MASK, STRATUM, SPLIT, ORDER, DROPOUT, REORDER, TURN, SHIFT = range(9)
 
 
 def _signed(word: int) -> int:

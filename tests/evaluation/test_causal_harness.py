@@ -10,7 +10,8 @@ from lm_eval.api.instance import Instance
 from illada.errors import IlladaError
 from illada.evaluation.harness import IlladaLM, Scorable
 from illada.evaluation.options import EvalOptions
-from illada.evaluation.run import evaluate
+from illada.evaluation.rows import Row, Variant
+from illada.evaluation.run import Evaluation, evaluate, task_manager
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.text.prompts import show_ids
@@ -105,3 +106,15 @@ def test_an_evaluation_is_that_of_the_same_tasks(folder, tmp_path):
         evaluate(EvalOptions(**options, tasks=["sums"], settings={"threshold": 0.5}))
     with pytest.raises(IlladaError, match="confidence"):
         evaluate(EvalOptions(**options, tasks=["letters"], ablate="scoring"))
+
+
+@pytest.mark.slow
+def test_the_boost_of_the_papers_rows_is_not_for_causal_models(lm, tmp_path, in_tasks):
+    options = EvalOptions(str(tmp_path), "model", task_files=str(TASKS))
+    evaluation = Evaluation(options, task_manager(str(TASKS)))
+    row = Row("sums", "sums", generation={"think_boost": 100.0, "think_boost_power": 3.0, "max_gen_toks": 2})
+    result = evaluation.add(lm, row, Variant())
+    assert result.settings["generation"]["think_boost"] == 0.0
+    assert result.settings["generation"]["max_new_tokens"] == 2
+    result = evaluation.add(lm, row, Variant(generation={"think_boost": 5.0}))  # asked for by name
+    assert result.settings["generation"]["think_boost"] == 5.0

@@ -1,7 +1,9 @@
 """The unmodified harness drives the model on local tasks: what it gets is what the package computes."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -129,22 +131,104 @@ def test_answers_end_before_the_first_stop_even_within_a_token(lm):
     assert cut
 
 
-def test_special_tokens_are_left_out_of_answers(lm, monkeypatch):
-    eos, user = lm.tokenizer.eos_token, "<|user|>"
-    answer = Generation([], "stop", 3, [], f"a{user}b{eos}c")
+def says(lm, monkeypatch, text):
+    """Let the engine answer every request with a text; return the settings it is given."""
+    submitted = []
 
     class Once:
         busy = True
 
-        def submit(self, *_):
+        def submit(self, _, settings):
+            submitted.append(settings)
             return 0
 
         def step(self):
             self.busy = False
-            return {0: answer}
+            return {0: Generation([], "stop", 3, [], text)}
 
     monkeypatch.setattr(harness, "Engine", lambda *_, **__: Once())
-    assert lm.generate_until([ask("generate_until", "seven seven", {"max_gen_toks": 4})]) == ["abc"]
+    return submitted
+
+
+def test_special_tokens_are_left_out_of_answers_but_for_the_marks_of_thinking(lm, monkeypatch):
+    eos, user = lm.tokenizer.eos_token, "<|user|>"
+    submitted = says(lm, monkeypatch, f"<think>a{user}</think>b{eos}c")
+    assert lm.generate_until([ask("generate_until", "seven seven", {"max_gen_toks": 4})]) == ["<think>a</think>bc"]
+    assert submitted[0].stop == ()
+
+
+def test_special_tokens_can_be_kept_as_the_authors_do(lm, monkeypatch):
+    submitted = says(lm, monkeypatch, "a<|user|>b")
+    monkeypatch.setattr(lm, "special_tokens", "keep")
+    request = ask("generate_until", "seven seven", {"max_gen_toks": 4, "until": ["Q:"]})
+    assert lm.generate_until([request]) == ["a<|user|>b"]  # and not what the journal has of the test before
+    assert submitted[0].stop == ("Q:", lm.tokenizer.eos_token)
+
+
+def test_a_special_mark_of_thinking_survives(tiny_tokenizer, build_model, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    build_model(tie=True, seed=3, vocab_size=len(tokenizer), mask_token_id=5).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    dropped = IlladaLM(str(tmp_path), dtype="fp32", device="cpu").dropped
+    assert "<|user|>" in dropped
+    assert not {"<think>", "</think>"} & set(dropped)
+
+
+@pytest.mark.parametrize(
+    ("bos", "adds", "scored", "asked"),
+    [
+        ("always", False, True, True),
+        ("scores", False, True, False),
+        ("tokenizer", False, False, False),
+        ("scores", True, True, True),
+        ("tokenizer", True, True, True),
+    ],
+)
+def test_where_contexts_begin_with_bos(lm, monkeypatch, bos, adds, scored, asked):
+    """`adds`: the tokenizer puts a BOS before texts by itself; there is one then, never two."""
+    monkeypatch.setattr(lm, "bos", bos)
+    monkeypatch.setattr(lm, "tokenizer_begins", adds)
+    seen = []
+    monkeypatch.setattr(lm, "_score", lambda jobs: [seen.append(job.pair[0]) for job in jobs] and iter(()))
+    monkeypatch.setattr(lm, "_generate", lambda jobs: [seen.append(ids) for _, ids, _ in jobs] and iter(()))
+    for kind, words in (("loglikelihood", ("six", " one")), ("generate_until", ("six", {"max_gen_toks": 4}))):
+        with pytest.raises(KeyError):  # nothing was computed
+            getattr(lm, kind)([ask(kind, *words)])
+    body = lm.tokenizer.encode("six", add_special_tokens=False)
+    assert seen == [[0] * scored + body, [0] * asked + body]
+    lm.cut.clear()
+
+
+def test_a_template_that_writes_bos_keeps_its_one(lm, monkeypatch):
+    turns = [{"role": "user", "content": "one"}]
+    text = lm.apply_chat_template(turns)
+    assert text.startswith(lm.tokenizer.bos_token)
+    for begins in (True, False):
+        assert lm._encode(text, begins) == encode_prompt(lm.tokenizer, turns)
+
+
+def test_whether_a_tokenizer_adds_bos_is_seen(lm, model_folder, tmp_path):
+    assert not lm.tokenizer_begins
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    bos = {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|bos|>": bos},
+    }
+    path.write_text(json.dumps(values))
+    assert IlladaLM(str(tmp_path / "model"), dtype="fp32", device="cpu", bos="tokenizer").tokenizer_begins
+
+
+@pytest.mark.parametrize("wrong", [{"bos": "never"}, {"special_tokens": "some"}, {"scoring": "guess"}])
+def test_unknown_ways_are_refused(model_folder, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(IlladaError, match=f"{name} must be one of .*, got {value}"):
+        IlladaLM(str(model_folder), dtype="fp32", device="cpu", **wrong)
 
 
 def test_chats_are_encoded_as_everywhere_else(lm):
@@ -154,7 +238,7 @@ def test_chats_are_encoded_as_everywhere_else(lm):
         {"role": "user", "content": "three"},
     ]
     text = lm.apply_chat_template(turns)
-    assert lm._encode(text) == encode_prompt(lm.tokenizer, turns)
+    assert lm._encode(text, begins=True) == encode_prompt(lm.tokenizer, turns)
     (pair,) = lm._layout(text, ["four"])
     assert pair == (encode_prompt(lm.tokenizer, turns), lm.tokenizer.encode("four", add_special_tokens=False))
     prefilled = lm.apply_chat_template([*turns, {"role": "assistant", "content": "The"}], add_generation_prompt=False)

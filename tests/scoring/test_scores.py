@@ -213,8 +213,12 @@ def test_layout_puts_bos_before_eos_behind_and_moves_white_space():
     assert score_layout(Greedy(), "", ["C"])[0] == [([0], letters("C"))]
 
 
-def test_layout_encodes_apart_when_the_context_would_change():
-    assert score_layout(Greedy(), "ax", ["yb"])[0] == [([0, *letters("ax")], letters("yb"))]
+def test_layout_slices_as_the_authors_do_when_the_context_would_change():
+    # "ax" and "yb" together are "a", "xy", "b": what follows two ids is "b" alone.
+    assert score_layout(Greedy(), "ax", ["yb"])[0] == [([0, *letters("ax")], letters("b"))]
+    # Nothing follows in "a", "xy".
+    assert score_layout(Greedy(), "ax", ["y"])[0] == [([0, *letters("ax")], letters("y"))]
+    assert score_layout(Greedy(), "ax", ["yb"], begins=False)[0] == [(letters("ax"), letters("b"))]
 
 
 def test_layout_without_special_ids():

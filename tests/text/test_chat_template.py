@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from illada.errors import IlladaError
 from illada.preparation.train_tokenizer import SPECIAL_TOKENS, train_tokenizer
-from illada.text.chat import check_messages, encode_conversation, encode_prompt, split_turns
+from illada.text.chat import check_messages, encode_conversation, encode_prompt, split_turns, without_system
 from illada.text.tokenizer import encode_texts
 
 BOS, _, EOS, USER, ASSISTANT, _, SYSTEM, END = range(8)
@@ -80,11 +80,43 @@ def test_a_template_without_system_role_gets_it_in_the_first_turn(foreign):
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ '[' + m.role + ']' + m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    ids = encode_prompt(foreign, say("hello", system="be kind"))
+    ids = encode_prompt(foreign, say("hello", system=" be kind\n"))
     assert foreign.decode(ids) == "[user]be kind\n\nhello[assistant]"
     foreign.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(IlladaError, match="line 3: the chat template refuses it: never"):
         encode_prompt(foreign, say("hello"), "line 3")
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "merged"),
+    [
+        # Stripped, one blank line; what the user says stays as it is.
+        ([message("system", "\n be kind \n"), message("user", " hi ")], [message("user", "be kind\n\n hi ")]),
+        (
+            [message("system", "a "), message("system", " b"), message("user", "c"), message("assistant", "d")],
+            [message("user", "a\n\nb\n\nc"), message("assistant", "d")],
+        ),
+        (
+            [message("user", "a"), message("system", "late"), message("user", "b")],
+            [message("user", "late\n\na"), message("user", "b")],
+        ),
+        (
+            [message("system", "a"), message("assistant", "b"), message("user", "c")],
+            [message("user", "a"), message("assistant", "b"), message("user", "c")],
+        ),
+        ([message("system", " a")], [message("user", "a")]),
+        ([message("system", " \n"), message("user", "b")], [message("user", "b")]),
+    ],
+)
+def test_what_systems_say_goes_before_the_first_user_message(messages, merged):
+    before = [dict(m) for m in messages]
+    assert without_system(messages) == merged
+    assert messages == before
+    assert without_system(merged) is merged
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(foreign):

@@ -107,10 +107,13 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe):
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, shift):
+    """The 30 steps are several epochs, so the run dies in the middle of some."""
     whole = make_recipe("whole", "train", "held_out")
-    train(whole)
     killed = make_recipe("killed", "train", "held_out")
+    whole.data.shift_windows = killed.data.shift_windows = shift
+    train(whole)
     train_killed_at(killed, 3, 7, 16, 20, 30)
     assert same(weights(whole.output), weights(killed.output))
     assert steps_of(killed.output) == list(range(1, 31))
@@ -318,6 +321,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
         ("data.split_probability", 0.5),
         ("model.hidden_size", 64),
         ("data.boundaries", "document"),
+        ("data.shift_windows", True),
     ],
 )
 def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
@@ -327,6 +331,27 @@ def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
     setattr(getattr(changed, part), name, value)
     with pytest.raises(IlladaError, match=rf"another recipe \({key} differ\)"):
         train(changed)
+
+
+def test_a_run_from_before_shifted_windows_can_be_continued(make_recipe):
+    recipe = make_recipe(steps=2)
+    train(recipe)
+    assert "shift_windows" not in (Path(recipe.output) / "recipe.yaml").read_text()
+    train(recipe)
+
+
+def test_shifting_concerns_training_alone(make_recipe):
+    """Validation text is cut as ever, and an epoch has as many steps: with a rate of 0 nothing else can differ."""
+    records = []
+    for shift in (False, True):
+        still = {"steps": None, "epochs": 0.3, "learning_rate": 0.0, "final_learning_rate": 0.0, "validate_every": 1}
+        recipe = make_recipe(str(shift), validation="held_out", **still)
+        recipe.data.shift_windows = shift
+        train(recipe)
+        records.append(read_metrics(Path(recipe.output) / "metrics.jsonl"))
+    fixed, shifted = records
+    assert [r["validation_loss"] for r in fixed] == [r["validation_loss"] for r in shifted]
+    assert [r["loss"] for r in fixed] != [r["loss"] for r in shifted]
 
 
 @pytest.mark.slow
@@ -367,6 +392,9 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(make_recipe, make_
     refused(make_recipe(device="nonsense"), "device nonsense")
     refused(make_recipe(start=tmp_path / "missing"), "no model at")
     refused(make_recipe(rule="llada"), "--kind chat")
+    examples = make_recipe(train="chat", rule="llada")
+    examples.data.shift_windows = True
+    refused(examples, r"^data\.shift_windows moves windows, training\.rule llada has none: leave one of them out$")
     bad = make_recipe()
     bad.model.hidden_size = 30
     refused(bad, "not a multiple")

@@ -19,6 +19,7 @@ from transformers import (
 from illada import GenerationSettings, cli, diffusion_loss, generate
 from illada.errors import IlladaError
 from illada.preparation.train_tokenizer import train_tokenizer
+from illada.scoring.likelihood import likelihood_scores
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.convert import convert_model
 from illada.weights.load import load_model
@@ -58,8 +59,8 @@ def make(path, tokenizer, model_class=LlamaForCausalLM, config_class=LlamaConfig
     return model
 
 
-def convert(source, target, mask_token=None, dtype="auto"):
-    convert_model(str(source), str(target), mask_token, dtype, "5GB")
+def convert(source, target, mask_token=None, dtype="auto", objective="diffusion"):
+    convert_model(str(source), str(target), objective, mask_token, dtype, "5GB")
     return load_model(str(target), device="cpu")
 
 
@@ -394,7 +395,7 @@ def test_a_hub_name_is_the_base_in_the_card(tmp_path, monkeypatch, tiny_tokenize
     make(tmp_path / "causal", tiny_tokenizer)
     monkeypatch.setattr("illada.weights.runs.hub_folder", lambda name, files: tmp_path / "causal")
     monkeypatch.setattr("illada.weights.card.try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
-    convert_model("owner/causal-1b", str(tmp_path / "out"), None, "auto", "5GB")
+    convert_model("owner/causal-1b", str(tmp_path / "out"), "diffusion", None, "auto", "5GB")
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/causal-1b"
 
@@ -408,3 +409,43 @@ def test_outputs_are_kept_apart_from_what_is_read(tmp_path, tiny_tokenizer):
         convert(tmp_path / "causal", tmp_path / "causal" / "out")
     shutil.rmtree(tmp_path / "old")
     assert [path.name for path in tmp_path.iterdir()] == ["causal"]
+
+
+def test_a_causal_model_stays_what_it_is(tmp_path, capsys):
+    tokenizer = tokenizer_without_mask()
+    theirs = make(tmp_path / "causal", tokenizer, tie_word_embeddings=True)
+    words = ["--from", str(tmp_path / "causal"), "--output", str(tmp_path / "out"), "--objective", "causal"]
+    cli.main(["convert", *words])
+    assert "no mask token" in capsys.readouterr().out
+    model, kept = load_model(str(tmp_path / "out"), device="cpu")
+    assert (model.config.causal, model.config.mask_token_id, model.config.vocab_size) == (True, None, len(tokenizer))
+    assert kept.get_vocab() == tokenizer.get_vocab()
+    assert kept.mask_token is None
+    ids = torch.randint(0, len(tokenizer), (2, 30), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    prompt = [0, 20, 30, 40]
+    with torch.inference_mode():
+        log_p = theirs(torch.tensor([[*prompt, 50, 60]])).logits[0].double().log_softmax(-1)
+    want = float(log_p[3, 50] + log_p[4, 60])
+    assert likelihood_scores(model, [(prompt, [50, 60])]) == pytest.approx([want], abs=1e-5)
+    settings = GenerationSettings(max_new_tokens=12, block_length=1, eos_token_id=None)
+    said = generate(model, [prompt], settings)[0].ids
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **greedy)
+    assert said == want[0, len(prompt) :].tolist()
+    assert "Autoregressive" in (tmp_path / "out" / "README.md").read_text()
+    assert "illada pretrain" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_causal_model_gets_no_mask(tmp_path, tiny_tokenizer):
+    make(tmp_path / "causal", tiny_tokenizer)
+    with pytest.raises(IlladaError, match="a causal model sees no masks"):
+        convert(tmp_path / "causal", tmp_path / "out", mask_token="<m>", objective="causal")
+    assert not (tmp_path / "out").exists()
+    convert(tmp_path / "causal", tmp_path / "out", objective="causal")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    values["causal"] = False
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(IlladaError, match="mask_token_id is null"):
+        load_model(str(tmp_path / "out"), device="cpu")

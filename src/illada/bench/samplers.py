@@ -110,7 +110,7 @@ def plain_sampler(model: IlladaForMaskedLM, exact: GenerationSettings) -> Sample
 
     @torch.inference_mode()
     def answer_one(prompt: Sequence[int]) -> Answer:
-        mask_id = model.config.mask_token_id
+        mask_id = model.config.mask_id
         ids_L = torch.tensor(prompt, dtype=torch.long, device=model.device)
         masked_L = torch.zeros_like(ids_L, dtype=torch.bool)
         for _ in range(0, budget, block):

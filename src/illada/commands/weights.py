@@ -29,18 +29,21 @@ def export(
 def convert(
     from_: str,
     output: str,
+    objective: Literal["diffusion", "causal"] = "diffusion",
     mask_token: str | None = None,
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
 ) -> None:
-    """Make a starting point for training out of a causal llama-like checkpoint; an extra, not the paper's way.
+    """Read a causal llama-like checkpoint: a starting point for diffusion (not the paper's way), or as it is.
 
     Args:
         from_: model folder or hub name of type llama, or of another type with the same network.
         output: new folder to write.
-        mask_token: what stands for a masked token; null takes the tokenizer's own, else an unused reserved token, else
-            adds <[MASK]>.
+        objective: "diffusion" makes a starting point for training; "causal" keeps the model as it is, to be evaluated,
+            served and trained beside diffusion models.
+        mask_token: what stands for a masked token (objective diffusion); null takes the tokenizer's own, else an unused
+            reserved token, else adds <[MASK]>.
         dtype: type of the weights written; auto is the checkpoint's own.
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
-    print(heavy.convert.convert_model(from_, output, mask_token, dtype, max_shard_size))
+    print(heavy.convert.convert_model(from_, output, objective, mask_token, dtype, max_shard_size))

@@ -6,12 +6,17 @@ only n, and every process of a run can compute the plan of the whole step while 
 
 In a mixture, `rng.pick_source` picks the source of sample k of a run: over any stretch of the run the sources have
 their shares, and each source goes through its own epochs, every epoch in a new order with new noise.
+
+Windows lie at the same places in every epoch, unless `shift_windows` moves them (ours, as the paper does not say). Then
+an epoch reads its source as a ring, from a token on that is drawn for (seed, source, epoch): windows stay disjoint and
+as many as before, every token comes to stand at every position of a window, and the tokens left over (fewer than a
+window) are others in each epoch. There is no attention across the end of the source.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -66,6 +71,7 @@ class Batches:
             is its own segment.
         rule: "illada": the whole window may be masked; "llada": prompt visible, EOS-padded, response-normalised.
         eos_token_id: padding of the older LLaDA rule.
+        shift_windows: each epoch cuts its windows at other places (see above); does not concern the older LLaDA rule.
 
     Raises:
         IlladaError: when the shards do not fill one sample.
@@ -79,6 +85,7 @@ class Batches:
     boundaries: Boundaries = "window"
     rule: Rule = "illada"
     eos_token_id: int | None = None
+    shift_windows: bool = False
 
     def __post_init__(self) -> None:
         """Count the samples of each source."""
@@ -108,21 +115,31 @@ class Batches:
             sample = self._first_sample[source] + place
             samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
         if self.rule == "llada":
+            # The longest of the step, not of the micro-batch: padding counts in the loss, which must not depend on how
+            # the step is divided (ours).
             longest = max(segments[0].length for segments in samples)
             samples = [[replace(segment, padding=longest - segment.length)] for (segment,) in samples]
         return samples
 
     def _window(self, sample: int, epoch: int) -> list[Segment]:
-        source = bisect_right(self._first_sample, sample) - 1
-        start = self.shards.sources[source].first_token + (sample - self._first_sample[source]) * self.window
-        end = start + self.window
-        cuts = set(self.shards.document_ends_within(start, end)) if self.boundaries == "document" else set()
+        number = bisect_right(self._first_sample, sample) - 1
+        source = self.shards.sources[number]
+        start = (sample - self._first_sample[number]) * self.window
+        if self.shift_windows:
+            start += int(rng.uniform_int(self.seed, rng.SHIFT, number, epoch) * source.tokens)
+            start %= source.tokens
+        # A shifted window may go on at the beginning of its source, behind `head` tokens.
+        head, first = min(self.window, source.tokens - start), source.first_token
+        edges = {0, head, self.window}
+        if self.boundaries == "document":
+            stretches = (first + start, first + start + head), (first, first + self.window - head)
+            ends = [end for stretch in stretches for end in self.shards.document_ends_within(*stretch)]
+            edges |= {(end - first - start) % source.tokens for end in ends}
         if self.window > 1 and rng.uniform_int(self.seed, rng.SPLIT, sample, epoch, 0) < self.split_probability:
-            cuts.add(start + 1 + int(rng.uniform_int(self.seed, rng.SPLIT, sample, epoch, 1) * (self.window - 1)))
-        edges = [start, *sorted(cuts), end]
+            edges.add(1 + int(rng.uniform_int(self.seed, rng.SPLIT, sample, epoch, 1) * (self.window - 1)))
         return [
-            Segment(sample, epoch, part, edges[part], edges[part + 1] - edges[part], edges[part] - start)
-            for part in range(len(edges) - 1)
+            Segment(sample, epoch, part, first + (start + edge) % source.tokens, end - edge, edge)
+            for part, (edge, end) in enumerate(pairwise(sorted(edges)))
         ]
 
     def _example(self, sample: int, epoch: int) -> list[Segment]:

@@ -104,7 +104,7 @@ def masked_loss(
         entropy_T: receives the cross-entropy of every masked token, fp32 [T]; None to compute only the loss.
         cross_entropy: computes the loss from hidden states and head.
     """
-    noisy_T = clean_T.masked_fill(masked_T, model.config.mask_token_id)
+    noisy_T = clean_T.masked_fill(masked_T, model.config.mask_id)
     hidden_TD = model.model.packed(noisy_T, packing)
     at_M = masked_T.nonzero()[:, 0]
     entropy_M = None if entropy_T is None else entropy_T.new_empty(at_M.numel())

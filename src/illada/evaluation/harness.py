@@ -9,9 +9,9 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -38,6 +38,9 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
+Scoring = Literal["confidence", "likelihood", "path"]
+Bos = Literal["always", "scores", "tokenizer"]
+SpecialTokens = Literal["drop", "keep"]
 SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
 PASSES_PER_CHUNK = 8
 """Scoring writes to the journal when jobs have filled so many first passes, so that few passes are partly empty."""
@@ -51,6 +54,20 @@ class Scorable:
     pair: Pair
     greedy: bool
     """Whether to find out, too, if greedy generation gives the candidate."""
+
+
+def _check_arguments(scoring: object, bos: object, special_tokens: object, settings: Iterable[str]) -> None:
+    """Refuse values and names of model_args that mean nothing; the harness hands on whatever its user writes.
+
+    Raises:
+        IlladaError: when one is unknown.
+    """
+    if unknown := sorted(set(settings) - SETTINGS):
+        raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
+    choices = {"scoring": (*get_args(Scoring), None), "bos": get_args(Bos), "special_tokens": get_args(SpecialTokens)}
+    for (name, known), value in zip(choices.items(), (scoring, bos, special_tokens), strict=True):
+        if value not in known:
+            raise IlladaError(f"{name} must be one of {', '.join(filter(None, known))}, got {value}")
 
 
 @register_model("illada")
@@ -78,6 +95,12 @@ class IlladaLM(LM):
         device: device to run on; auto takes a GPU where there is one, and under torchrun the process's own. cuda:0 does
             the same, because the harness's command line passes it by default.
         quantize: weights in 8 or 4 bits, as in `illada score`.
+        bos: where a BOS begins the context: "always", as in training; "scores" as in the authors' script, which adds it
+            for scores only; "tokenizer" as in the harness's model hf, where the tokenizer adds one by itself. In the
+            last two a generation prompt has the BOS that the tokenizer or the chat template puts there. There are
+            never two (the authors' script would have two in scores with a tokenizer that adds one).
+        special_tokens: "drop" deletes special tokens from answers, all but the marks of thinking; "keep" leaves them,
+            as in the authors' script, and takes the text of EOS for a stop string.
         batch_size: ignored, because passes are filled up to max_batch_tokens; the harness always passes it.
         max_batch_size: ignored, too.
         settings: fields of `GenerationSettings` (block_length, steps_per_block, threshold, cache, ...) for all tasks;
@@ -91,7 +114,7 @@ class IlladaLM(LM):
     def __init__(
         self,
         pretrained: str,
-        scoring: Literal["confidence", "likelihood", "path"] | None = None,
+        scoring: Scoring | None = None,
         samples: int = 128,
         seed: int = 0,
         max_batch_tokens: int = 16_384,
@@ -101,16 +124,14 @@ class IlladaLM(LM):
         dtype: Dtype = "auto",
         device: str = "auto",
         quantize: Quantization | None = None,
+        bos: Bos = "always",
+        special_tokens: SpecialTokens = "drop",
         batch_size: object = None,  # noqa: ARG002
         max_batch_size: object = None,  # noqa: ARG002
         **settings: Any,
     ):
         super().__init__()
-        unknown = sorted(set(settings) - SETTINGS)
-        if unknown:
-            raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
-        if scoring not in ("confidence", "likelihood", "path", None):
-            raise IlladaError(f"scoring must be confidence, likelihood or path, got {scoring}")
+        _check_arguments(scoring, bos, special_tokens, settings)
         self._join()
         if device in ("auto", "cuda:0"):
             many = self._world_size > 1 and torch.cuda.is_available()
@@ -135,8 +156,12 @@ class IlladaLM(LM):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.cut: Counter[str] = Counter()
         """Forward passes of rows, seconds, and requests whose context was cut to fit, each by task."""
+        self.bos, self.special_tokens = bos, special_tokens
+        ids = self.tokenizer("x")["input_ids"]
+        self.tokenizer_begins = bool(ids) and ids[0] == self.tokenizer.bos_token_id
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special, self.markup = list(special.values()), special.keys() - {self.tokenizer.bos_token_id}
+        self.dropped = sorted(set(special.values()) - {"<think>", "</think>"}, key=len, reverse=True)
+        self.markup = special.keys() - {self.tokenizer.bos_token_id}
 
     # The harness's interface
 
@@ -190,7 +215,7 @@ class IlladaLM(LM):
         return [float(entry.value[0]) for entry in self._finish(jobs, self._bound)]
 
     def generate_until(self, requests: list[Instance], **_: object) -> list[str]:
-        """Return each answer without special tokens, cut before the first of its `until` strings.
+        """Return each answer, cut before the first of its `until` strings; see `special_tokens`.
 
         A request to sample that comes several times is drawn several times, with consecutive seeds.
         """
@@ -201,8 +226,12 @@ class IlladaLM(LM):
             if settings.temperature:
                 settings = replace(settings, seed=settings.seed + drawn[id(request)])
                 drawn[id(request)] += 1
-            key = self._key(request, asdict(settings), request.args[:1])
-            ids = self._fit(request, self._encode(request.args[0]), self.max_length - settings.block_length)
+            if self.special_tokens == "keep" and self.tokenizer.eos_token:
+                settings = replace(settings, stop=(*settings.stop, self.tokenizer.eos_token))
+            ways = {} if self.special_tokens == "drop" else {"special_tokens": self.special_tokens}
+            key = self._key(request, {**asdict(settings), **ways}, request.args[:1])
+            ids = self._encode(request.args[0], self._begins(scoring=False))
+            ids = self._fit(request, ids, self.max_length - settings.block_length)
             jobs.append((key, request, (key, ids, settings)))
         return [str(entry.value[0]) for entry in self._finish(jobs, self._generate)]
 
@@ -250,6 +279,8 @@ class IlladaLM(LM):
             "model_fingerprint": self.fingerprint,
             "model_dtype": self.precision,
             "model_device": str(self.model.device),
+            "bos": self.bos,
+            "special_tokens": self.special_tokens,
             "scoring": self.scoring,
             "likelihood_samples": self.samples,
             "loglikelihood_rolling": self._rolling(),
@@ -295,6 +326,8 @@ class IlladaLM(LM):
     def _key(self, request: Instance, settings: dict[str, Any], arguments: Sequence[Any]) -> str:
         """Return the key of a request: a hash of the model, the task, the settings and the request itself."""
         model, task = (self.fingerprint, self.precision), (request.request_type, request.task_name)
+        if self.bos != "always":
+            settings = {**settings, "bos": self.bos}
         parts = (*model, *task, settings, arguments)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
@@ -310,7 +343,8 @@ class IlladaLM(LM):
         for key, task in {key: str(request.task_name) for key, request, _ in jobs}.items():
             self.forwards[task] += self.journal.entries[key].forwards
             self.seconds[task] += self.journal.entries[key].seconds
-        for task, count in self.cut.items():
+        for task in {str(request.task_name) for _, request, _ in jobs} & self.cut.keys():
+            count = self.cut[task]
             log.warning("%s: %d contexts were cut on the left to fit into %d tokens", task, count, self.max_length)
         return [self.journal.entries[key] for key, _, _ in jobs]
 
@@ -399,23 +433,30 @@ class IlladaLM(LM):
             for index, answer in sorted(answers.items()):
                 # The text, not the ids, is cut exactly where a stop string begins.
                 text = str(answer.text)
-                for token in self.special:
+                for token in self.dropped if self.special_tokens == "drop" else ():
                     text = text.replace(token, "")
                 entries.append(Entry(keys[index], [text], answer.forwards, seconds))
             yield entries
             start = time.perf_counter()
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt, BOS first; a template may already have written it."""
+    def _begins(self, scoring: bool) -> bool:
+        """Return whether contexts begin with a BOS beside what a template writes, see `bos`."""
+        return self.bos == "always" or (self.bos == "scores" and scoring) or self.tokenizer_begins
+
+    def _encode(self, text: str, begins: bool) -> list[int]:
+        """Return the ids of a prompt, BOS first where it `begins` so; a template may already have written it."""
         bos = self.tokenizer.bos_token
-        return encode_plain(self.tokenizer, text.removeprefix(bos) if bos else text)
+        if begins:
+            return encode_plain(self.tokenizer, text.removeprefix(bos) if bos else text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _layout(self, context: str, candidates: list[str]) -> list[Pair]:
         """Return a context and its continuations as ids, in the authors' layout or as a template rendered them."""
-        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates)[0]]
+        begins = self._begins(scoring=True) or not context  # a causal model goes on from something
+        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates, begins)[0]]
         if self.markup.isdisjoint(pairs[0][0]):
             return pairs
-        left = self._encode(context)
+        left = self._encode(context, begins)
         return [(left, list(self.tokenizer.encode(text, add_special_tokens=False))) for text in candidates]
 
     def _fit(self, request: Instance, ids: list[int], room: int) -> list[int]:
@@ -423,7 +464,7 @@ class IlladaLM(LM):
         if len(ids) <= room:
             return ids
         self.cut[str(request.task_name)] += 1
-        first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        first = ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
         return first + ids[len(ids) - max(0, room - len(first)) :]
 
     # Processes

@@ -18,6 +18,9 @@ class EvalOptions:
         paper: evaluate the rows of this table of the paper, with its shots, lengths, blocks and prompts, and show its
             numbers beside ours.
         task_files: folder of the harness's task files (YAML) to evaluate; they may name data files relative to it.
+        local_data: folder of data sets in the hub's layout (FOLDER/openai/gsm8k, ...), read instead of the hub.
+        authors_tasks: checkout of the authors' repository, whose own task files are run for the rows of --paper
+            instruct that have one: their prompts and readers to the letter. It runs their Python code.
         tasks: rows or tasks to evaluate; without --paper and --task_files, any of the harness's tasks by name.
         limit: most documents of each task.
         decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache, which is not the paper's way.
@@ -28,13 +31,18 @@ class EvalOptions:
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null takes the task's own number.
         chat: use the chat template and make each example a turn of its own.
+        bos: where a BOS begins the context: always, in scores only as in the authors' script, or where the tokenizer
+            adds one; null takes the authors' way for --paper, and always for other tasks.
+        special_tokens: drop special tokens from answers, or keep them as the authors' script does; null keeps them for
+            --paper, and drops them for other tasks.
         settings: settings of generation, which override the tasks' own: --settings.block_length 16,
             --settings.threshold 0.9, ...
         ablate: evaluate several values of this in one table (scoring: the paper's Table 4).
         values: values of the ablation, instead of the usual ones.
         allow_code: run the programs that the model writes, each in a limited process of its own.
         download: fetch data sets that are not in the local cache.
-        seed: seed of the choice of examples, of likelihood masks and of sampling.
+        seed: seed of likelihood masks and of sampling.
+        shots_seed: seed of the choice of examples; the authors' and the harness's own is 1234.
         max_batch_tokens: most positions of one forward pass when scoring.
         dtype: type of the weights; auto takes the checkpoint's own.
         device: device to run on; auto takes a GPU where there is one.
@@ -49,6 +57,8 @@ class EvalOptions:
     run: str | None = None
     paper: Literal["base", "instruct"] | None = None
     task_files: str | None = None
+    local_data: str | None = None
+    authors_tasks: str | None = None
     tasks: list[str] | None = None
     limit: int | None = None
     decode: Literal["exact", "fast"] = "exact"
@@ -57,12 +67,15 @@ class EvalOptions:
     samples: int = 128
     shots: int | None = None
     chat: bool = False
+    bos: Literal["always", "scores", "tokenizer"] | None = None
+    special_tokens: Literal["drop", "keep"] | None = None
     settings: dict[str, Any] | None = None
     ablate: Literal["scoring", "block_length", "steps", "threshold"] | None = None
     values: list[str] | None = None
     allow_code: bool = False
     download: bool = False
     seed: int = 0
+    shots_seed: int = 1234
     max_batch_tokens: int = 16_384
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -82,6 +95,8 @@ class EvalOptions:
             )
         if paper and (self.shots is not None or self.chat):
             raise IlladaError("--shots and --chat are for tasks other than the paper's, whose rows say it themselves")
+        if self.authors_tasks and self.paper != "instruct":
+            raise IlladaError("--authors_tasks is about --paper instruct: the base table's tasks are the harness's own")
         if self.values and not self.ablate:
             raise IlladaError("--values are those of an ablation: give --ablate too")
         if self.ablate and self.run:

@@ -23,7 +23,7 @@ ABLATIONS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: a task and how to evaluate it; None and empty leave the task's own settings."""
+    """One row of a table: a task and how to evaluate it; None and empty leave the task's or the model's own."""
 
     name: str
     task: str
@@ -34,6 +34,10 @@ class Row:
     metrics: tuple[str, ...] = ()
     """Metrics to show; the first is the row's number. Empty for all."""
     generation: dict[str, Any] = field(default_factory=dict)
+    bos: Literal["always", "scores", "tokenizer"] | None = None
+    special_tokens: Literal["drop", "keep"] | None = None
+    from_authors: bool = False
+    """Whether the task is one of the files in the authors' checkout."""
     paper: float | None = None
     others: dict[str, float] = field(default_factory=dict)
     average: bool = True
@@ -72,25 +76,30 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def paper_rows(table: str, decode: str, lengths: str) -> list[Row]:
-    """Return the rows of a table of the paper (spec §7).
+def paper_rows(table: str, decode: str, lengths: str, authors: bool = False) -> list[Row]:
+    """Return the rows of a table of the paper (spec §7); BOS and special tokens are treated as in the authors' script.
 
     Args:
         table: "base" or "instruct".
         decode: "exact" for the paper's decoding, "fast" for `FAST`.
         lengths: answer lengths of MMLU and MMLU-Redux in the table of the instruct model, "3-4" or "4-3": the paper and
             the authors' script disagree which has which.
+        authors: whether to take the authors' own tasks where there are any.
     """
     instruct = zip(("MMLU", "MMLU-Redux"), map(int, lengths.split("-")), strict=True)
     answer_length = dict(instruct) if table == "instruct" else {}
     rows = []
     for name, values in yaml.safe_load(PAPER.read_text(encoding="utf-8"))[table].items():
+        theirs = values.pop("authors", None)
+        if authors and theirs is not None:
+            values |= {**theirs, "from_authors": True}
         generation = values.get("generation", {})
         if name in answer_length:
             generation = {"max_gen_toks": answer_length[name], "block_length": answer_length[name]}
         if generation and decode == "fast":
             generation |= FAST
-        rows.append(Row(name, **{**values, "generation": generation, "metrics": tuple(values["metrics"])}))
+        values |= {"generation": generation, "metrics": tuple(values["metrics"])}
+        rows.append(Row(name, **values, bos="scores", special_tokens="keep"))
     return rows
 
 

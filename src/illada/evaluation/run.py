@@ -1,6 +1,7 @@
 """`illada eval`: rows of a table, each a task of the harness with its settings, for one model or several variants."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError, first_line, needs
+from illada.evaluation.authors import tasks_folder, their_imports
 from illada.evaluation.harness import IlladaLM
+from illada.evaluation.local_data import check_folder, reading_from
 from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Result, Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.tables import draw, markdown
@@ -39,18 +42,22 @@ def evaluate(options: EvalOptions) -> str | None:
         IlladaError: when an option names what does not exist.
     """
     models = _models(options)
+    if options.local_data is not None:
+        check_folder(options.local_data)
+    folder = options.authors_tasks and tasks_folder(options.authors_tasks)
     variants = ablation(options.ablate, options.values) if options.ablate else [Variant()]
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = task_manager(options.task_files)
     if options.paper is not None:
-        rows = select_rows(paper_rows(options.paper, options.decode, options.lengths), options.tasks)
+        rows = select_rows(paper_rows(options.paper, options.decode, options.lengths, bool(folder)), options.tasks)
     else:
         known = manager.all_groups + manager.all_subtasks
         rows = [Row(name, name, shots=options.shots, chat=options.chat) for name in known]
         rows = select_rows(rows, options.tasks)
     settings = options.settings or {}
     variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
-    return Evaluation(options, manager, rows).run(models, variants)
+    theirs = task_manager(str(folder)) if folder else None
+    return Evaluation(options, manager, rows, theirs).run(models, variants)
 
 
 def _models(options: EvalOptions) -> dict[str, str]:
@@ -70,11 +77,17 @@ def task_manager(folder: str | None) -> TaskManager:
         IlladaError: when the folder has none.
     """
     if folder is None:
-        return TaskManager(include_path=str(TASKS))
+        return _known_tasks()
     if not any(Path(folder).rglob("*.yaml")):
         raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
     # The path is made absolute because data sets are read from inside the folder.
     return TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
+
+
+@functools.cache
+def _known_tasks() -> TaskManager:
+    """Return the harness's tasks and ours; finding them all takes seconds."""
+    return TaskManager(include_path=str(TASKS))
 
 
 @dataclass
@@ -85,12 +98,14 @@ class Evaluation:
         options: options of `illada eval`; paths in task files are relative to their folder.
         manager: source of the tasks.
         rows: rows to evaluate.
+        theirs: source of the tasks in the authors' checkout.
         results: what has come out so far.
     """
 
     options: EvalOptions
     manager: TaskManager
     rows: Sequence[Row] = ()
+    theirs: TaskManager | None = None
     results: list[Result] = field(default_factory=list)
 
     def run(self, models: dict[str, str], variants: Sequence[Variant]) -> str | None:
@@ -118,7 +133,7 @@ class Evaluation:
                     values = ", ".join(f"{name} {value:.4g}" for name, (value, _) in result.metrics.items())
                     name = " ".join(filter(None, (column.label, row.name)))
                     print(f"{name}: {values or result.status}", file=sys.stderr, flush=True)
-                    table = markdown(self.results, self.rows, self.options.paper)
+                    table = markdown(self.results, self.rows, self.options.paper, self._conditions(lm))
                     self._write(lm, output, table)
             del lm  # before the next model is loaded
         if not self.results:
@@ -130,50 +145,66 @@ class Evaluation:
     def add(self, lm: IlladaLM, row: Row, variant: Variant) -> Result | None:
         """Evaluate a row and write its samples; return None when the variant does not concern the row."""
         result = Result(row.name, row.task, variant.label, paper=row.paper)
-        try:
-            with self._sources():
-                loaded = self.manager.load([row.task])
-        except (ConnectionError, FileNotFoundError) as error:
-            result.status, result.reason = "dataset not reachable", first_line(error)
-        except ModuleNotFoundError as error:
-            # The harness's tasks name their own extras; its message says more than the import system's.
-            result.status, result.reason = "library missing", first_line(error)
-        except Exception as error:
-            raise IlladaError(f"task {row.task} cannot be loaded: {first_line(error)}") from error
-        else:
-            tasks = loaded["tasks"].values()
-            if variant.kinds and variant.kinds.isdisjoint(task.OUTPUT_TYPE for task in tasks):
-                return None
-            if not self.options.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
-                result.status, result.reason = "not run", "it runs generated programs: allow that with --allow_code"
+        with self._around(row) as manager:
+            try:
+                with self._sources():
+                    loaded = manager.load([row.task])
+            except (ConnectionError, FileNotFoundError) as error:
+                result.status, result.reason = "dataset not reachable", first_line(error)
+            except ModuleNotFoundError as error:
+                # The harness's tasks name their own extras; its message says more than the import system's.
+                result.status, result.reason = "library missing", first_line(error)
+            except Exception as error:
+                raise IlladaError(f"task {row.task} cannot be loaded: {first_line(error)}") from error
             else:
-                self._evaluate(lm, row, variant, loaded, result)
+                tasks = loaded["tasks"].values()
+                if variant.kinds and variant.kinds.isdisjoint(task.OUTPUT_TYPE for task in tasks):
+                    return None
+                if not self.options.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
+                    result.status, result.reason = "not run", "it runs generated programs: allow that with --allow_code"
+                else:
+                    self._evaluate(lm, row, variant, loaded, result)
         self.results.append(result)
         return result
 
     @contextlib.contextmanager
+    def _around(self, row: Row) -> Iterator[TaskManager]:
+        """Give the manager of a row's task, with what the authors' own tasks want while they are loaded and run."""
+        if row.from_authors and self.theirs is not None:
+            with their_imports(tasks_folder(str(self.options.authors_tasks))):
+                yield self.theirs
+        else:
+            yield self.manager
+
+    @contextlib.contextmanager
     def _sources(self) -> Iterator[None]:
-        """Read data sets from beside the task files; use the network only with `download`."""
+        """Read data sets from beside the task files and from `local_data`; use the network only with `download`."""
         saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
         banned = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
         offline = banned or not self.options.download
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
+        local = None if self.options.local_data is None else check_folder(self.options.local_data)
         try:
-            with contextlib.chdir(self.options.task_files or "."):
+            with contextlib.chdir(self.options.task_files or "."), reading_from(local, not offline):
                 yield
         finally:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
 
     def _evaluate(self, lm: IlladaLM, row: Row, variant: Variant, loaded: dict[str, Any], result: Result) -> None:
         """Evaluate loaded tasks and fill in the result."""
+        generation = row.generation
         if lm.causal:
             refuse_masks(variant.generation)
+            # The boost makes up for iLLaDA's long thinking; another model's answer it would break in two.
+            generation = {name: value for name, value in generation.items() if not name.startswith("think_boost")}
         for task in loaded["tasks"].values():
-            self._configure(task, row.shots, {**row.generation, **variant.generation})
-        saved = lm.scoring, lm.samples
+            self._configure(task, row.shots, {**generation, **variant.generation})
+        saved = lm.scoring, lm.samples, lm.bos, lm.special_tokens
         # The paper's rows say how to score a diffusion model.
         lm.scoring = variant.scoring or (None if lm.causal else row.scoring) or lm.scoring
         lm.samples = row.samples or lm.samples
+        lm.bos = self.options.bos or row.bos or lm.bos
+        lm.special_tokens = self.options.special_tokens or row.special_tokens or lm.special_tokens
         try:
             output = evaluate_in_harness(
                 lm,
@@ -186,7 +217,7 @@ class Evaluation:
             )
             result.settings = self._settings(lm, row, loaded["tasks"])
         finally:
-            lm.scoring, lm.samples = saved
+            lm.scoring, lm.samples, lm.bos, lm.special_tokens = saved
         work = [lm.gather_object((lm.forwards.pop(name, 0), lm.seconds.pop(name, 0.0))) for name in loaded["tasks"]]
         if output is None:  # another process writes
             return
@@ -212,7 +243,7 @@ class Evaluation:
             source.split = task.config.test_split
         if task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", generation, update=True)
-        task.set_fewshot_seed(self.options.seed)
+        task.set_fewshot_seed(self.options.shots_seed)
 
     def _settings(self, lm: IlladaLM, row: Row, tasks: dict[str, Any]) -> dict[str, Any]:
         """Return the settings under which tasks were evaluated, for the record."""
@@ -221,9 +252,12 @@ class Evaluation:
             "chat": row.chat,
             "limit": self.options.limit,
             "seed": self.options.seed,
+            "shots_seed": self.options.shots_seed,
+            "bos": lm.bos,
         }
         generating = [task for task in tasks.values() if task.OUTPUT_TYPE == "generate_until"]
         if generating:
+            settings["special_tokens"] = lm.special_tokens
             settings["generation"] = asdict(lm.settings_of(generating[0].config.generation_kwargs))
         if len(generating) < len(tasks):
             settings["scoring"] = lm.scoring
@@ -232,6 +266,19 @@ class Evaluation:
             elif lm.scoring == "path":
                 settings["rule"] = asdict(lm.rule)
         return settings
+
+    def _conditions(self, lm: IlladaLM) -> str:
+        """Return a line about what numbers of the harness depend on beside the model."""
+        environment = environment_of(lm.model)
+        authors = ", the authors' is 0.4.10" if self.options.paper else ""
+        facts = [
+            f"lm-evaluation-harness {version('lm-eval')}{authors}",
+            f"{environment['dtype']} on {environment['device']}",
+            f"seeds {self.options.shots_seed} (shots) and {lm.seed} (masks, sampling)",
+        ]
+        if self.options.limit is not None:
+            facts.append(f"the first {self.options.limit} documents of each task")
+        return "; ".join(facts) + "."
 
     def _write_samples(self, label: str, task: str, samples: list[dict[str, Any]]) -> None:
         """Write a line for every document: the model's answers and what they count."""
@@ -262,7 +309,7 @@ class Evaluation:
             "arguments": asdict(self.options),
             "model_fingerprint": lm.fingerprint,
             "environment": environment,
-            "seeds": {"model": lm.seed, "shots": self.options.seed},
+            "seeds": {"model": lm.seed, "shots": self.options.shots_seed},
             "results": [asdict(result) for result in self.results],
         }
         write_json(output / "results.json", content)

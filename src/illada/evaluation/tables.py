@@ -16,8 +16,11 @@ def format_value(metric: str, value: float, error: float | None) -> str:
     return f"{scale * value:.{digits}f}" + ("" if error is None else f" ± {scale * error:.1f}")
 
 
-def markdown(results: Sequence[Result], rows: Sequence[Row], title: str | None) -> str:
-    """Return a Markdown table of results; with a title, the paper's "base" or "instruct", beside its numbers."""
+def markdown(results: Sequence[Result], rows: Sequence[Row], title: str | None, conditions: str = "") -> str:
+    """Return a Markdown table of results, the conditions below it.
+
+    With a title, "base" or "instruct", that table's numbers from the paper stand beside ours.
+    """
     variants = len({result.variant for result in results}) > 1
     by_name = {row.name: row for row in rows}
     others = list(dict.fromkeys(name for row in rows for name in row.others)) if title else []
@@ -43,7 +46,8 @@ def markdown(results: Sequence[Result], rows: Sequence[Row], title: str | None) 
         lines.append(_average([result for result in results if by_name[result.row].average], title))
     reasons = dict.fromkeys(f"{r.row}: {r.status} ({r.reason})." for r in results if r.reason)
     cells = [columns, *([line.get(name, "") for name in columns] for line in lines)]
-    return "\n".join([aligned(cells, len(texts)), *([""] if reasons else []), *reasons])
+    below = [*reasons, *filter(None, [conditions])]
+    return "\n".join([aligned(cells, len(texts)), *([""] if below else []), *below])
 
 
 def _average(results: Sequence[Result], title: str) -> dict[str, str]:

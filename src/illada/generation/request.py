@@ -188,8 +188,9 @@ class Request:
             return 0
         return self.passes * (len(self.prompt_P) + self.budget + self.settings.speculate * self.settings.block_length)
 
-    def branches(self, mask_id: int) -> list[NDArray[np.int64]]:
+    def branches(self, mask_id: int | None) -> list[NDArray[np.int64]]:
         """Return the ids [S] that this step computes; under guidance a second time, with all that is fixed masked."""
+        mask_id = mask_id or 0  # a causal model without a mask sees no open position
         answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.view]
         seen = [np.concatenate((self.prompt_P, answer))[self.first :]]
         if self.passes == 2:

@@ -75,7 +75,7 @@ def most_probable(model: IlladaForMaskedLM, hidden_MD: Tensor, logits_held: int)
     bests, ids, sums = [], [], []
     mask_logit_M = hidden_MD.new_full((len(hidden_MD),), -torch.inf, dtype=torch.float32)
     for first, logits_MC in model.head_pieces(hidden_MD, pieces):
-        if first <= mask_id < first + logits_MC.shape[-1]:
+        if mask_id is not None and first <= mask_id < first + logits_MC.shape[-1]:
             mask_logit_M = logits_MC[:, mask_id - first].clone()
             # Only the choice excludes MASK; the probabilities are the model's own.
             logits_MC[:, mask_id - first] = -torch.inf
@@ -129,7 +129,8 @@ def propose(
         chunk.penalise(logits_CV)
         chunk.boost(logits_CV)
         log_sum_C = logits_CV.logsumexp(-1)
-        logits_CV[:, mask_id] = -torch.inf  # only for the choice, as above
+        if mask_id is not None:
+            logits_CV[:, mask_id] = -torch.inf  # only for the choice, as above
         proposal_C = chunk.sample(logits_CV)
         log_prob_C = logits_CV.gather(1, proposal_C[:, None])[:, 0] - log_sum_C
         parts.append((proposal_C, log_prob_C, chunk.score(logits_CV, log_sum_C, log_prob_C)))

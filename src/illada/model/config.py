@@ -37,6 +37,7 @@ class IlladaConfig(PreTrainedConfig):
             autoregressive baseline (ours), with which diffusion can be compared at equal data and size.
         tie_word_embeddings: whether the LM head is the embedding (iLLaDA: yes, LLaDA: no).
         mask_token_id: the id that stands for a masked token. The released iLLaDA files do not carry it: it is 5 there.
+            None where a causal model comes from elsewhere and has none.
         bos_token_id: the id that begins a document.
         eos_token_id: the id that ends an answer.
         pad_token_id: the id of padding; its embedding row starts at zero. None for no such row.
@@ -60,7 +61,7 @@ class IlladaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     causal: bool = False
     tie_word_embeddings: bool = True
-    mask_token_id: int = FAMILY_IDS["illada"]["mask_token_id"]
+    mask_token_id: int | None = FAMILY_IDS["illada"]["mask_token_id"]
     bos_token_id: int | None = FAMILY_IDS["illada"]["bos_token_id"]
     pad_token_id: int | None = FAMILY_IDS["illada"]["pad_token_id"]
     eos_token_id: int | list[int] | None = FAMILY_IDS["illada"]["eos_token_id"]
@@ -91,6 +92,8 @@ class IlladaConfig(PreTrainedConfig):
             for token_id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
                 if not 0 <= token_id < self.vocab_size:
                     raise IlladaError(f"{name} {token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.mask_token_id is None and not self.causal:
+            raise IlladaError("mask_token_id is null: only a causal model can be without a mask token")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -101,6 +104,12 @@ class IlladaConfig(PreTrainedConfig):
             IlladaError: when it is of another family, or asks for something this network does not do.
         """
         return super().from_dict(read_config(config_dict), **kwargs)
+
+    @property
+    def mask_id(self) -> int:
+        """`mask_token_id` of a masked diffusion model, which always has one."""
+        assert self.mask_token_id is not None
+        return self.mask_token_id
 
     def refuse_causal(self, what: str, instead: str) -> None:
         """Raise an IlladaError if the model is causal: `what` is defined for masked diffusion only."""

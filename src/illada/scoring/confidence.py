@@ -40,7 +40,7 @@ def confidence_scores(
         range(len(candidates)), key=lambda i: (len(candidates[i].ids), candidates[i].start, candidates[i].ids.tolist())
     )
     while active:
-        queries = (candidates[i].query(masked[i], model.config.mask_token_id) for i in active)
+        queries = (candidates[i].query(masked[i], model.config.mask_id) for i in active)
         for i, log_p_M in zip(active, target_log_probs(model, queries, max_batch_tokens), strict=True):
             best = int(np.argmax(log_p_M))
             sums[i] += float(log_p_M[best])

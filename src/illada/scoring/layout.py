@@ -28,26 +28,24 @@ ON_CPU = 4096
 
 
 def score_layout(
-    tokenizer: Any, context: str, candidates: Sequence[str]
+    tokenizer: Any, context: str, candidates: Sequence[str], begins: bool = True
 ) -> tuple[list[tuple[list[int], list[int]]], tuple[int, ...]]:
     """Lay out a question as the authors' evaluation code does (spec §6); return (pairs, right_context).
 
-    BOS, where the tokenizer has one, goes before the context, and one visible EOS after the candidate. White space that
-    ends the context moves to the candidate. A candidate is encoded together with its context, unless that changes the
-    ids of the context: then it is encoded alone.
+    BOS, where the tokenizer has one, goes before the context if that `begins` so, and one visible EOS after the
+    candidate. White space that ends the context moves to the candidate. The candidate is what follows the context's
+    number of ids in the ids of both together; where nothing follows, because joining made fewer tokens, it is encoded
+    alone (ours).
     """
     body = context.rstrip()
     space = context[len(body) :]
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id] if begins and tokenizer.bos_token_id is not None else []
     context_ids = list(tokenizer.encode(body, add_special_tokens=False))
     pairs = []
     for candidate in candidates:
         joint = list(tokenizer.encode(body + space + candidate, add_special_tokens=False))
-        if joint[: len(context_ids)] == context_ids:
-            candidate_ids = joint[len(context_ids) :]
-        else:
-            candidate_ids = list(tokenizer.encode(space + candidate, add_special_tokens=False))
-        pairs.append((begin + context_ids, candidate_ids))
+        alone = () if len(joint) > len(context_ids) else tokenizer.encode(space + candidate, add_special_tokens=False)
+        pairs.append((begin + context_ids, [*joint[len(context_ids) :], *alone]))
     return pairs, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
@@ -207,7 +205,8 @@ def _head(
     for first in range(0, len(hidden_AD), size):
         logits_CV = model.lm_head(hidden_AD[first : first + size]).float()
         log_sum_C = logits_CV.logsumexp(-1) if statistic is not None else None
-        logits_CV[:, model.config.mask_token_id] = -torch.inf
+        if model.config.mask_token_id is not None:
+            logits_CV[:, model.config.mask_token_id] = -torch.inf
         if statistic is not None and log_sum_C is not None:
             scores.append(statistic(logits_CV, log_sum_C))
         begin, end = np.searchsorted(sorted_M, (first, first + size))

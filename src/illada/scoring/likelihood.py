@@ -78,9 +78,7 @@ def likelihood_scores(
     lengths = {candidate.length for candidate in candidates}
     masks = {length: masked_tokens(length, samples if length > 1 else 1, seed) for length in lengths}
     queries = (
-        candidates[i].query(masked_L, model.config.mask_token_id)
-        for i in order
-        for masked_L in masks[candidates[i].length]
+        candidates[i].query(masked_L, model.config.mask_id) for i in order for masked_L in masks[candidates[i].length]
     )
     log_probs = target_log_probs(model, queries, max_batch_tokens)
     for i in order:

@@ -158,7 +158,7 @@ def walk(
     statistic = statistic_of(settings) or _confidence
     active = paths
     while active:
-        asked = [(path, path.query(model.config.mask_token_id)) for path in active]
+        asked = [(path, path.query(model.config.mask_id)) for path in active]
         # By length, so that equal lengths share attention calls, and by content, so that equal inputs share a pass.
         asked.sort(key=lambda pair: (len(pair[1].seen), pair[1].seen.tobytes()))
         said = answers(model, (query for _, query in asked), max_batch_tokens, statistic)

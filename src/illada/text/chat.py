@@ -140,8 +140,15 @@ def _next_turn_opening(tokenizer: PreTrainedTokenizerFast, _template: str) -> li
 
 
 def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Move a system message to the beginning of the first user turn, for templates that reject that role (ours)."""
-    if messages[0]["role"] != "system" or len(messages) < 2:
+    """Put what system messages say before the first user message, for templates that reject that role.
+
+    As in the authors' evaluation code, the text of each is stripped and followed by a blank line, and where the
+    conversation does not begin with the user, it becomes a user message of its own. Empty texts are dropped (ours).
+    """
+    rest = [message for message in messages if message["role"] != "system"]
+    if len(rest) == len(messages):
         return messages
-    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
+    texts = [message["content"].strip() for message in messages if message["role"] == "system"]
+    if rest and rest[0]["role"] == "user":
+        texts.append(rest.pop(0)["content"])
+    return [{"role": "user", "content": "\n\n".join(text for text in texts if text)}, *rest]

@@ -159,6 +159,8 @@ class DataRecipe:
         split_probability: chance that a window is split into two segments without attention between them (paper: 0.3).
         boundaries: "window": documents in one segment see each other (as inherited); "document": they do not. For SFT
             keep "window": a segment that ends with its answer gives the answer's length away.
+        shift_windows: cut the windows of every epoch at other places, drawn from the seed, so that each token comes to
+            stand at every position and no tail is left out for good; false: at the same places (both ours).
     """
 
     train: str | dict[str, float] = ""
@@ -166,6 +168,7 @@ class DataRecipe:
     window: int = 8192
     split_probability: float = 0.3
     boundaries: Literal["window", "document"] = "window"
+    shift_windows: bool = False
 
     def check(self) -> None:
         """Check the section; raises IlladaError as `Recipe.check` does."""
@@ -333,6 +336,8 @@ class Recipe:
         self.training.check()
         self.parallel.check()
         training, adapter = self.training, bool(self.lora.rank)
+        if self.data.shift_windows and training.rule == "llada":
+            raise IlladaError("data.shift_windows moves windows, training.rule llada has none: leave one of them out")
         if training.optimizer == "muon" and adapter:
             raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
         if training.dtype == "fp8" and adapter:

@@ -52,6 +52,8 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
     content = {**asdict(recipe), "data_fingerprint": data}
     del content["output"], content["log"]
+    if not recipe.data.shift_windows:
+        del content["data"]["shift_windows"]  # so that runs from before there was this key can be continued
     if base is None:
         del content["lora"]
     else:

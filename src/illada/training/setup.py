@@ -138,7 +138,7 @@ def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer
         )
     eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
     numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
-    return Batches(shards, *numbers, data.boundaries, training.rule, eos)
+    return Batches(shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:

@@ -24,9 +24,9 @@ _TEMPLATE = Template(
 )
 
 
-def converted_card(source: str, summary: str, purpose: str) -> str:
-    """Return the card of a model that was converted from the causal model `source`."""
-    return _card(source, converted=summary, purpose=purpose)
+def converted_card(source: str, summary: str, purpose: str, causal: bool) -> str:
+    """Return the card of a model that was converted from the causal model `source`, to diffusion or as it is."""
+    return _card(source, converted=summary, purpose=purpose, causal=causal)
 
 
 def exported_card(

@@ -1,7 +1,8 @@
-"""`illada convert`: make a starting point for training out of a causal llama-like checkpoint.
+"""`illada convert`: a causal llama-like checkpoint as a starting point for diffusion, or as the causal model it is.
 
 This is an extra: others start from a causal model, the paper from random weights. Every shared weight is kept bit for
-bit. Two things change: attention sees both ways, and a position predicts itself instead of the next token.
+bit. For diffusion two things change: attention sees both ways, and a position predicts itself instead of the next
+token. With the objective "causal" nothing changes, and the model stands in every table beside diffusion models.
 
 Shape letters: V vocabulary · C a piece of it · D width.
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -41,6 +42,12 @@ _NOT_A_MODEL = (
     "a starting point for training, not a model: its weights learned to predict the next token from those before it; "
     "here every position sees all others and predicts itself"
 )
+_AFTER_DIFFUSION = (
+    "illada prepare TEXTS --tokenizer {output} --output DATA; "
+    "illada pretrain --model.start {output} --data.train DATA --output RUN"
+)
+_AS_IT_IS = "the causal model itself, every weight bit for bit: a position predicts the next token"
+_AFTER_CAUSAL = "illada eval --model {output} ..., illada generate --model {output} ..."
 
 
 @dataclass(frozen=True)
@@ -55,23 +62,36 @@ class _Mask:
     """Where the token comes from, in words."""
 
 
-def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype, max_shard_size: str) -> str:
+def convert_model(
+    source: str,
+    output: str,
+    objective: Literal["diffusion", "causal"],
+    mask_token: str | None,
+    dtype: Dtype,
+    max_shard_size: str,
+) -> str:
     """Write the new folder `output` in our layout; return what was done and what to do next.
 
     Args:
         source: model folder or hub name.
         output: folder to make.
+        objective: "diffusion" makes a starting point for training, "causal" keeps the model as it is: no mask token is
+            added, the embedding does not grow.
         mask_token: the token to use as mask. None takes the tokenizer's own, else an unused reserved special token,
             else a new one. A token without a trained row starts as the mean of the others (ours).
         dtype: type of the weights written; auto keeps the checkpoint's own, bit for bit.
         max_shard_size: largest file of weights, as "5GB".
 
     Raises:
-        IlladaError: when the checkpoint is missing, damaged, or holds what our network does not have.
+        IlladaError: when the checkpoint is missing, damaged, or holds what our network does not have; when a mask token
+            is given for a causal model.
     """
     target = check_output(output, source, max_shard_size)
     if mask_token is not None and not mask_token.strip():
         raise IlladaError("mask_token is empty: name a token, for instance '<[MASK]>'")
+    causal = objective == "causal"
+    if causal and mask_token is not None:
+        raise IlladaError("mask_token is for --objective diffusion: a causal model sees no masks")
     folder = model_folder(source)
     shape, values = _read_shape(folder)
     tensors = _read_tensors(folder, shape)
@@ -82,27 +102,32 @@ def convert_model(source: str, output: str, mask_token: str | None, dtype: Dtype
             f"the tokenizer in {folder} has {known} tokens but the model only {rows}: it belongs to another model"
         )
     ids = _special_ids(values, tokenizer)
-    mask = _choose_mask(tokenizer, mask_token, ids)
-    shape["vocab_size"] = max(rows, mask.id + 1)
-    config = IlladaConfig(**shape, **ids, mask_token_id=mask.id)
+    mask = None if causal else _choose_mask(tokenizer, mask_token, ids)
+    if mask is not None:
+        shape["vocab_size"] = max(rows, mask.id + 1)
+    config = IlladaConfig(**shape, **ids, mask_token_id=0 if mask is None else mask.id, causal=causal)
     complete_ids(config, folder, tokenizer)
-    if mask.is_untrained:
+    config.mask_token_id = None if mask is None else mask.id
+    if mask is not None and mask.is_untrained:
         for name in {_EMBEDDING, _HEAD} & tensors.keys():
             tensors[name] = _set_mask_row(tensors[name], mask.id, known)
     kind = torch_dtype(dtype, functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}))
-    summary = (
-        f"{source}: a {values['model_type']} of {sum(tensor.numel() for tensor in tensors.values()):,} parameters; "
-        f"masks are {mask.token!r} (id {mask.id}, {mask.origin}"
-        + (", its row the mean of the others)" if mask.is_untrained else ")")
-    )
+    count = sum(tensor.numel() for tensor in tensors.values())
+    summary = f"{source}: a {values['model_type']} of {count:,} parameters; {_about(mask)}"
     if config.vocab_size > rows:
         summary += f"; the vocabulary grew from {rows:,} to {config.vocab_size:,}"
-    card = converted_card(source, summary, _NOT_A_MODEL)
+    purpose, after = (_AS_IT_IS, _AFTER_CAUSAL) if causal else (_NOT_A_MODEL, _AFTER_DIFFUSION)
+    card = converted_card(source, summary, purpose, causal)
     write_model(target, folder, config, tensors, kind, card, "illada", max_shard_size, tokenizer)
-    return (
-        f"{summary}\nwritten to {output}: {_NOT_A_MODEL}. Next: illada prepare TEXTS --tokenizer {output} --output "
-        f"DATA; illada pretrain --model.start {output} --data.train DATA --output RUN"
-    )
+    return f"{summary}\nwritten to {output}: {purpose}. Next: {after.format(output=output)}"
+
+
+def _about(mask: _Mask | None) -> str:
+    """Say what stands for a masked token."""
+    if mask is None:
+        return "causal as it was, no mask token"
+    row = ", its row the mean of the others" if mask.is_untrained else ""
+    return f"masks are {mask.token!r} (id {mask.id}, {mask.origin}{row})"
 
 
 def _read_shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
