@@ -161,7 +161,7 @@ def language_model(table):
         rows[sum(x * 4**i for i, x in enumerate(noisy)), :, :SYMBOLS] = log_p.float().clamp(min=-1e4)
     powers = 4 ** torch.arange(LENGTH)
     return SimpleNamespace(
-        config=SimpleNamespace(mask_token_id=MASK, refuse_causal=lambda *_: None),
+        config=SimpleNamespace(mask_id=MASK, refuse_causal=lambda *_: None),
         model=SimpleNamespace(packed=lambda ids, _: rows[(ids.view(-1, LENGTH) * powers).sum(1)].flatten(0, 1)),
         lm_head=SimpleNamespace(weight=torch.eye(SYMBOLS + 1)),
     )
