@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from illada.data.shards import Shards
+from illada.diffusion.noise import EPSILON, PAPER, Noise
 from illada.errors import DivergedError, IlladaError
 from illada.training import parallel, trainer
 from illada.training.checkpoint import Checkpoints
 from illada.training.log import StepLog
+from illada.training.parallel import join
+from illada.training.setup import Run
 from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.runs import assemble, checkpoints, read_metrics
@@ -367,6 +370,21 @@ def test_noise_concerns_training_alone(make_recipe):
     assert len({json.dumps([r["validation_loss"] for r in record]) for record in records}) == 1
     assert len({json.dumps([r["tokens"] for r in record]) for record in records}) == 1
     assert len({json.dumps([r["loss"] for r in record]) for record in records}) == len(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "noise"),
+    [
+        ({}, PAPER),
+        (OTHER_NOISE, Noise(True, (0.2, 0.9), "none", True)),
+        ({"loss_weight": "bound", "noise": "bell"}, Noise(True, (EPSILON, 1), "bound")),
+        # The chances of both views lie between EPSILON and 1 - EPSILON, so that no weight is above 1/EPSILON.
+        ({"complementary": True}, Noise(band=(EPSILON, 1 - EPSILON), complementary=True)),
+    ],
+)
+def test_the_noise_is_the_recipes(make_recipe, options, noise):
+    with join("cpu") as processes:
+        assert Run(make_recipe(**options), processes).batches.noise == noise
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_NOISE.items())
