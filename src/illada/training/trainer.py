@@ -168,10 +168,10 @@ class Trainer:
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Make this process's share of a step."""
-        batches, (rank, ranks) = self.run.batches, self.run.processes.share
+        run, batches = self.run, self.run.batches
         sizes = (self.settings.samples_per_batch, batches.shards, batches.seed, step, batches.rule)
-        causal = self.run.model.config.causal
-        return noisy_batches(self.plan(step), *sizes, batches.eos_token_id, rank=rank, ranks=ranks, causal=causal)
+        how = (batches.eos_token_id, *run.processes.share, run.model.config.causal, batches.noise)
+        return noisy_batches(self.plan(step), *sizes, *how)
 
     def compute_gradients(self, batches: list[Batch]) -> tuple[float, list[float | None]]:
         """Add up the gradients of this process's share of the step.
