@@ -208,6 +208,12 @@ def test_a_template_that_writes_bos_keeps_its_one(lm, monkeypatch):
         assert lm._encode(text, begins) == encode_prompt(lm.tokenizer, turns)
 
 
+def test_scores_have_one_bos_where_the_template_writes_no_other_mark(lm):
+    """As in Llama's `<s>[INST] ...`, whose other marks are plain text."""
+    pairs = lm._layout(lm.tokenizer.bos_token + "[INST] one", [" two"])
+    assert pairs[0][0] == [0, *lm.tokenizer.encode("[INST] one", add_special_tokens=False)]
+
+
 def test_whether_a_tokenizer_adds_bos_is_seen(lm, model_folder, tmp_path):
     assert not lm.tokenizer_begins
     shutil.copytree(model_folder, tmp_path / "model")

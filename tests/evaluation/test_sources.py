@@ -86,6 +86,28 @@ def test_a_column_that_is_empty_in_one_split_only(tmp_path):
     assert data["train"].num_rows == 1
 
 
+def test_changed_files_and_other_folders_are_read_anew(hub, tmp_path):
+    other = tmp_path / "other"
+    write_data(other / "openai" / "gsm8k", train=[SUM], test=[{**SUM, "question": "Another?"}])
+    with reading_from(hub, download=False):
+        assert local_data.datasets.load_dataset("openai/gsm8k", "main")["test"].num_rows == 2
+    with reading_from(other, download=False):
+        assert local_data.datasets.load_dataset("openai/gsm8k", "main")["test"]["question"] == ["Another?"]
+    parquet.write_table(pyarrow.Table.from_pylist([SUM] * 3), hub / "openai" / "gsm8k" / "main" / "test.parquet")
+    with reading_from(hub, download=False):
+        assert local_data.datasets.load_dataset("openai/gsm8k", "main")["test"].num_rows == 3
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_costs_its_row_alone(model_folder, hub, tmp_path, capsys):
+    (hub / "openai" / "openai_humaneval").mkdir()  # nothing in it
+    words = ["--paper", "base", "--tasks", "GSM8K", "HumanEval", "--local_data", str(hub), "--limit", "1", *SHORT]
+    evaluate(model_folder, tmp_path / "out", *words, "--allow_code")
+    table = capsys.readouterr().out
+    assert "openai_humaneval cannot be read" in table
+    assert "flexible-extract" in table
+
+
 def test_a_folder_without_data_is_refused(model_folder, tmp_path, capsys):
     with pytest.raises(IlladaError, match="holds no data sets"):
         check_folder(str(tmp_path / "nowhere"))
@@ -143,9 +165,15 @@ def checkout(tmp_path):
 def test_the_authors_own_task_files_are_run(model_folder, hub, checkout, tmp_path, capsys, monkeypatch):
     (row,) = [row for row in paper_rows("instruct", "exact", "3-4", authors=True) if row.name == "GSM8K"]
     assert row.task == "gsm8k_cot_reasoning"
-    monkeypatch.setattr(run, "paper_rows", lambda *_: [replace(row, metrics=("passed,reasoning-final-answer",))])
+    others = [row for row in paper_rows("instruct", "exact", "3-4", authors=True) if row.name == "MMLU"]
+    mine = [replace(row, metrics=("passed,reasoning-final-answer",)), *others]
+    monkeypatch.setattr(run, "paper_rows", lambda *_: mine)
     before = [*lm_eval.tasks.__path__], sys.modules.get("evaluate")
     words = ["--paper", "instruct", "--local_data", str(hub), "--authors_tasks", str(checkout), *SHORT]
+    with pytest.raises(SystemExit):
+        evaluate(model_folder, tmp_path / "out", *words, "--tasks", "MMLU")
+    assert "lacks the tasks mmlu_generative: check out all of it" in capsys.readouterr().err
+    words += ["--tasks", "GSM8K"]
     evaluate(model_folder, tmp_path / "out", *words)
     assert "it runs generated programs" in capsys.readouterr().out
     evaluate(model_folder, tmp_path / "out", *words, "--allow_code")
@@ -171,6 +199,7 @@ def test_rows_without_a_task_of_the_authors_keep_the_harness_one():
     [
         (["--paper", "base", "--authors_tasks", "x"], "--authors_tasks is about --paper instruct"),
         (["--paper", "instruct", "--authors_tasks", "nowhere"], "give a checkout of the authors' repository"),
+        (["--paper", "instruct", "--limit", "0"], "--limit is 0: it must be at least 1"),
     ],
 )
 def test_errors_are_one_line(words, message, model_folder, tmp_path, capsys):

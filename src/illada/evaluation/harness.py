@@ -42,6 +42,8 @@ Scoring = Literal["confidence", "likelihood", "path"]
 Bos = Literal["always", "scores", "tokenizer"]
 SpecialTokens = Literal["drop", "keep"]
 SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
+SCORES = 2
+"""Version of what requests give, part of their keys in the journal: 2 leaves MASK out of scores, slices candidates."""
 PASSES_PER_CHUNK = 8
 """Scoring writes to the journal when jobs have filled so many first passes, so that few passes are partly empty."""
 
@@ -328,7 +330,7 @@ class IlladaLM(LM):
         model, task = (self.fingerprint, self.precision), (request.request_type, request.task_name)
         if self.bos != "always":
             settings = {**settings, "bos": self.bos}
-        parts = (*model, *task, settings, arguments)
+        parts = (SCORES, *model, *task, settings, arguments)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
     def _finish(
@@ -453,7 +455,9 @@ class IlladaLM(LM):
     def _layout(self, context: str, candidates: list[str]) -> list[Pair]:
         """Return a context and its continuations as ids, in the authors' layout or as a template rendered them."""
         begins = self._begins(scoring=True) or not context  # a causal model goes on from something
-        pairs: list[Pair] = [*score_layout(self.tokenizer, context, candidates, begins)[0]]
+        bos = self.tokenizer.bos_token
+        body = context.removeprefix(bos) if begins and bos else context  # a template may have written it
+        pairs: list[Pair] = [*score_layout(self.tokenizer, body, candidates, begins)[0]]
         if self.markup.isdisjoint(pairs[0][0]):
             return pairs
         left = self._encode(context, begins)

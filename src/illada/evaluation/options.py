@@ -25,9 +25,9 @@ class EvalOptions:
         limit: most documents of each task.
         decode: "fast" decodes the paper's rows by threshold 0.95 with an adaptive cache, which is not the paper's way.
         lengths: answer tokens of MMLU and MMLU-Redux (instruct), where the paper and the authors' script disagree.
-        scoring: how to score choices where the paper's row does not say: confidence, likelihood (a bound), or path
-            (exact, under the decoding rule of the settings); null takes confidence, and the exact likelihood for a
-            causal model.
+        scoring: how to score choices: confidence, likelihood (a bound), or path (exact, under the decoding rule of the
+            settings); null takes what the paper's row says, else confidence, and the exact likelihood for a causal
+            model.
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null takes the task's own number.
         chat: use the chat template and make each example a turn of its own.
@@ -97,6 +97,8 @@ class EvalOptions:
             raise IlladaError("--shots and --chat are for tasks other than the paper's, whose rows say it themselves")
         if self.authors_tasks and self.paper != "instruct":
             raise IlladaError("--authors_tasks is about --paper instruct: the base table's tasks are the harness's own")
+        if self.limit is not None and self.limit < 1:
+            raise IlladaError(f"--limit is {self.limit}: it must be at least 1, or be left out for all documents")
         if self.values and not self.ablate:
             raise IlladaError("--values are those of an ablation: give --ablate too")
         if self.ablate and self.run:

@@ -22,6 +22,7 @@ from illada.evaluation.tables import draw, markdown
 from illada.files import write_json
 from illada.generation.settings import refuse_masks
 from illada.reporting import environment_of, write_picture
+from illada.scoring.path import refuse_rule
 from illada.weights.runs import checkpoints
 
 with needs("eval", "evaluation"):
@@ -57,6 +58,10 @@ def evaluate(options: EvalOptions) -> str | None:
     settings = options.settings or {}
     variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
     theirs = task_manager(str(folder)) if folder else None
+    if theirs is not None:
+        known = {*theirs.all_groups, *theirs.all_subtasks}
+        if lacking := [row.task for row in rows if row.from_authors and row.task not in known]:
+            raise IlladaError(f"{options.authors_tasks} lacks the tasks {', '.join(lacking)}: check out all of it")
     return Evaluation(options, manager, rows, theirs).run(models, variants)
 
 
@@ -123,7 +128,10 @@ class Evaluation:
         table = None
         for label, path in models.items():
             lm = IlladaLM(path, results=str(output), **of_model)
-            lm.rule = lm.settings_of(self.options.settings or {})
+            # A candidate's length is its own, so the budget must not shorten the rule's blocks.
+            lm.rule = lm.settings_of({**(self.options.settings or {}), "max_new_tokens": lm.max_length})
+            if "path" in (self.options.scoring, *(variant.scoring for variant in variants)):
+                refuse_rule(lm.rule, lm.causal)
             for variant in variants:
                 column = replace(variant, label=label or variant.label)
                 for row in self.rows:
@@ -201,7 +209,7 @@ class Evaluation:
             self._configure(task, row.shots, {**generation, **variant.generation})
         saved = lm.scoring, lm.samples, lm.bos, lm.special_tokens
         # The paper's rows say how to score a diffusion model.
-        lm.scoring = variant.scoring or (None if lm.causal else row.scoring) or lm.scoring
+        lm.scoring = variant.scoring or self.options.scoring or (None if lm.causal else row.scoring) or lm.scoring
         lm.samples = row.samples or lm.samples
         lm.bos = self.options.bos or row.bos or lm.bos
         lm.special_tokens = self.options.special_tokens or row.special_tokens or lm.special_tokens
@@ -276,6 +284,8 @@ class Evaluation:
             f"{environment['dtype']} on {environment['device']}",
             f"seeds {self.options.shots_seed} (shots) and {lm.seed} (masks, sampling)",
         ]
+        if self.options.authors_tasks:
+            facts.append(f"task files of {self.options.authors_tasks}")
         if self.options.limit is not None:
             facts.append(f"the first {self.options.limit} documents of each task")
         return "; ".join(facts) + "."

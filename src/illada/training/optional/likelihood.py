@@ -25,10 +25,11 @@ from illada.reporting import aligned
 from illada.scoring.layout import Pair
 from illada.scoring.likelihood import likelihood_scores
 from illada.scoring.path import path_log_likelihoods
-from illada.text.tokenizer import tokenizer_sha256
+from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.run_folder import RECIPE
 from illada.training.validation import VALIDATION_SEED, bits_per_byte
 from illada.weights.load import load_model
+from illada.weights.runs import model_folder
 
 RESULT = "likelihood.json"
 MASKS = 128
@@ -128,10 +129,12 @@ def run_likelihood(run: str, windows: int, beside: str | None = None) -> dict[st
         raise IlladaError(f"{run} has no held-out text: its recipe names no data.validation")
     shards = Shards.open(data["validation"])
     results: dict[str, Any] = {"block_length": GenerationSettings.block_length, "masks": MASKS}
-    for name in filter(None, (run, beside)):
-        model, tokenizer = load_model(name)
-        if shards.tokenizer_sha256 not in ("", tokenizer_sha256(tokenizer)):
+    names = [name for name in (run, beside) if name is not None]
+    for name in names:  # before anything is measured
+        if shards.tokenizer_sha256 not in ("", tokenizer_sha256(load_tokenizer(model_folder(name)))):
             raise IlladaError(f"{name} has another tokenizer than {data['validation']}: their figures do not compare")
+    for name in names:
+        model, _ = load_model(name)
         found = text_likelihood(model, shards, data["window"], windows)
         results |= {"windows": found.windows, "tokens": found.tokens}
         results.setdefault("models", {})[name] = found.figures
