@@ -26,6 +26,18 @@ def reference_uniform(*key):
     return ((reference_bits(*key) >> 12) + 0.5) / 2**52
 
 
+def average_of_weights(history, decay):
+    """Return a_N of training.average from the weights before the first and after every update, in fp64.
+
+    Every w_n counts with 1 - beta_n and fades with each later beta; the weights at the start fade with all of them.
+    """
+    betas = [1 - 1.0, *(min(decay, (1 + n) / (10 + n)) for n in range(1, len(history)))]
+    total = torch.zeros_like(history[0], dtype=torch.float64)
+    for n, weight in enumerate(history):
+        total += (1 - betas[n]) * math.prod(betas[n + 1 :]) * weight.double()
+    return total
+
+
 @torch.no_grad()
 def logits_of(model, ids):
     return model(torch.tensor([ids])).logits[0].double()

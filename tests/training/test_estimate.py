@@ -107,6 +107,13 @@ def test_parts_and_sharding():
     assert kept[2] > 2 * kept[0]
 
 
+def test_an_average_of_the_weights_is_counted():
+    plain, averaged = estimate(recipe(), 2, vocab_size=500), estimate(recipe(average=0.9), 2, vocab_size=500)
+    for kind in CHECKPOINTING:
+        before, after = plain.memory[kind], averaged.memory[kind]
+        assert after.optimizer - before.optimizer == after.peak - before.peak == 4 * plain.parameters // 2
+
+
 @pytest.mark.slow
 def test_copies_of_the_weights_leave_fewer_shards():
     doubled = recipe(batch=2)

@@ -107,15 +107,17 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", [False, True])
-def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, shift):
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"average": 0.9}])
+def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, options):
     """The 30 steps are several epochs, so the run dies in the middle of some."""
-    whole = make_recipe("whole", "train", "held_out")
-    killed = make_recipe("killed", "train", "held_out")
+    shift = options.pop("shift", False)
+    whole = make_recipe("whole", "train", "held_out", **options)
+    killed = make_recipe("killed", "train", "held_out", **options)
     whole.data.shift_windows = killed.data.shift_windows = shift
     train(whole)
     train_killed_at(killed, 3, 7, 16, 20, 30)
     assert same(weights(whole.output), weights(killed.output))
+    assert same(*(held(checkpoints(Path(recipe.output))[-1]) for recipe in (whole, killed)))
     assert steps_of(killed.output) == list(range(1, 31))
     for a, b in zip(*(read_metrics(Path(r.output) / "metrics.jsonl") for r in (whole, killed)), strict=True):
         assert {**a, **MACHINE} == {**b, **MACHINE}
@@ -322,6 +324,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
         ("model.hidden_size", 64),
         ("data.boundaries", "document"),
         ("data.shift_windows", True),
+        ("training.average", 0.99),
     ],
 )
 def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
@@ -333,10 +336,11 @@ def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
         train(changed)
 
 
-def test_a_run_from_before_shifted_windows_can_be_continued(make_recipe):
+def test_a_run_from_before_some_options_can_be_continued(make_recipe):
     recipe = make_recipe(steps=2)
     train(recipe)
-    assert "shift_windows" not in (Path(recipe.output) / "recipe.yaml").read_text()
+    written = (Path(recipe.output) / "recipe.yaml").read_text()
+    assert not [name for name in ("shift_windows", "average") if name in written]
     train(recipe)
 
 

@@ -203,6 +203,8 @@ class TrainingRecipe:
         beta1: of AdamW (ours).
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
+        average: decay of an exponential average of the weights, e.g. 0.9999 (MDLM, arXiv 2406.07524), which evens out
+            the noise of the last steps; it is validated and becomes the model; 0 for none.
         on_spike: what to do with a step whose loss or gradient is not finite, or whose loss lies far above the mean:
             "none": end the run when it is not finite; "skip": leave the step out; "rollback": go back to the newest
             checkpoint and take the following data in another order (all ours).
@@ -238,6 +240,7 @@ class TrainingRecipe:
     beta1: float = 0.9
     beta2: float = 0.95
     gradient_clip: float = 1.0
+    average: float = 0.0
     on_spike: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
@@ -261,7 +264,7 @@ class TrainingRecipe:
         _check_range(self, "training", counts + "keep_checkpoints keep_every plateau_patience spike_deviations", 1)
         rates = "learning_rate final_learning_rate weight_decay gradient_clip "
         _check_range(self, "training", rates + "warmup_steps decay_steps", 0)
-        _check_range(self, "training", "beta1 beta2", 0, 0.99999)
+        _check_range(self, "training", "beta1 beta2 average", 0, 0.99999)
         _check_range(self, "training", "plateau_delta", 0, 1)
         _check_range(self, "training", "seed", 0, 2**63 - 1)
 

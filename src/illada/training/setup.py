@@ -15,6 +15,7 @@ from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.optim import make_optimizers, moments
+from illada.training.optional.average import Average
 from illada.training.optional.checkpoint_hook import CheckpointHook
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.parallel import Processes, distribute
@@ -35,7 +36,8 @@ class Run:
         held_out: validation data; None without validation.
         objective: the loss of the network.
         parameters: the trained ones; shards of them when there are several processes.
-        tensors: what checkpoints hold: trained weights, and moments as "weight/moment".
+        average: of the trained weights; of nothing unless the recipe asks for it.
+        tensors: what checkpoints hold: trained weights, moments as "weight/moment", and the average.
         frozen_weights: fingerprint of the weights beside an adapter; None when all weights are trained.
         remarks: what a user should know before the run begins.
 
@@ -68,7 +70,8 @@ class Run:
         named = dict(self.model.named_parameters())
         self.parameters = [p for p in named.values() if p.requires_grad]
         weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
-        self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()})
+        self.average = Average(weights, recipe.training.average)
+        self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""

@@ -158,6 +158,7 @@ class Trainer:
             self.checkpoints.wait_for_copy()
             update(run.optimizers, rate)
             remember(state, loss)
+            run.average.update(state.updates)
             state.tokens += sum(segment.size for segment in segments)
         state.step += 1
         return record | self.measure_speed(segments)
@@ -258,17 +259,26 @@ class Trainer:
         self.log.say(f"decaying from step {step}, the run ends at step {self.schedule.steps}")
 
     def validate(self, held_out: Shards) -> dict[str, float]:
-        """Return the loss of held-out text for the log; request the decay when the loss has stopped falling."""
-        settings, state = self.settings, self.state
-        loss = self.validation_loss(held_out)
+        """Return the loss of held-out text for the log; request the decay when the loss has stopped falling.
+
+        Where the weights are averaged, the loss is the average's, and the weights' own is returned as well.
+        """
+        settings, state, record = self.settings, self.state, {}
+        if settings.average:
+            raw = bits_per_byte(self.validation_loss(held_out), held_out.tokens, held_out.bytes)
+            record["raw_validation_bits_per_byte"] = raw
+            self.checkpoints.wait_for_copy()
+        with self.run.average.in_place():
+            loss = self.validation_loss(held_out)
         bits = bits_per_byte(loss, held_out.tokens, held_out.bytes)
-        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte")
+        beside = f"  (without the average {raw:.4f})" if settings.average else ""
+        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte{beside}")
         state.validation_losses.append(loss)
         waiting = settings.decay_when == "plateau" and state.step < self.schedule.decay_start
         flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
         if waiting and flat and self.run.processes.first:
             write_text(self.run.folder / DECAY, f"{state.step}\n")
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        return {"validation_loss": loss, "validation_bits_per_byte": bits} | record
 
     @torch.no_grad()
     def validation_loss(self, held_out: Shards) -> float:

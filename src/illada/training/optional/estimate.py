@@ -61,6 +61,7 @@ class Memory:
     """Weights in the computation's type, gathered while they are used; 0 for one GPU."""
     gradients: int
     optimizer: int
+    """Moments, and the average of the weights (training.average)."""
     activations: int
     """What the backward pass needs from the trunk; for one GPU under bf16 this includes the weights' bf16 copies."""
     loss: int
@@ -289,8 +290,9 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        # A moment is fp32; AdamW has two of each parameter, Muon one.
-        optimizer = 4 * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
+        # A moment is fp32, as is the average; AdamW has two moments of each parameter, Muon one.
+        each = 3 if recipe.training.average else 2
+        optimizer = 4 * (each * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
         shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
         once = recipe.parallel.gather == "step"

@@ -36,7 +36,10 @@ def draw_run(run: str, output: str | None = None) -> Path:
         return [record.get(name) for record in records]
 
     curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
-    curve(loss, column("validation_bits_per_byte"), "held out", marker=".", color="black")
+    raw = column("raw_validation_bits_per_byte")
+    label = "held out, average of the weights" if any(raw) else "held out"
+    curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
+    curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
     if (folder / "likelihood.json").exists():
         found = read_json(folder / "likelihood.json")
         for name, figures in found["models"].items():
