@@ -9,7 +9,7 @@ import math
 import torch
 
 ALL = (1 << 64) - 1
-GUMBEL, REMASK = 16, 17
+DROPOUT, GUMBEL, REMASK = 5, 16, 17
 
 
 def reference_bits(*key):
@@ -24,6 +24,13 @@ def reference_bits(*key):
 
 def reference_uniform(*key):
     return ((reference_bits(*key) >> 12) + 0.5) / 2**52
+
+
+def is_dropped(seed, sample, epoch, position, branch, number, rate):
+    """Say whether training.dropout zeroes a number of a branch of a token: a 16-bit draw, the sign bit turned."""
+    token = reference_bits(seed, DROPOUT, sample, epoch, position)
+    draw = reference_bits(token, branch, number // 4) >> 16 * (number % 4) & 0xFFFF
+    return (draw ^ 0x8000) < round(rate * 2**16)
 
 
 def average_of_weights(history, decay):

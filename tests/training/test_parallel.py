@@ -87,6 +87,10 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         "averaged on 1": (1, make(average=0.5)),
         "averaged on 2": (2, make(average=0.5)),
         "averaged on 3": (3, make(average=0.5)),
+        "dropped on 1": (1, make(dropout=0.3)),
+        "dropped on 1, 4 passes": (1, make(dropout=0.3, samples_per_batch=1)),
+        "dropped on 2": (2, make(dropout=0.3)),
+        "dropped on 3": (3, make(dropout=0.3)),
         "spikes on 1": (1, make(**spikes)),
         "spikes on 2": (2, make(**spikes)),
         "nowhere": (2, nowhere),
@@ -105,10 +109,10 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     for name in ("5 windows on 2, 3 passes", "5 windows on 4"):
         assert_same_run(tmp_path, ends, name, "5 windows on 1")
     assert_same_run(tmp_path, ends, "shifted on 2, 4 passes", "shifted on 1")
-    for name in ("averaged on 2", "averaged on 3"):
-        assert_same_run(tmp_path, ends, name, "averaged on 1")
-    with pytest.raises(AssertionError, match="averaged on 2"):
-        assert_same_run(tmp_path, ends, "averaged on 2", "1")
+    for name in ("averaged on 2", "averaged on 3", "dropped on 2", "dropped on 3", "dropped on 1, 4 passes"):
+        assert_same_run(tmp_path, ends, name, f"{name.split()[0]} on 1")
+        with pytest.raises(AssertionError, match=name):
+            assert_same_run(tmp_path, ends, name, "1")
     # bf16 shows another order of sums, and Muon computes in it.
     for kind in ("muon", "bf16"):
         assert_same_run(tmp_path, ends, f"{kind} on 2", f"{kind} on 1", 3e-3, 1e-3)
@@ -148,8 +152,8 @@ def test_heads_over_processes_are_the_same_run_too(make_recipe, tmp_path):
         "4, computed again": (4, again),
         "bf16 on 1": (1, make(1, dtype="bf16")),
         "bf16 on 2": (2, make(2, dtype="bf16")),
-        "averaged on 1": (1, make(1, average=0.5)),
-        "averaged on 2": (2, make(2, average=0.5)),
+        "options on 1": (1, make(1, average=0.5, dropout=0.3)),
+        "options on 2": (2, make(2, average=0.5, dropout=0.3)),
         "alone": (1, alone),
         "heads": (2, odd_heads),
         "copies": (2, odd_copies),
@@ -168,7 +172,7 @@ def test_heads_over_processes_are_the_same_run_too(make_recipe, tmp_path):
         end["noise"] = {step: sorted(set(seen)) for step, seen in end["noise"].items()}
     for name in ("2", "4, computed again"):
         assert_same_run(tmp_path, ends, name, "1")
-    assert_same_run(tmp_path, ends, "averaged on 2", "averaged on 1")
+    assert_same_run(tmp_path, ends, "options on 2", "options on 1")
     assert_same_run(tmp_path, ends, "bf16 on 2", "bf16 on 1", 3e-3, 1e-3)
     # One process goes on from what two wrote, each its heads.
     for file in (tmp_path / "2" / "checkpoints" / "step-00000003").glob("shard-*.safetensors"):

@@ -107,7 +107,7 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"shift": True}, {"average": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"average": 0.9}, {"dropout": 0.2}])
 def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, options):
     """The 30 steps are several epochs, so the run dies in the middle of some."""
     shift = options.pop("shift", False)
@@ -147,9 +147,10 @@ def test_micro_batches_change_nothing_beyond_rounding(make_recipe):
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_nothing(make_recipe, recompute):
-    plain, saving = make_recipe("plain", steps=4), make_recipe("saving", steps=4)
+def test_recomputing_changes_nothing(make_recipe, recompute, dropout):
+    plain, saving = (make_recipe(name, steps=4, dropout=dropout) for name in ("plain", "saving"))
     saving.parallel.recompute = recompute
     for recipe in (plain, saving):
         train(recipe)
@@ -325,6 +326,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
         ("data.boundaries", "document"),
         ("data.shift_windows", True),
         ("training.average", 0.99),
+        ("training.dropout", 0.1),
     ],
 )
 def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
@@ -340,7 +342,7 @@ def test_a_run_from_before_some_options_can_be_continued(make_recipe):
     recipe = make_recipe(steps=2)
     train(recipe)
     written = (Path(recipe.output) / "recipe.yaml").read_text()
-    assert not [name for name in ("shift_windows", "average") if name in written]
+    assert not [name for name in ("shift_windows", "average", "dropout") if name in written]
     train(recipe)
 
 

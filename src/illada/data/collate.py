@@ -31,6 +31,8 @@ class Batch:
     packing: Packing
     probability_T: Tensor | None
     """The probability with which each token was masked, fp32; None without noise."""
+    places: tuple[Tensor, Tensor, Tensor]
+    """Sample, epoch and position in the sample of each token, int64: the key of its random numbers."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -101,16 +103,12 @@ def _noisy_batch(
     within_T = packing.positions()
     visible_T = spread([s.visible for s in segments], torch.int64)
     norm_T = spread(norms, torch.float64)
+    sample_T, epoch_T = (spread([getattr(s, name) for s in segments], torch.int64) for name in ("sample", "epoch"))
+    places = (sample_T, epoch_T, spread([s.offset for s in segments], torch.int64) + within_T)
     if causal:
-        return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None)
+        return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None, places)
     probability_T = masking_probability(spread([time for _, time in pairs], torch.float64))
-    masked_T = masked_positions(
-        seed,
-        spread([s.sample for s in segments], torch.int64),
-        spread([s.epoch for s in segments], torch.int64),
-        spread([s.offset for s in segments], torch.int64) + within_T,
-        probability_T,
-    )
+    masked_T = masked_positions(seed, *places, probability_T)
     masked_T &= within_T >= visible_T
     weight_T = 1 / (probability_T * norm_T)
-    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float())
+    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float(), places)

@@ -200,6 +200,8 @@ class TrainingRecipe:
         plateau_delta: relative fall of the validation loss that counts as an improvement.
         optimizer: adamw (paper), or muon for the matrices of the blocks with adamw for the rest (ours).
         weight_decay: on matrices (paper: 0.1).
+        dropout: chance that a number is zeroed where attention and SwiGLU join the residual stream, e.g. 0.1 (Vaswani
+            et al., arXiv 1706.03762), against overfitting on data seen many times (arXiv 2510.04071); 0 for none.
         beta1: of AdamW (ours).
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
@@ -237,6 +239,7 @@ class TrainingRecipe:
     plateau_delta: float = 0.002
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
+    dropout: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     gradient_clip: float = 1.0
@@ -266,6 +269,7 @@ class TrainingRecipe:
         _check_range(self, "training", rates + "warmup_steps decay_steps", 0)
         _check_range(self, "training", "beta1 beta2 average", 0, 0.99999)
         _check_range(self, "training", "plateau_delta", 0, 1)
+        _check_range(self, "training", "dropout", 0, 0.9)
         _check_range(self, "training", "seed", 0, 2**63 - 1)
 
     def count_steps(self, samples: int) -> int:
@@ -341,6 +345,8 @@ class Recipe:
         training, adapter = self.training, bool(self.lora.rank)
         if self.data.shift_windows and training.rule == "llada":
             raise IlladaError("data.shift_windows moves windows, training.rule llada has none: leave one of them out")
+        if training.dropout and self.parallel.compile:
+            raise IlladaError("training.dropout and parallel.compile do not go together: take one of them")
         if training.optimizer == "muon" and adapter:
             raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
         if training.dtype == "fp8" and adapter:

@@ -54,8 +54,9 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
     del content["output"], content["log"]
     if not recipe.data.shift_windows:
         del content["data"]["shift_windows"]  # so that runs from before there was this key can be continued
-    if not recipe.training.average:
-        del content["training"]["average"]  # likewise
+    for name in ("average", "dropout"):
+        if not content["training"][name]:
+            del content["training"][name]  # likewise
     if base is None:
         del content["lora"]
     else:

@@ -17,6 +17,7 @@ from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.optim import make_optimizers, moments
 from illada.training.optional.average import Average
 from illada.training.optional.checkpoint_hook import CheckpointHook
+from illada.training.optional.dropout import Dropout
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.parallel import Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
@@ -35,6 +36,7 @@ class Run:
     Attributes:
         held_out: validation data; None without validation.
         objective: the loss of the network.
+        dropout: to be told of every training pass; drops nothing unless the recipe asks for it.
         parameters: the trained ones; shards of them when there are several processes.
         average: of the trained weights; of nothing unless the recipe asks for it.
         tensors: what checkpoints hold: trained weights, moments as "weight/moment", and the average.
@@ -65,6 +67,7 @@ class Run:
             self.remarks = remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
             self.objective = distribute(self.model, recipe, processes, cross_entropy)
+        self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)
         self.optimizers = make_optimizers(self.model, recipe.training)
         # Collected now, while the weights are in their shards: after a pass they may be gathered.
         named = dict(self.model.named_parameters())
@@ -175,7 +178,7 @@ def remarks_on(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> 
         config = json.loads((start / "config.json").read_text())
         unused = [f"{name} {config[name]}" for name in DROPOUTS if config.get(name)]
         if unused:
-            lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
+            lines.append(f"{start} asks for {', '.join(unused)}: trained without, only training.dropout counts")
     if is_adapted(model):
         adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in model.parameters()) - adapter

@@ -186,6 +186,7 @@ class Trainer:
         sums = torch.zeros(1 + 2 * BUCKETS, device=device)
         for number, batch in enumerate(batches):
             before_pass(run.objective, last=number == len(batches) - 1)
+            run.dropout.begin(batch.places, device)
             key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * len(batches) + number)
             entropy_T = sums.new_zeros(batch.packing.tokens)
             clean_T, masked_T, weight_T = batch.on(device)

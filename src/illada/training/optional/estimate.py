@@ -34,6 +34,7 @@ from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
 from illada.training.optim import muon_matrices
+from illada.training.optional.dropout import Dropout
 from illada.training.optional.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import check_divisible, recompute
@@ -302,9 +303,10 @@ def _rehearse(
         fixed = (weights + optimizer) // shards + gathered
         gradients = 4 * count // (1 if once and passes > 1 else shards)
         memory: dict[Checkpointing, Memory] = {}
+        dropout = Dropout(model, recipe.training.dropout, 0)
         for kind in CHECKPOINTING:
             recompute(model, kind)
-            saved, loss, meter = _one_pass(model, recipe, windows, bf16)
+            saved, loss, meter = _one_pass(model, dropout, recipe, windows, bf16)
             during = (
                 gradients + meter.peak + reduced
                 if passes > 1 or gpus > 1
@@ -338,7 +340,9 @@ def _share_of_network(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM
     return model
 
 
-def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
+def _one_pass(
+    model: IlladaForMaskedLM, dropout: Dropout, recipe: Recipe, windows: int, autocast: bool
+) -> tuple[int, int, _Meter]:
     """Return the bytes kept after the trunk, the bytes the loss adds at its peak, the meter after the backward pass."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
     # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
@@ -350,6 +354,7 @@ def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: 
             if parameter.requires_grad:
                 hooks.append(parameter.register_post_accumulate_grad_hook(meter.move_gradient))
         ids_T = torch.zeros(packing.tokens, dtype=torch.int64)
+        dropout.begin([ids_T], ids_T.device)
         rows_M = torch.arange(math.ceil(share * packing.tokens))
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             hidden_TD = model.model.packed(ids_T, packing)
