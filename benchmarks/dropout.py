@@ -39,7 +39,7 @@ def measure(preset: str, windows: int, rounds: int, device: torch.device) -> Non
     averages = {name: Average(dict(models[name].named_parameters()), 0.9999 * (name == "average")) for name in WAYS}
     dropouts = {name: Dropout(models[name], RATE * (name == "keyed"), 0) for name in WAYS}
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
-    clean_T, places = torch.randint(8, 4096, (length,), device=device), [torch.arange(length)] * 3
+    clean_T, places = torch.randint(8, 4096, (length,), device=device), [torch.arange(length)] * 4
     masked_T, weight_T = torch.rand(length, device=device) < 0.5, torch.full((length,), 1 / length, device=device)
     packing = Packing((256,) * windows)
 

@@ -26,9 +26,9 @@ def reference_uniform(*key):
     return ((reference_bits(*key) >> 12) + 0.5) / 2**52
 
 
-def is_dropped(seed, sample, epoch, position, branch, number, rate):
+def is_dropped(seed, sample, epoch, position, complement, branch, number, rate):
     """Say whether training.dropout zeroes a number of a branch of a token: a 16-bit draw, the sign bit turned."""
-    token = reference_bits(seed, DROPOUT, sample, epoch, position)
+    token = reference_bits(seed, DROPOUT, sample, epoch, position, complement)
     draw = reference_bits(token, branch, number // 4) >> 16 * (number % 4) & 0xFFFF
     return (draw ^ 0x8000) < round(rate * 2**16)
 
@@ -107,6 +107,43 @@ def reference_loss(model, ids, lengths, times, uniforms, epsilon=1e-3):
             if masked[i]:
                 total += -float(log_p[i, segment[i]]) / p
     return total / len(ids)
+
+
+def reference_bell(t):
+    """Return density and distribution function at t of the bell: normal around 1/2, deviation 0.2, cut at 0 and 1."""
+    below, at, above = (0.5 * (1 + math.erf((x - 0.5) / 0.2 / math.sqrt(2))) for x in (0, t, 1))
+    normal = math.exp(-0.5 * ((t - 0.5) / 0.2) ** 2) / (0.2 * math.sqrt(2 * math.pi))
+    return normal / (above - below), (at - below) / (above - below)
+
+
+def reference_time(u, bell):
+    """Return the t below which a share u of all t lies."""
+    low, high = 0.0, 1.0
+    for _ in range(60 if bell else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reference_bell(middle)[1] < u else (low, middle)
+    return low if bell else u
+
+
+def reference_training_loss(model, ids, lengths, strata, uniforms, noise):
+    """Return the loss of training with other noise: Eq. 1 over segments and, if there are any, their complements."""
+    total, start, (low, high) = 0.0, 0, noise.band
+    views = 2 if noise.complementary else 1
+    for length, stratum in zip(lengths, strata, strict=True):
+        t = reference_time(stratum, noise.bell)
+        segment, first = ids[start : start + length], start
+        start += length
+        for view in range(views):
+            p = low + (high - low) * t
+            masked = [(uniforms[first + i] < p) == (view == 0) for i in range(length)]
+            p = p if view == 0 else 1 - p
+            density = reference_bell(t)[0] if noise.bell else 1
+            mean = 0.5 if views == 2 else (low + high) / 2
+            noisy = [model.config.mask_token_id if m else x for x, m in zip(segment, masked, strict=True)]
+            log_p = logits_of(model, noisy).log_softmax(-1)
+            entropy = -sum(float(log_p[i, segment[i]]) for i in range(length) if masked[i])
+            total += entropy / {"1/p": p, "bound": p * density, "none": mean}[noise.weight]
+    return total / (views * len(ids))
 
 
 def reference_generate(model, prompt, settings, think=()):

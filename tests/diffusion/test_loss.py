@@ -11,9 +11,9 @@ import illada
 from illada import rng
 from illada.diffusion import loss as module
 from illada.diffusion.loss import chunked_cross_entropy, diffusion_loss, masked_loss
-from illada.diffusion.noise import EPSILON, masking_probability, stratified_times
+from illada.diffusion.noise import EPSILON, Noise, masking_probability, stratified_times
 from illada.model.attention import Packing
-from reference import reference_loss, reference_uniform
+from reference import reference_bell, reference_loss, reference_uniform
 
 
 def full_loss(model, clean, masked, weight, packing):
@@ -161,7 +161,7 @@ def language_model(table):
         rows[sum(x * 4**i for i, x in enumerate(noisy)), :, :SYMBOLS] = log_p.float().clamp(min=-1e4)
     powers = 4 ** torch.arange(LENGTH)
     return SimpleNamespace(
-        config=SimpleNamespace(mask_token_id=MASK, refuse_causal=lambda *_: None),
+        config=SimpleNamespace(mask_id=MASK, refuse_causal=lambda *_: None),
         model=SimpleNamespace(packed=lambda ids, _: rows[(ids.view(-1, LENGTH) * powers).sum(1)].flatten(0, 1)),
         lm_head=SimpleNamespace(weight=torch.eye(SYMBOLS + 1)),
     )
@@ -219,3 +219,52 @@ def test_the_loss_of_any_other_model_is_above_the_entropy(conditionals, kind):
     assert mean > entropy + 4 * error
     if kind == "uniform":
         assert abs(mean - LENGTH * math.log(SYMBOLS)) < 4 * error
+
+
+def cost_by_masks(table):
+    """Expected sum of cross-entropies of masked positions, as {how many are masked: sum over all such masks}."""
+    costs = dict.fromkeys(range(LENGTH + 1), 0.0)
+    for word, probability in zip(WORDS.tolist(), word_probabilities().tolist(), strict=True):
+        for masked in itertools.product((False, True), repeat=LENGTH):
+            noisy = tuple(MASK if m else x for m, x in zip(masked, word, strict=True))
+            terms = [float(table[noisy][i, word[i]]) for i in range(LENGTH) if masked[i]]
+            costs[sum(masked)] -= probability * sum(terms)
+    return costs
+
+
+@pytest.mark.slow
+def test_which_noise_and_weights_keep_the_bound(conditionals):
+    """The expected loss without drawing anything: over all masks by enumeration, over t by a fine grid."""
+    costs = cost_by_masks(conditionals)
+    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+
+    def masked_cost(p):  # expected cross-entropy of all masked tokens of a word: p times LENGTH times CE
+        return sum(p**count * (1 - p) ** (LENGTH - count) * cost for count, cost in costs.items())
+
+    def expected(noise):
+        t = noise.times(grid)
+        p = masking_probability(t, *noise.band)
+        chances = [p, 1 - p] if noise.complementary else [p]
+        return sum(float((masked_cost(p) / noise.divisor(t, p)).mean()) for p in chances) / len(chances)
+
+    probabilities = word_probabilities()
+    entropy = -float((probabilities * probabilities.log()).sum())
+    paper = expected(Noise())
+    assert paper == pytest.approx(entropy, rel=2 * EPSILON)
+    assert expected(Noise(weight="bound")) == paper
+    assert expected(Noise(bell=True, weight="bound")) == pytest.approx(paper, rel=1e-5)
+    paired = (EPSILON, 1 - EPSILON)
+    for bell, weight in ((False, "1/p"), (True, "bound")):
+        found = expected(Noise(bell, paired, weight, complementary=True))
+        assert found == pytest.approx(entropy, rel=2 * EPSILON), (bell, weight)
+    # The formulas of the others, which are no bound.
+    q = torch.tensor([reference_bell(t)[0] for t in grid[::20].tolist()])
+    p = masking_probability(grid[::20])
+    bell = float((q * masked_cost(p) / p).mean())
+    assert expected(Noise(bell=True)) == pytest.approx(bell, rel=1e-3)
+    mean = float((q * masked_cost(p)).mean() / (q * p).mean())
+    assert expected(Noise(bell=True, weight="none")) == pytest.approx(mean, rel=1e-3)
+    p = masking_probability(grid, 0.3, 0.8)
+    assert expected(Noise(band=(0.3, 0.8))) == pytest.approx(float((masked_cost(p) / p).mean()))
+    for noise in (Noise(bell=True), Noise(weight="none"), Noise(band=(0.5, 0.8))):
+        assert abs(expected(noise) - entropy) > 0.005 * entropy, noise

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,21 @@ from illada import rng
 from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
 from illada.diffusion.loss import masked_loss
-from illada.diffusion.noise import EPSILON, masked_positions, masking_probability, stratified_times
-from reference import reference_uniform
+from illada.diffusion.noise import EPSILON, Noise, masked_positions, masking_probability, stratified_times
+from reference import reference_bell, reference_time, reference_training_loss, reference_uniform
+
+PAIRED = (EPSILON, 1 - EPSILON)
+OTHER_NOISE = [
+    Noise(bell=True),
+    Noise(bell=True, weight="bound"),
+    Noise(bell=True, weight="none"),
+    Noise(weight="none"),
+    Noise(band=(0.3, 0.8)),
+    Noise(bell=True, band=(0.2, 0.6), weight="none"),
+    Noise(band=PAIRED, complementary=True),
+    Noise(bell=True, band=PAIRED, weight="bound", complementary=True),
+    Noise(band=(0.3, 0.8), weight="none", complementary=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +89,95 @@ def test_each_time_is_uniform_over_the_steps():
             grid = torch.arange(1, steps + 1) / steps
             distance = torch.maximum((grid - ordered).abs(), (grid - 1 / steps - ordered).abs()).max()
             assert float(distance) < 1.95 / math.sqrt(steps)  # 0.1 %
+
+
+def test_the_bell_is_the_distribution_that_it_says():
+    """Kolmogorov–Smirnov against the error function; the inverse and the density against the plain ones."""
+    noise, count = Noise(bell=True, weight="bound"), 4000
+    t = noise.times(rng.uniform(3, rng.TIME, torch.arange(count), dtype=torch.float64)).sort().values
+    expected = torch.tensor([reference_bell(x)[1] for x in t.tolist()])
+    grid = torch.arange(1, count + 1) / count
+    assert float(torch.maximum((grid - expected).abs(), (grid - 1 / count - expected).abs()).max()) < 0.031  # 0.1 %
+    u = torch.tensor([2.0**-53, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1 - 2.0**-53], dtype=torch.float64)
+    assert noise.times(u).tolist() == pytest.approx([reference_time(x, bell=True) for x in u.tolist()], abs=1e-12)
+    assert ((noise.times(u) >= 0) & (noise.times(u) <= 1)).all()
+    q = noise.divisor(t, torch.ones_like(t))
+    assert q.tolist() == pytest.approx([reference_bell(x)[0] for x in t.tolist()])
+    assert q.tolist() == pytest.approx(noise.divisor(1 - t, torch.ones_like(t)).tolist())  # complements rely on it
+    assert float(q.min()) > 0.08
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_a_bell_visits_every_stratum_once(count):
+    samples = torch.arange(count) * 5 + 3
+    for step in range(5):
+        t = Noise(bell=True).times(stratified_times(0, step, samples, samples * 0, samples * 0))
+        assert sorted(int(reference_bell(x)[1] * count) for x in t.tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("noise", OTHER_NOISE, ids=str)
+def test_training_with_other_noise_is_the_plain_equation(tied, shards, noise):
+    """In batches of any size; the segments of a step in the order of the plan."""
+    batches = Batches(shards, 16, 6, seed=4, split_probability=0.5, noise=noise)
+    plan = batches.plan(1)
+    segments = [s for sample in plan for s in sample if not s.complement]
+    columns = [torch.tensor([getattr(s, n) for s in segments]) for n in ("sample", "part", "epoch")]
+    ids = [x for s in segments for x in shards.read(s.start, s.length).tolist()]
+    places = [(s.sample, s.epoch, s.offset + i) for s in segments for i in range(s.length)]
+    uniforms = [reference_uniform(4, rng.MASK, *place) for place in places]
+    lengths, strata = [s.length for s in segments], stratified_times(4, 1, *columns).tolist()
+    expected = reference_training_loss(tied, ids, lengths, strata, uniforms, noise)
+    for size, ranks in ((1, 1), (4, 1), (6, 1), (2, 2)):
+        parts = [noisy_batches(plan, size, shards, 4, 1, rank=r, ranks=ranks, noise=noise) for r in range(ranks)]
+        with torch.no_grad():
+            losses = [float(masked_loss(tied, *b.on(b.clean_T.device), b.packing)) for part in parts for b in part]
+        assert sum(losses) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", OTHER_NOISE, ids=str)
+@pytest.mark.parametrize(("rule", "kind"), [("illada", "text"), ("llada", "chat")])
+def test_a_token_that_costs_one_nat_costs_one_nat_under_any_noise(make_data, tmp_path, noise, rule, kind):
+    """The expected sum of weights is 1 under both rules; p stays in its band."""
+    data = make_data(tmp_path, [([9] * (n % 7 + 20), n % 5) for n in range(50)], kind=kind)
+    batches = Batches(data, 20, 8, seed=1, rule=rule, eos_token_id=2, noise=noise)
+    sums, low, high = [], *noise.band
+    for step in range(100):
+        (batch,) = noisy_batches(batches.plan(step), 8, data, 1, step, rule, 2, noise=noise)
+        sums.append((batch.weight_T * batch.masked_T).sum().double())
+        if noise.complementary:
+            low, high = min(noise.band[0], 1 - noise.band[1]), max(noise.band[1], 1 - noise.band[0])
+        assert low - 1e-6 <= float(batch.probability_T.min()) <= float(batch.probability_T.max()) <= high + 1e-6
+    mean, error = float(torch.stack(sums).mean()), float(torch.stack(sums).std()) / math.sqrt(len(sums))
+    if noise.weight == "none" and noise.complementary:
+        assert sums == [pytest.approx(1)] * len(sums)  # each token is predicted once, and all weigh the same
+    else:
+        assert 0 < error < 0.1
+        assert abs(mean - 1) < 4 * error
+
+
+@pytest.mark.parametrize(("rule", "kind"), [("illada", "text"), ("llada", "chat")])
+def test_complements_mask_what_their_windows_show(make_data, tmp_path, rule, kind):
+    documents = [(list(range(100 * n, 100 * n + 12 + n)), 3 + n % 4) for n in range(9)]
+    data = make_data(tmp_path, documents, vocab_size=2000, kind=kind)
+    noise = Noise(band=PAIRED, complementary=True)
+    batches = Batches(data, 13, 6, 4, 0.5, rule=rule, eos_token_id=1999, noise=noise)
+    half = Batches(data, 13, 3, 4, 0.5, rule=rule, eos_token_id=1999)
+    for step in range(6):
+        plan = batches.plan(step)
+        assert plan[::2] == half.plan(step)  # half as many windows, in the same order
+        assert plan[1::2] == [[replace(part, complement=True) for part in sample] for sample in plan[::2]]
+        views = [[], []]
+        for batch in noisy_batches(plan, 1, data, 4, step, rule, 1999, noise=noise):
+            views[sum(map(len, views)) % 2].append(batch)
+        for a, b in zip(*views, strict=True):
+            may = torch.ones_like(a.masked_T)
+            if rule == "llada":
+                may[: documents[int(a.clean_T[0]) // 100][1]] = False
+            assert torch.equal(a.clean_T, b.clean_T)
+            assert torch.equal(a.masked_T ^ b.masked_T, may)
+            torch.testing.assert_close(a.probability_T + b.probability_T, torch.ones_like(a.probability_T))
+            inside = [1 / (x.probability_T * x.weight_T) for x in (a, b)]
+            torch.testing.assert_close(inside[0], inside[1])
 
 
 def test_stratified_times_lower_the_variance_of_a_step():

@@ -38,7 +38,7 @@ from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
-from reference import reference_causal_generate, reference_causal_loss, reference_causal_score
+from reference import logits_of, reference_causal_generate, reference_causal_loss, reference_causal_score
 
 TO_THE_END = GenerationSettings(max_new_tokens=12, eos_token_id=None)
 PROMPTS = [[7], [9, 8, 7, 6, 3, 4, 30, 11, 12], [50, 3], [9, 8]]
@@ -166,13 +166,15 @@ def test_answers_end_at_eos_and_at_stop_strings(model, tiny_tokenizer, build_mod
 
 
 def test_scores_are_exact(model):
-    pairs = [([0, 9, 8], [7, 6, 5]), ([3], [4]), ([0, 9, 8], [7, 6, 5, 4, 3, 2]), ([1, 2, 3, 4, 9], [11, 12])]
+    pairs = [([0, 9, 8], [7, 6, 1]), ([3], [4]), ([0, 9, 8], [7, 6, 1, 4, 3, 2]), ([1, 2, 3, 4, 9], [11, 12])]
     want = [reference_causal_score(model, *pair)[0] for pair in pairs]
     for most in (1, 16_384):
         assert likelihood_scores(model, pairs, max_batch_tokens=most) == pytest.approx(want, abs=1e-4)
     assert likelihood_scores(model, pairs, right_context=(2,)) == pytest.approx(want, abs=1e-4)
     (answer,) = generate(model, [[9, 8]], TO_THE_END)
-    assert likelihood_scores(model, [([9, 8], answer.ids)])[0] == pytest.approx(sum(answer.log_probs), abs=1e-4)
+    p_mask = logits_of(model, [9, 8, *answer.ids])[1:-1].softmax(-1)[:, model.config.mask_token_id]
+    want = sum(answer.log_probs) - float((-p_mask).log1p().sum())  # scores leave MASK out
+    assert likelihood_scores(model, [([9, 8], answer.ids)])[0] == pytest.approx(want, abs=1e-4)
 
 
 def test_what_is_about_masks_is_refused(model, build_model):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from illada.data.batches import Batches
 from illada.data.collate import noisy_batches
 from illada.data.shards import Shards
+from illada.diffusion.noise import EPSILON, Noise
 from illada.errors import IlladaError
 from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
@@ -30,7 +31,7 @@ def network():
 
 
 def places(*rows):
-    """Sample, epoch and position of tokens."""
+    """Sample, epoch, position and view of tokens."""
     return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
 
 
@@ -41,17 +42,17 @@ def masks(rows, rate=0.3, seed=5, branch=1, width=30):
 
 
 def test_what_is_dropped_is_the_plain_equation():
-    rows = [(3, 0, 0), (3, 0, 1), (3, 1, 0), (2**40, 7, 8191)]
-    for rate in (0.1, 0.5, 0.9):
+    rows = [(3, 0, 0, 0), (3, 0, 1, 0), (3, 1, 0, 1), (2**40, 7, 8191, 0)]
+    for rate in (0.1, 0.5, 0.99999):
         for seed, branch, width in ((0, 0, 30), (2**62, 5, 7)):
             found = masks(rows, rate, seed, branch, width).tolist()
             assert found == [[is_dropped(seed, *row, branch, d, rate) for d in range(width)] for row in rows]
 
 
 def test_every_word_of_the_key_counts_and_nothing_else():
-    rows = [(3, 0, 0), (3, 0, 1), (3, 1, 0), (4, 0, 0)]
+    rows = [(3, 0, 0, 0), (3, 0, 1, 0), (3, 1, 0, 0), (4, 0, 0, 0), (3, 0, 0, 1)]
     whole = masks(rows)
-    assert len({tuple(row) for row in whole.tolist()}) == 4
+    assert len({tuple(row) for row in whole.tolist()}) == 5
     for change in ({"seed": 6}, {"branch": 2}):
         assert not (masks(rows, **change) == whole).all(1).any(), change
     order = [2, 0, 3]
@@ -62,7 +63,7 @@ def test_every_word_of_the_key_counts_and_nothing_else():
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
 def test_mean_and_variance_are_those_of_independent_draws(rate):
     size, width = 400, 500
-    gone = masks([(n, 0, n % 7) for n in range(size)], rate, width=width).double()
+    gone = masks([(n, 0, n % 7, 0) for n in range(size)], rate, width=width).double()
     spread = (rate * (1 - rate)) ** 0.5
     assert abs(gone.mean() - rate) < 4 * spread / (size * width) ** 0.5
     for axis, count in ((0, size), (1, width)):
@@ -74,7 +75,7 @@ def test_mean_and_variance_are_those_of_independent_draws(rate):
             product = centred.narrow(axis, shift, gone.shape[axis] - shift)
             product = product * centred.narrow(axis, 0, gone.shape[axis] - shift)
             assert abs(product.mean()) < 5 / (size * width) ** 0.5
-    other = (masks([(n, 0, n % 7) for n in range(size)], rate, width=width, branch=2).double() - rate) / spread
+    other = (masks([(n, 0, n % 7, 0) for n in range(size)], rate, width=width, branch=2).double() - rate) / spread
     assert abs((centred * other).mean()) < 5 / (size * width) ** 0.5
 
 
@@ -83,7 +84,7 @@ def test_the_network_drops_where_branches_join_the_stream(kernel):
     """Two segments, against blocks written out with masks of the plain equation."""
     model, rate = network(), 0.25
     model.set_attn_implementation(kernel)
-    rows = [(8, 2, position) for position in range(5)] + [(9, 1, 4 + position) for position in range(3)]
+    rows = [(8, 2, position, 0) for position in range(5)] + [(9, 1, 4 + position, 1) for position in range(3)]
     ids_T, packing = torch.arange(10, 18), Packing((5, 3))
 
     def joined(branch_TD, branch):
@@ -107,22 +108,23 @@ def test_the_network_drops_where_branches_join_the_stream(kernel):
     assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_batch_says_where_its_tokens_come_from(data, causal):
+@pytest.mark.parametrize(("causal", "views"), [(False, 1), (True, 1), (False, 2)])
+def test_a_batch_says_where_its_tokens_come_from(data, causal, views):
     shards = Shards.open(data / "train")
-    plan = Batches(shards, 32, 5, 0, split_probability=0.9).plan(20)
+    noise = Noise(band=(EPSILON, 1 - EPSILON), complementary=views == 2)
+    plan = Batches(shards, 32, 6, 0, split_probability=0.9, noise=noise).plan(20)
     expected = {
-        (s.sample, s.epoch, s.offset + n): int(shards.read_all([(s.start + n, 1)])[0])
+        (s.sample, s.epoch, s.offset + n, s.complement): int(shards.read_all([(s.start + n, 1)])[0])
         for sample in plan
         for s in sample
         for n in range(s.size)
     }
     found = {}
-    for batch in noisy_batches(plan, 2, shards, 0, 20, causal=causal):
+    for batch in noisy_batches(plan, 2, shards, 0, 20, causal=causal, noise=noise):
         keys = zip(*(column.tolist() for column in batch.places), strict=True)
         found |= dict(zip(keys, batch.clean_T.tolist(), strict=True))
     assert found == expected
-    assert len(found) == 5 * 32
+    assert len(found) == 6 * 32
 
 
 @pytest.mark.slow
@@ -159,8 +161,8 @@ def test_an_adapter_is_trained_with_dropout_too(make_recipe, rule):
 
 
 def test_what_does_not_work_is_refused_in_one_line(make_recipe):
-    for rate in (-0.1, 0.95):
-        with pytest.raises(IlladaError, match=r"^training\.dropout is .*: it must be between 0 and 0\.9$"):
+    for rate in (-0.1, 1.0):
+        with pytest.raises(IlladaError, match=r"^training\.dropout is .*: it must be between 0 and 0\.99999$"):
             make_recipe(dropout=rate).check()
     recipe = make_recipe(dropout=0.1)
     recipe.parallel.compile = True

@@ -204,6 +204,17 @@ def test_an_adapter_trains_little_beside_frozen_weights(tied, tmp_path):
     assert found.flops_per_token < 0.85 * everything.flops_per_token
 
 
+@pytest.mark.slow
+def test_noise_changes_how_many_rows_the_head_sees():
+    """At most the greatest chance to be masked; a complement's counts."""
+
+    def loss(**noise):
+        return estimate(recipe(batch=1, **noise), vocab_size=500).memory["none"].loss
+
+    assert loss(mask_range=[0.1, 0.3]) < loss(mask_range=[0.3, 0.6]) < loss() == loss(noise="bell")
+    assert loss(mask_range=[0.1, 0.3], complementary=True) == loss(mask_range=[0.1, 0.9])
+
+
 def test_flops_are_those_of_the_formula():
     config = IlladaConfig.preset("illada-8b")
     blocks, head = 6_979_584_000, 155_136 * 4096

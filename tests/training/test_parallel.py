@@ -65,6 +65,7 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     # Through more than an epoch of the data, which is some 40 windows.
     shifted, shifted_on_2 = (make(samples_per_step=13, samples_per_batch=size) for size in (13, 2))
     shifted.data.shift_windows = shifted_on_2.data.shift_windows = True
+    noise = {"noise": "bell", "mask_range": [0.2, 0.9], "complementary": True, "samples_per_step": 6}
     runs = {
         "1": (1, make()),
         "1, 4 passes": (1, make(samples_per_batch=1)),
@@ -80,6 +81,8 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         "5 windows on 4": (4, make(samples_per_step=5)),
         "shifted on 1": (1, shifted),
         "shifted on 2, 4 passes": (2, shifted_on_2),
+        "noise on 1": (1, make(**noise)),
+        "noise on 2, 3 passes": (2, make(**noise, samples_per_batch=1)),
         "muon on 1": (1, make(optimizer="muon")),
         "muon on 2": (2, make(optimizer="muon")),
         "bf16 on 1": (1, make(dtype="bf16")),
@@ -113,6 +116,7 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         assert_same_run(tmp_path, ends, name, f"{name.split()[0]} on 1")
         with pytest.raises(AssertionError, match=name):
             assert_same_run(tmp_path, ends, name, "1")
+    assert_same_run(tmp_path, ends, "noise on 2, 3 passes", "noise on 1")
     # bf16 shows another order of sums, and Muon computes in it.
     for kind in ("muon", "bf16"):
         assert_same_run(tmp_path, ends, f"{kind} on 2", f"{kind} on 1", 3e-3, 1e-3)

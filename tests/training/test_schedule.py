@@ -105,6 +105,13 @@ def test_a_good_recipe_passes():
         ("training", {"weight_decay": -1.0}, "training.weight_decay"),
         ("training", {"warmup_steps": -1}, "training.warmup_steps"),
         ("training", {"decay_when": "plateau"}, "needs data.validation"),
+        ("training", {"mask_range": [0.3]}, r"training.mask_range is \[0.3\]: it must be low and high"),
+        ("training", {"mask_range": [0.8, 0.3]}, "0.001 <= low <= high <= 1$"),
+        ("training", {"mask_range": [0.0, 0.3]}, "training.mask_range is"),
+        ("training", {"mask_range": [0.3, math.nan]}, "training.mask_range is"),
+        ("training", {"mask_range": [0.3, 1.0], "complementary": True}, "0.001 <= low <= high <= 0.999$"),
+        ("training", {"mask_range": [0.3, 0.8], "loss_weight": "bound"}, "loss_weight bound needs every"),
+        ("training", {"samples_per_step": 5, "complementary": True}, "take an even training.samples_per_step"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_the_name_of_its_key(part, changes, words):

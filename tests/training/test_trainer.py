@@ -8,15 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from illada.data.shards import Shards
+from illada.diffusion.noise import EPSILON, PAPER, Noise
 from illada.errors import DivergedError, IlladaError
 from illada.training import parallel, trainer
 from illada.training.checkpoint import Checkpoints
 from illada.training.log import StepLog
+from illada.training.parallel import join
+from illada.training.setup import Run
 from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.runs import assemble, checkpoints, read_metrics
@@ -106,10 +110,14 @@ def test_the_loss_falls_and_the_run_is_complete(make_recipe, data, tmp_path):
     assert steps_of(run) == list(range(1, 121))
 
 
+OTHER_NOISE = {"noise": "bell", "mask_range": [0.2, 0.9], "loss_weight": "none", "complementary": True}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"shift": True}, {"average": 0.9}, {"dropout": 0.2}])
+@pytest.mark.parametrize("options", [{}, {"shift": True}, OTHER_NOISE, {"average": 0.9}, {"dropout": 0.2}])
 def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, options):
     """The 30 steps are several epochs, so the run dies in the middle of some."""
+    options = dict(options)
     shift = options.pop("shift", False)
     whole = make_recipe("whole", "train", "held_out", **options)
     killed = make_recipe("killed", "train", "held_out", **options)
@@ -327,6 +335,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
         ("data.shift_windows", True),
         ("training.average", 0.99),
         ("training.dropout", 0.1),
+        ("training.noise", "bell"),
+        ("training.mask_range", [0.3, 0.8]),
+        ("training.loss_weight", "none"),
+        ("training.complementary", True),
     ],
 )
 def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
@@ -338,12 +350,59 @@ def test_a_run_folder_belongs_to_its_recipe(make_recipe, key, value):
         train(changed)
 
 
-def test_a_run_from_before_some_options_can_be_continued(make_recipe):
+def test_a_run_from_before_later_keys_can_be_continued(make_recipe):
     recipe = make_recipe(steps=2)
     train(recipe)
-    written = (Path(recipe.output) / "recipe.yaml").read_text()
-    assert not [name for name in ("shift_windows", "average", "dropout") if name in written]
+    stored = (Path(recipe.output) / "recipe.yaml").read_text()
+    for name in ("shift_windows", *OTHER_NOISE, "average", "dropout"):
+        assert name not in stored
     train(recipe)
+    other = make_recipe("other", steps=2, **OTHER_NOISE)
+    train(other)
+    for name, value in yaml.safe_load((Path(other.output) / "recipe.yaml").read_text())["training"].items():
+        assert value == OTHER_NOISE.get(name, value)
+    assert steps_of(train(other).model.parent) == [1, 2]
+
+
+def test_noise_concerns_training_alone(make_recipe):
+    """Validation measures the paper's bound whatever training does; the data of an epoch take as many steps."""
+    records = []
+    options = ({}, {"noise": "bell"}, {"mask_range": [0.3, 0.8]}, {"loss_weight": "none"}, {"complementary": True})
+    for number, noise in enumerate(options):
+        still = {"steps": None, "epochs": 0.3, "learning_rate": 0.0, "final_learning_rate": 0.0, "validate_every": 1}
+        recipe = make_recipe(str(number), validation="held_out", **still, **noise)
+        train(recipe)
+        records.append(read_metrics(Path(recipe.output) / "metrics.jsonl"))
+    assert len({json.dumps([r["validation_loss"] for r in record]) for record in records}) == 1
+    assert len({json.dumps([r["tokens"] for r in record]) for record in records}) == 1
+    assert len({json.dumps([r["loss"] for r in record]) for record in records}) == len(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "noise"),
+    [
+        ({}, PAPER),
+        (OTHER_NOISE, Noise(True, (0.2, 0.9), "none", True)),
+        ({"loss_weight": "bound", "noise": "bell"}, Noise(True, (EPSILON, 1), "bound")),
+        # The chances of both views lie between EPSILON and 1 - EPSILON, so that no weight is above 1/EPSILON.
+        ({"complementary": True}, Noise(band=(EPSILON, 1 - EPSILON), complementary=True)),
+    ],
+)
+def test_the_noise_is_the_recipes(make_recipe, options, noise):
+    with join("cpu") as processes:
+        assert Run(make_recipe(**options), processes).batches.noise == noise
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER_NOISE.items())
+def test_a_causal_model_has_no_noise(make_recipe, name, value):
+    """Named in the recipe, or found in the checkpoint to start from."""
+    causal = make_recipe("causal", steps=1)
+    causal.model.causal = True
+    words = rf"^training\.{name} is about masks, a causal model has none: leave one of them out$"
+    wrong = make_recipe("wrong", **{name: value})
+    wrong.model.causal = True
+    refused(wrong, words)
+    refused(make_recipe("wrong", start=train(causal).model, **{name: value}), words)
 
 
 def test_shifting_concerns_training_alone(make_recipe):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from illada import rng
 from illada.data.shards import Shards
+from illada.diffusion.noise import PAPER, Noise
 from illada.errors import IlladaError
 
 Boundaries = Literal["window", "document"]
@@ -48,6 +49,8 @@ class Segment:
     """Leading tokens that are never masked (the prompt, under the older LLaDA rule)."""
     padding: int = 0
     """EOS tokens appended (the older LLaDA rule)."""
+    complement: bool = False
+    """The other view of a segment: masked is what the first view shows."""
 
     @property
     def size(self) -> int:
@@ -72,6 +75,7 @@ class Batches:
         rule: "illada": the whole window may be masked; "llada": prompt visible, EOS-padded, response-normalised.
         eos_token_id: padding of the older LLaDA rule.
         shift_windows: each epoch cuts its windows at other places (see above); does not concern the older LLaDA rule.
+        noise: of the training. If complementary, a step holds half as many samples, each followed by its complement.
 
     Raises:
         IlladaError: when the shards do not fill one sample.
@@ -86,6 +90,7 @@ class Batches:
     rule: Rule = "illada"
     eos_token_id: int | None = None
     shift_windows: bool = False
+    noise: Noise = PAPER
 
     def __post_init__(self) -> None:
         """Count the samples of each source."""
@@ -105,10 +110,10 @@ class Batches:
 
     def plan(self, step: int) -> list[list[Segment]]:
         """Return the segments of every sample of a step."""
-        first = step * self.samples_per_step
+        count = self.samples_per_step // (2 if self.noise.complementary else 1)
         shares = [source.share for source in self.shards.sources]
         samples = []
-        for number in range(first, first + self.samples_per_step):
+        for number in range(step * count, (step + 1) * count):
             source, turn = rng.pick_source(number, shares, self.seed, rng.TURN)
             epoch, place = divmod(turn, self._counts[source])
             place = rng.shuffled_index(place, self._counts[source], self.seed, rng.ORDER, epoch)
@@ -119,6 +124,8 @@ class Batches:
             # the step is divided (ours).
             longest = max(segments[0].length for segments in samples)
             samples = [[replace(segment, padding=longest - segment.length)] for (segment,) in samples]
+        if self.noise.complementary:
+            samples = [view for one in samples for view in (one, [replace(part, complement=True) for part in one])]
         return samples
 
     def _window(self, sample: int, epoch: int) -> list[Segment]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illada.data.batches import Rule, Segment, read_segments
 from illada.data.shards import Shards
-from illada.diffusion.noise import masked_positions, masking_probability, stratified_times
+from illada.diffusion.noise import PAPER, Noise, masked_positions, masking_probability, stratified_times
 from illada.model.attention import Packing
 
 
@@ -31,8 +31,8 @@ class Batch:
     packing: Packing
     probability_T: Tensor | None
     """The probability with which each token was masked, fp32; None without noise."""
-    places: tuple[Tensor, Tensor, Tensor]
-    """Sample, epoch and position in the sample of each token, int64: the key of its random numbers."""
+    places: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Sample, epoch and position in the sample of each token, and whether it is in a complement: its key."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -53,6 +53,7 @@ def noisy_batches(
     rank: int = 0,
     ranks: int = 1,
     causal: bool = False,
+    noise: Noise = PAPER,
 ) -> Iterator[Batch]:
     """Draw t for all segments of a step, then noise and pack the segments of one of `ranks` processes, batch by batch.
 
@@ -63,10 +64,14 @@ def noisy_batches(
     With these weights the losses of the batches add up to the loss of the step: 1/(p * tokens of the step) (paper
     Eq. 1), or 1/(p * answer tokens * examples) under the older LLaDA rule. For a causal model every token but the first
     of its segment counts, under the older rule only those of the answer; p is 1, and only tokens that count are tokens.
+    `noise` may change the distribution of t and put something else in the place of p in the weights. Complements share
+    the t of their segment and are tokens, samples and examples of their own.
     """
     segments = [segment for sample in samples for segment in sample]
-    columns = (torch.tensor([getattr(s, name) for s in segments]) for name in ("sample", "part", "epoch"))
-    times = stratified_times(seed, step, *columns).tolist()
+    columns = torch.tensor([(s.sample, s.part, s.epoch) for s in segments if not s.complement]).T
+    drawn = noise.times(stratified_times(seed, step, *columns)).tolist()
+    time_of = dict(zip(map(tuple, columns.T.tolist()), drawn, strict=True))
+    times = [time_of[s.sample, s.part, s.epoch] for s in segments]
     unpredicted = int(causal)  # tokens at the start of a segment
     tokens = sum(segment.size - unpredicted for segment in segments)
     starts = list(accumulate((len(sample) for sample in samples), initial=0))
@@ -79,7 +84,7 @@ def noisy_batches(
         # Neighbours of equal length share one attention call.
         pairs.sort(key=lambda pair: -pair[0].size)
         norms = [(s.size - max(unpredicted, s.visible)) * len(samples) if rule == "llada" else tokens for s, _ in pairs]
-        batch = _noisy_batch(pairs, norms, shards, seed, eos_token_id, causal)
+        batch = _noisy_batch(pairs, norms, shards, seed, eos_token_id, causal, noise)
         yield replace(batch, weight_T=torch.zeros_like(batch.weight_T)) if idle else batch
 
 
@@ -90,6 +95,7 @@ def _noisy_batch(
     seed: int,
     eos_token_id: int | None,
     causal: bool,
+    noise: Noise,
 ) -> Batch:
     """Noise and pack segments with their times; without noise for a causal model."""
     segments = [segment for segment, _ in pairs]
@@ -103,12 +109,14 @@ def _noisy_batch(
     within_T = packing.positions()
     visible_T = spread([s.visible for s in segments], torch.int64)
     norm_T = spread(norms, torch.float64)
+    complement_T = spread([s.complement for s in segments], torch.bool)
     sample_T, epoch_T = (spread([getattr(s, name) for s in segments], torch.int64) for name in ("sample", "epoch"))
-    places = (sample_T, epoch_T, spread([s.offset for s in segments], torch.int64) + within_T)
+    places = (sample_T, epoch_T, spread([s.offset for s in segments], torch.int64) + within_T, complement_T)
     if causal:
         return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None, places)
-    probability_T = masking_probability(spread([time for _, time in pairs], torch.float64))
-    masked_T = masked_positions(seed, *places, probability_T)
-    masked_T &= within_T >= visible_T
-    weight_T = 1 / (probability_T * norm_T)
+    time_T = spread([time for _, time in pairs], torch.float64)
+    probability_T = masking_probability(time_T, *noise.band)
+    masked_T = (masked_positions(seed, *places[:3], probability_T) ^ complement_T) & (within_T >= visible_T)
+    probability_T = torch.where(complement_T, 1 - probability_T, probability_T)
+    weight_T = 1 / (noise.divisor(time_T, probability_T) * norm_T)
     return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float(), places)

@@ -39,7 +39,7 @@ class Generation:
     under the (guided, penalised, boosted) logits of the step that committed it, whatever temperature, top_k and top_p
     did to the draw. Each is conditioned on what was visible at its own step, and ids committed in one step are not
     conditioned on each other, so their sum is no likelihood of the answer: `illada.scoring` has likelihoods. For a
-    causal model it is the log-likelihood."""
+    causal model it is the log-likelihood, MASK's probability (next to none) included, which scores leave out."""
     text: str | None = None
     """The decoded ids, cut before the stop string; None without a tokenizer. An answer that ends at an end-of-sequence
     token does not show that token; other special tokens stand in the text."""

@@ -212,6 +212,14 @@ class TrainingRecipe:
             checkpoint and take the following data in another order (all ours).
         spike_deviations: how many standard deviations above the mean of the last hundred steps are a spike (ours).
         rule: "illada": everything may be masked (paper); "llada": prompt visible, EOS-padded, response-normalised.
+        noise: distribution of t: "uniform" (paper); "bell": mostly near 1/2, to learn sooner (after arXiv 2605.13026).
+        mask_range: least and greatest masking probability, e.g. [0.3, 0.8], to spare windows that are nearly all or
+            nearly no mask (LLaDA2.0, post-training); none for all of 0.001 to 1 (paper).
+        loss_weight: of a masked token: "1/p" (paper: a bound, if noise is uniform and mask_range none); "bound": that
+            bound under any noise, 1/(p q) with q the density of t; "none": all alike, without rare large weights (as
+            in arXiv 2602.15014). Validation measures the paper's bound in any case.
+        complementary: a step holds half as many windows, each under a mask and under its complement, so that every
+            token is predicted once (LLaDA2.0). Each view counts in samples_per_step; two epochs are one pass.
         dtype: of the computation; trained weights and the optimiser stay fp32. "fp8": bf16 except for the products of
             the blocks' linear layers; wants parallel.compile (ours; needs `pip install 'illada[fused]'`).
         cross_entropy: "chunked": ours; "cut": head and cross-entropy without logits (cut cross-entropy, CUDA); coarser,
@@ -247,6 +255,10 @@ class TrainingRecipe:
     on_spike: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
+    noise: Literal["uniform", "bell"] = "uniform"
+    mask_range: list[float] | None = None
+    loss_weight: Literal["1/p", "bound", "none"] = "1/p"
+    complementary: bool = False
     dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
     cross_entropy: Literal["chunked", "cut"] = "chunked"
     device: str = "auto"
@@ -267,10 +279,22 @@ class TrainingRecipe:
         _check_range(self, "training", counts + "keep_checkpoints keep_every plateau_patience spike_deviations", 1)
         rates = "learning_rate final_learning_rate weight_decay gradient_clip "
         _check_range(self, "training", rates + "warmup_steps decay_steps", 0)
-        _check_range(self, "training", "beta1 beta2 average", 0, 0.99999)
+        _check_range(self, "training", "beta1 beta2 average dropout", 0, 0.99999)
         _check_range(self, "training", "plateau_delta", 0, 1)
-        _check_range(self, "training", "dropout", 0, 0.9)
         _check_range(self, "training", "seed", 0, 2**63 - 1)
+
+    def check_masks(self, causal: bool) -> None:
+        """Check the options about masks, which a causal model has not; raises IlladaError as `Recipe.check` does."""
+        for name in ("noise", "mask_range", "loss_weight", "complementary"):
+            if causal and getattr(self, name) != getattr(TrainingRecipe(), name):
+                raise IlladaError(f"training.{name} is about masks, a causal model has none: leave one of them out")
+        band, most = self.mask_range, 0.999 if self.complementary else 1  # a complement's p is 1 - p
+        if band is not None and not (len(band) == 2 and 0.001 <= band[0] <= band[1] <= most):
+            raise IlladaError(f"training.mask_range is {band}: it must be low and high, 0.001 <= low <= high <= {most}")
+        if band is not None and self.loss_weight == "bound":
+            raise IlladaError("training.loss_weight bound needs every masking probability: leave out mask_range")
+        if self.complementary and self.samples_per_step % 2:
+            raise IlladaError("training.complementary shows windows twice: take an even training.samples_per_step")
 
     def count_steps(self, samples: int) -> int:
         """Return the steps of a run on data of so many samples."""
@@ -343,6 +367,7 @@ class Recipe:
         self.training.check()
         self.parallel.check()
         training, adapter = self.training, bool(self.lora.rank)
+        training.check_masks(bool(self.model.causal))
         if self.data.shift_windows and training.rule == "llada":
             raise IlladaError("data.shift_windows moves windows, training.rule llada has none: leave one of them out")
         if training.dropout and self.parallel.compile:

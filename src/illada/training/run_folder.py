@@ -32,6 +32,9 @@ FREE_TO_CHANGE = (
 )
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 
+ADDED_LATER = {"data": "shift_windows", "training": "noise mask_range loss_weight complementary average dropout"}
+"""Recipe keys that older runs do not know: at their defaults they are left out, so that those runs can be continued."""
+
 
 def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO:
     """Lock a run folder for one trainer. The recipe is written into a new folder; an old one must be a run of it.
@@ -52,11 +55,10 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
     data = {"tokens": shards.tokens, "tokenizer": shards.tokenizer_sha256, "sources": sources}
     content = {**asdict(recipe), "data_fingerprint": data}
     del content["output"], content["log"]
-    if not recipe.data.shift_windows:
-        del content["data"]["shift_windows"]  # so that runs from before there was this key can be continued
-    for name in ("average", "dropout"):
-        if not content["training"][name]:
-            del content["training"][name]  # likewise
+    for section, names in ADDED_LATER.items():
+        for name in names.split():
+            if content[section][name] == getattr(getattr(Recipe(), section), name):
+                del content[section][name]
     if base is None:
         del content["lora"]
     else:

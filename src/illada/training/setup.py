@@ -10,6 +10,7 @@ import torch
 
 from illada.data.batches import Batches
 from illada.data.shards import Shards
+from illada.diffusion.noise import EPSILON, Noise
 from illada.errors import IlladaError
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
@@ -36,9 +37,7 @@ class Run:
     Attributes:
         held_out: validation data; None without validation.
         objective: the loss of the network.
-        dropout: to be told of every training pass; drops nothing unless the recipe asks for it.
         parameters: the trained ones; shards of them when there are several processes.
-        average: of the trained weights; of nothing unless the recipe asks for it.
         tensors: what checkpoints hold: trained weights, moments as "weight/moment", and the average.
         frozen_weights: fingerprint of the weights beside an adapter; None when all weights are trained.
         remarks: what a user should know before the run begins.
@@ -134,9 +133,10 @@ def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer
     """Return the training set as a function of the step.
 
     Raises:
-        IlladaError: when a window is longer than the context, or the data does not fill one.
+        IlladaError: when a window is longer than the context, the data does not fill one, or a causal model has noise.
     """
     data, training, eos = recipe.data, recipe.training, config.eos_token_id
+    training.check_masks(config.causal)
     if data.window > config.max_position_embeddings:
         raise IlladaError(
             f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
@@ -144,7 +144,10 @@ def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer
         )
     eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
     numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
-    return Batches(shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows)
+    # A complement's p is 1 - p, which must not be less than eps either.
+    low, high = training.mask_range or (EPSILON, 1 - EPSILON if training.complementary else 1.0)
+    noise = Noise(training.noise == "bell", (low, high), training.loss_weight, training.complementary)
+    return Batches(shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows, noise)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:

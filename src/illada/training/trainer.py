@@ -169,10 +169,10 @@ class Trainer:
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Make this process's share of a step."""
-        batches, (rank, ranks) = self.run.batches, self.run.processes.share
+        run, batches = self.run, self.run.batches
         sizes = (self.settings.samples_per_batch, batches.shards, batches.seed, step, batches.rule)
-        causal = self.run.model.config.causal
-        return noisy_batches(self.plan(step), *sizes, batches.eos_token_id, rank=rank, ranks=ranks, causal=causal)
+        how = (batches.eos_token_id, *run.processes.share, run.model.config.causal, batches.noise)
+        return noisy_batches(self.plan(step), *sizes, *how)
 
     def compute_gradients(self, batches: list[Batch]) -> tuple[float, list[float | None]]:
         """Add up the gradients of this process's share of the step.
@@ -260,18 +260,10 @@ class Trainer:
         self.log.say(f"decaying from step {step}, the run ends at step {self.schedule.steps}")
 
     def validate(self, held_out: Shards) -> dict[str, float]:
-        """Return the loss of held-out text for the log; request the decay when the loss has stopped falling.
-
-        Where the weights are averaged, the loss is the average's, and the weights' own is returned as well.
-        """
-        settings, state, record = self.settings, self.state, {}
-        if settings.average:
-            raw = bits_per_byte(self.validation_loss(held_out), held_out.tokens, held_out.bytes)
-            record["raw_validation_bits_per_byte"] = raw
-            self.checkpoints.wait_for_copy()
-        with self.run.average.in_place():
-            loss = self.validation_loss(held_out)
-        bits = bits_per_byte(loss, held_out.tokens, held_out.bytes)
+        """Return the loss of held-out text for the log; request the decay when the loss has stopped falling."""
+        settings, state = self.settings, self.state
+        loss, own = self.run.average.measure(lambda: self.validation_loss(held_out), self.checkpoints.wait_for_copy)
+        bits, raw = (bits_per_byte(x, held_out.tokens, held_out.bytes) for x in (loss, own))
         beside = f"  (without the average {raw:.4f})" if settings.average else ""
         self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte{beside}")
         state.validation_losses.append(loss)
@@ -279,7 +271,8 @@ class Trainer:
         flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
         if waiting and flat and self.run.processes.first:
             write_text(self.run.folder / DECAY, f"{state.step}\n")
-        return {"validation_loss": loss, "validation_bits_per_byte": bits} | record
+        record = {"validation_loss": loss, "validation_bits_per_byte": bits}
+        return record | ({"raw_validation_bits_per_byte": raw} if settings.average else {})
 
     @torch.no_grad()
     def validation_loss(self, held_out: Shards) -> float:

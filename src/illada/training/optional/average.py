@@ -6,7 +6,7 @@ number is averaged by itself, so the average lies in the same shards as the weig
 processes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -53,6 +53,18 @@ class Average:
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
+
+    def measure(self, figure: Callable[[], float], wait: Callable[[], None]) -> tuple[float, float]:
+        """Return a figure of the network with the average and with its own weights; one and the same without average.
+
+        `wait` returns when nothing copies the weights any more.
+        """
+        own = figure()
+        if not self.decay:
+            return own, own
+        wait()
+        with self.in_place():
+            return figure(), own
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

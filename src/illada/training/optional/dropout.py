@@ -3,8 +3,8 @@
 That is after attention's output projection and after the SwiGLU, as in Vaswani et al. (arXiv 1706.03762 §5.4). Number d
 of a token's branch b (2·layer for attention, 2·layer + 1 for the SwiGLU) goes if 16 random bits, as a signed integer,
 lie below (p - 1/2)·2^16; the others are divided by 1 - p, with p rounded to 1/2^16. One hash gives the bits of four
-numbers. Its key is (seed, sample, epoch, position in the sample, branch, d): neither processes, passes, packing,
-recomputation nor a restart change what is dropped.
+numbers. Its key is (seed, sample, epoch, position in the sample, complement or not, branch, d): neither processes,
+passes, packing, recomputation nor a restart change what is dropped.
 
 The model knows nothing of it: hooks on its modules act while it trains, never in validation, and no file holds them.
 
@@ -43,7 +43,7 @@ class Dropout:
 
     Args:
         model: gets hooks; none when the rate is 0.
-        rate: p, from 0 to 0.9.
+        rate: p, from 0 to 0.99999.
         seed: of the run.
     """
 
@@ -57,7 +57,7 @@ class Dropout:
                 module.register_forward_hook(partial(self._drop, 2 * layer + number))
 
     def begin(self, places: Sequence[Tensor], device: torch.device) -> None:
-        """Prepare for a pass over tokens with these samples, epochs and positions (see `Batch.places`)."""
+        """Prepare for a pass over tokens at these places (see `Batch.places`)."""
         if self.level:
             self.token_T = rng.bits(self.seed, rng.DROPOUT, *(place_T.to(device) for place_T in places))
 

@@ -346,7 +346,11 @@ def _one_pass(
     """Return the bytes kept after the trunk, the bytes the loss adds at its peak, the meter after the backward pass."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
     # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
-    share = 1.0 if model.config.causal else min(1.0, 0.5 + 3 * math.sqrt(1 / 12 / len(packing.lengths)))
+    low, high = recipe.training.mask_range or (0.0, 1.0)
+    if recipe.training.complementary:
+        low, high = min(low, 1 - high), max(high, 1 - low)
+    deviation = (high - low) * math.sqrt(1 / 12 / len(packing.lengths))
+    share = 1.0 if model.config.causal else min(high, (low + high) / 2 + 3 * deviation)
     with _Meter() as meter:
         hooks = []
         for parameter in model.parameters():
