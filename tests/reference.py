@@ -9,7 +9,7 @@ import math
 import torch
 
 ALL = (1 << 64) - 1
-GUMBEL, REMASK = 16, 17
+DROPOUT, GUMBEL, REMASK = 5, 16, 17
 
 
 def reference_bits(*key):
@@ -24,6 +24,25 @@ def reference_bits(*key):
 
 def reference_uniform(*key):
     return ((reference_bits(*key) >> 12) + 0.5) / 2**52
+
+
+def is_dropped(seed, sample, epoch, position, complement, branch, number, rate):
+    """Say whether training.dropout zeroes a number of a branch of a token: a 16-bit draw, the sign bit turned."""
+    token = reference_bits(seed, DROPOUT, sample, epoch, position, complement)
+    draw = reference_bits(token, branch, number // 4) >> 16 * (number % 4) & 0xFFFF
+    return (draw ^ 0x8000) < round(rate * 2**16)
+
+
+def average_of_weights(history, decay):
+    """Return a_N of training.average from the weights before the first and after every update, in fp64.
+
+    Every w_n counts with 1 - beta_n and fades with each later beta; the weights at the start fade with all of them.
+    """
+    betas = [1 - 1.0, *(min(decay, (1 + n) / (10 + n)) for n in range(1, len(history)))]
+    total = torch.zeros_like(history[0], dtype=torch.float64)
+    for n, weight in enumerate(history):
+        total += (1 - betas[n]) * math.prod(betas[n + 1 :]) * weight.double()
+    return total
 
 
 @torch.no_grad()

@@ -107,6 +107,23 @@ def test_parts_and_sharding():
     assert kept[2] > 2 * kept[0]
 
 
+def test_an_average_of_the_weights_is_counted():
+    plain, averaged = estimate(recipe(), 2, vocab_size=500), estimate(recipe(average=0.9), 2, vocab_size=500)
+    for kind in CHECKPOINTING:
+        before, after = plain.memory[kind], averaged.memory[kind]
+        assert after.optimizer - before.optimizer == after.peak - before.peak == 4 * plain.parameters // 2
+
+
+def test_what_dropout_keeps_is_counted():
+    plain, dropping = estimate(recipe(), vocab_size=500), estimate(recipe(dropout=0.1), vocab_size=500)
+    kept = [dropping.memory[kind].activations - plain.memory[kind].activations for kind in CHECKPOINTING]
+    tokens, places = 8 * 64, 2 * 2
+    # A byte for every number of a branch; nothing where the backward pass computes it again, but for the tokens' bits.
+    assert kept[0] == pytest.approx(tokens * places * 64, rel=0.1)
+    assert 0 <= kept[1] < 0.1 * kept[0]
+    assert 0 <= kept[2] < 0.1 * kept[0]
+
+
 @pytest.mark.slow
 def test_copies_of_the_weights_leave_fewer_shards():
     doubled = recipe(batch=2)

@@ -41,7 +41,7 @@ def assert_same_run(folder, ends, name, other, loss=1e-5, weight=2e-5):
     assert ends[name]["noise"] == ends[other]["noise"], name
     mine, theirs = (read_metrics(folder / n / "metrics.jsonl") for n in (name, other))
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
-    for key in ("loss", "gradient_norm", "validation_loss", "tokens", "learning_rate"):
+    for key in ("loss", "gradient_norm", "validation_loss", "tokens", "learning_rate", "raw_validation_bits_per_byte"):
         a, b = ([r.get(key, 0.0) for r in records] for records in (mine, theirs))
         assert a == pytest.approx(b, rel=loss if key != "gradient_norm" else 10 * loss), (name, key)
     kind = "adapter/adapter_model" if (folder / name / "adapter").exists() else "model/model"
@@ -87,6 +87,13 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
         "muon on 2": (2, make(optimizer="muon")),
         "bf16 on 1": (1, make(dtype="bf16")),
         "bf16 on 2": (2, make(dtype="bf16")),
+        "averaged on 1": (1, make(average=0.5)),
+        "averaged on 2": (2, make(average=0.5)),
+        "averaged on 3": (3, make(average=0.5)),
+        "dropped on 1": (1, make(dropout=0.3)),
+        "dropped on 1, 4 passes": (1, make(dropout=0.3, samples_per_batch=1)),
+        "dropped on 2": (2, make(dropout=0.3)),
+        "dropped on 3": (3, make(dropout=0.3)),
         "spikes on 1": (1, make(**spikes)),
         "spikes on 2": (2, make(**spikes)),
         "nowhere": (2, nowhere),
@@ -105,6 +112,10 @@ def test_any_number_of_processes_is_the_same_run(make_recipe, tmp_path):
     for name in ("5 windows on 2, 3 passes", "5 windows on 4"):
         assert_same_run(tmp_path, ends, name, "5 windows on 1")
     assert_same_run(tmp_path, ends, "shifted on 2, 4 passes", "shifted on 1")
+    for name in ("averaged on 2", "averaged on 3", "dropped on 2", "dropped on 3", "dropped on 1, 4 passes"):
+        assert_same_run(tmp_path, ends, name, f"{name.split()[0]} on 1")
+        with pytest.raises(AssertionError, match=name):
+            assert_same_run(tmp_path, ends, name, "1")
     assert_same_run(tmp_path, ends, "noise on 2, 3 passes", "noise on 1")
     # bf16 shows another order of sums, and Muon computes in it.
     for kind in ("muon", "bf16"):
@@ -145,6 +156,8 @@ def test_heads_over_processes_are_the_same_run_too(make_recipe, tmp_path):
         "4, computed again": (4, again),
         "bf16 on 1": (1, make(1, dtype="bf16")),
         "bf16 on 2": (2, make(2, dtype="bf16")),
+        "options on 1": (1, make(1, average=0.5, dropout=0.3)),
+        "options on 2": (2, make(2, average=0.5, dropout=0.3)),
         "alone": (1, alone),
         "heads": (2, odd_heads),
         "copies": (2, odd_copies),
@@ -163,6 +176,7 @@ def test_heads_over_processes_are_the_same_run_too(make_recipe, tmp_path):
         end["noise"] = {step: sorted(set(seen)) for step, seen in end["noise"].items()}
     for name in ("2", "4, computed again"):
         assert_same_run(tmp_path, ends, name, "1")
+    assert_same_run(tmp_path, ends, "options on 2", "options on 1")
     assert_same_run(tmp_path, ends, "bf16 on 2", "bf16 on 1", 3e-3, 1e-3)
     # One process goes on from what two wrote, each its heads.
     for file in (tmp_path / "2" / "checkpoints" / "step-00000003").glob("shard-*.safetensors"):

@@ -114,15 +114,18 @@ OTHER_NOISE = {"noise": "bell", "mask_range": [0.2, 0.9], "loss_weight": "none",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shift", "noise"), [(False, {}), (True, {}), (False, OTHER_NOISE)])
-def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, shift, noise):
+@pytest.mark.parametrize("options", [{}, {"shift": True}, OTHER_NOISE, {"average": 0.9}, {"dropout": 0.2}])
+def test_a_run_killed_anywhere_ends_in_the_same_weights(make_recipe, options):
     """The 30 steps are several epochs, so the run dies in the middle of some."""
-    whole = make_recipe("whole", "train", "held_out", **noise)
-    killed = make_recipe("killed", "train", "held_out", **noise)
+    options = dict(options)
+    shift = options.pop("shift", False)
+    whole = make_recipe("whole", "train", "held_out", **options)
+    killed = make_recipe("killed", "train", "held_out", **options)
     whole.data.shift_windows = killed.data.shift_windows = shift
     train(whole)
     train_killed_at(killed, 3, 7, 16, 20, 30)
     assert same(weights(whole.output), weights(killed.output))
+    assert same(*(held(checkpoints(Path(recipe.output))[-1]) for recipe in (whole, killed)))
     assert steps_of(killed.output) == list(range(1, 31))
     for a, b in zip(*(read_metrics(Path(r.output) / "metrics.jsonl") for r in (whole, killed)), strict=True):
         assert {**a, **MACHINE} == {**b, **MACHINE}
@@ -152,9 +155,10 @@ def test_micro_batches_change_nothing_beyond_rounding(make_recipe):
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_nothing(make_recipe, recompute):
-    plain, saving = make_recipe("plain", steps=4), make_recipe("saving", steps=4)
+def test_recomputing_changes_nothing(make_recipe, recompute, dropout):
+    plain, saving = (make_recipe(name, steps=4, dropout=dropout) for name in ("plain", "saving"))
     saving.parallel.recompute = recompute
     for recipe in (plain, saving):
         train(recipe)
@@ -329,6 +333,8 @@ def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
         ("model.hidden_size", 64),
         ("data.boundaries", "document"),
         ("data.shift_windows", True),
+        ("training.average", 0.99),
+        ("training.dropout", 0.1),
         ("training.noise", "bell"),
         ("training.mask_range", [0.3, 0.8]),
         ("training.loss_weight", "none"),
@@ -348,7 +354,7 @@ def test_a_run_from_before_later_keys_can_be_continued(make_recipe):
     recipe = make_recipe(steps=2)
     train(recipe)
     stored = (Path(recipe.output) / "recipe.yaml").read_text()
-    for name in ("shift_windows", *OTHER_NOISE):
+    for name in ("shift_windows", *OTHER_NOISE, "average", "dropout"):
         assert name not in stored
     train(recipe)
     other = make_recipe("other", steps=2, **OTHER_NOISE)

@@ -31,6 +31,8 @@ class Batch:
     packing: Packing
     probability_T: Tensor | None
     """The probability with which each token was masked, fp32; None without noise."""
+    places: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Sample, epoch and position in the sample of each token, and whether it is in a complement: its key."""
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean ids, mask and weights on a device."""
@@ -107,19 +109,14 @@ def _noisy_batch(
     within_T = packing.positions()
     visible_T = spread([s.visible for s in segments], torch.int64)
     norm_T = spread(norms, torch.float64)
-    if causal:
-        return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None)
-    time_T = spread([time for _, time in pairs], torch.float64)
     complement_T = spread([s.complement for s in segments], torch.bool)
+    sample_T, epoch_T = (spread([getattr(s, name) for s in segments], torch.int64) for name in ("sample", "epoch"))
+    places = (sample_T, epoch_T, spread([s.offset for s in segments], torch.int64) + within_T, complement_T)
+    if causal:
+        return Batch(clean_T, within_T >= visible_T.clamp(min=1), (1 / norm_T).float(), packing, None, places)
+    time_T = spread([time for _, time in pairs], torch.float64)
     probability_T = masking_probability(time_T, *noise.band)
-    masked_T = masked_positions(
-        seed,
-        spread([s.sample for s in segments], torch.int64),
-        spread([s.epoch for s in segments], torch.int64),
-        spread([s.offset for s in segments], torch.int64) + within_T,
-        probability_T,
-    )
-    masked_T = (masked_T ^ complement_T) & (within_T >= visible_T)
+    masked_T = (masked_positions(seed, *places[:3], probability_T) ^ complement_T) & (within_T >= visible_T)
     probability_T = torch.where(complement_T, 1 - probability_T, probability_T)
     weight_T = 1 / (noise.divisor(time_T, probability_T) * norm_T)
-    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float())
+    return Batch(clean_T, masked_T, weight_T.float(), packing, probability_T.float(), places)

@@ -200,9 +200,13 @@ class TrainingRecipe:
         plateau_delta: relative fall of the validation loss that counts as an improvement.
         optimizer: adamw (paper), or muon for the matrices of the blocks with adamw for the rest (ours).
         weight_decay: on matrices (paper: 0.1).
+        dropout: chance that a number is zeroed where attention and SwiGLU join the residual stream, e.g. 0.1 (Vaswani
+            et al., arXiv 1706.03762), against overfitting on data seen many times (arXiv 2510.04071); 0 for none.
         beta1: of AdamW (ours).
         beta2: of AdamW (ours).
         gradient_clip: largest gradient norm (ours); 0 for no clipping.
+        average: decay of an exponential average of the weights, e.g. 0.9999 (MDLM, arXiv 2406.07524), which evens out
+            the noise of the last steps; it is validated and becomes the model; 0 for none.
         on_spike: what to do with a step whose loss or gradient is not finite, or whose loss lies far above the mean:
             "none": end the run when it is not finite; "skip": leave the step out; "rollback": go back to the newest
             checkpoint and take the following data in another order (all ours).
@@ -243,9 +247,11 @@ class TrainingRecipe:
     plateau_delta: float = 0.002
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
+    dropout: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     gradient_clip: float = 1.0
+    average: float = 0.0
     on_spike: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = 6.0
     rule: Literal["illada", "llada"] = "illada"
@@ -273,7 +279,7 @@ class TrainingRecipe:
         _check_range(self, "training", counts + "keep_checkpoints keep_every plateau_patience spike_deviations", 1)
         rates = "learning_rate final_learning_rate weight_decay gradient_clip "
         _check_range(self, "training", rates + "warmup_steps decay_steps", 0)
-        _check_range(self, "training", "beta1 beta2", 0, 0.99999)
+        _check_range(self, "training", "beta1 beta2 average dropout", 0, 0.99999)
         _check_range(self, "training", "plateau_delta", 0, 1)
         _check_range(self, "training", "seed", 0, 2**63 - 1)
 
@@ -364,6 +370,8 @@ class Recipe:
         training.check_masks(bool(self.model.causal))
         if self.data.shift_windows and training.rule == "llada":
             raise IlladaError("data.shift_windows moves windows, training.rule llada has none: leave one of them out")
+        if training.dropout and self.parallel.compile:
+            raise IlladaError("training.dropout and parallel.compile do not go together: take one of them")
         if training.optimizer == "muon" and adapter:
             raise IlladaError("training.optimizer muon wants whole matrices: take adamw to train an adapter")
         if training.dtype == "fp8" and adapter:

@@ -16,7 +16,9 @@ from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.optim import make_optimizers, moments
+from illada.training.optional.average import Average
 from illada.training.optional.checkpoint_hook import CheckpointHook
+from illada.training.optional.dropout import Dropout
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.parallel import Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
@@ -36,7 +38,7 @@ class Run:
         held_out: validation data; None without validation.
         objective: the loss of the network.
         parameters: the trained ones; shards of them when there are several processes.
-        tensors: what checkpoints hold: trained weights, and moments as "weight/moment".
+        tensors: what checkpoints hold: trained weights, moments as "weight/moment", and the average.
         frozen_weights: fingerprint of the weights beside an adapter; None when all weights are trained.
         remarks: what a user should know before the run begins.
 
@@ -64,12 +66,14 @@ class Run:
             self.remarks = remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
             self.objective = distribute(self.model, recipe, processes, cross_entropy)
+        self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)
         self.optimizers = make_optimizers(self.model, recipe.training)
         # Collected now, while the weights are in their shards: after a pass they may be gathered.
         named = dict(self.model.named_parameters())
         self.parameters = [p for p in named.values() if p.requires_grad]
         weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
-        self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()})
+        self.average = Average(weights, recipe.training.average)
+        self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""
@@ -177,7 +181,7 @@ def remarks_on(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> 
         config = json.loads((start / "config.json").read_text())
         unused = [f"{name} {config[name]}" for name in DROPOUTS if config.get(name)]
         if unused:
-            lines.append(f"{start} asks for {', '.join(unused)}: trained without, as this network has no dropout")
+            lines.append(f"{start} asks for {', '.join(unused)}: trained without, only training.dropout counts")
     if is_adapted(model):
         adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in model.parameters()) - adapter

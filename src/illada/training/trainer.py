@@ -158,6 +158,7 @@ class Trainer:
             self.checkpoints.wait_for_copy()
             update(run.optimizers, rate)
             remember(state, loss)
+            run.average.update(state.updates)
             state.tokens += sum(segment.size for segment in segments)
         state.step += 1
         return record | self.measure_speed(segments)
@@ -185,6 +186,7 @@ class Trainer:
         sums = torch.zeros(1 + 2 * BUCKETS, device=device)
         for number, batch in enumerate(batches):
             before_pass(run.objective, last=number == len(batches) - 1)
+            run.dropout.begin(batch.places, device)
             key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * len(batches) + number)
             entropy_T = sums.new_zeros(batch.packing.tokens)
             clean_T, masked_T, weight_T = batch.on(device)
@@ -260,15 +262,17 @@ class Trainer:
     def validate(self, held_out: Shards) -> dict[str, float]:
         """Return the loss of held-out text for the log; request the decay when the loss has stopped falling."""
         settings, state = self.settings, self.state
-        loss = self.validation_loss(held_out)
-        bits = bits_per_byte(loss, held_out.tokens, held_out.bytes)
-        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte")
+        loss, own = self.run.average.measure(lambda: self.validation_loss(held_out), self.checkpoints.wait_for_copy)
+        bits, raw = (bits_per_byte(x, held_out.tokens, held_out.bytes) for x in (loss, own))
+        beside = f"  (without the average {raw:.4f})" if settings.average else ""
+        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte{beside}")
         state.validation_losses.append(loss)
         waiting = settings.decay_when == "plateau" and state.step < self.schedule.decay_start
         flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
         if waiting and flat and self.run.processes.first:
             write_text(self.run.folder / DECAY, f"{state.step}\n")
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        record = {"validation_loss": loss, "validation_bits_per_byte": bits}
+        return record | ({"raw_validation_bits_per_byte": raw} if settings.average else {})
 
     @torch.no_grad()
     def validation_loss(self, held_out: Shards) -> float:

@@ -18,6 +18,8 @@ from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.weights import adapters
 
 STATE, ABOUT = "state.json", "about"
+AVERAGE = "/average"
+"""Ends the name of a weight's average in a checkpoint (training.average)."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -28,18 +30,22 @@ def checkpoints(run: Path) -> list[Path]:
 def assemble(checkpoint: Path, parent: Path) -> Path:
     """Join the shards of a checkpoint to a folder that transformers or PEFT loads: parent/model or parent/adapter.
 
+    Where the checkpoint holds an average of the weights, the folder gets that in their place.
+
     The folder appears whole or not at all; the weights pass through memory once.
     """
     about = checkpoint / ABOUT
     adapter = (about / adapters.CONFIG).is_file()
     target = parent / ("adapter" if adapter else "model")
     entries = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    names = sorted(name for name in entries if name.endswith(AVERAGE))
+    names = names or sorted(name for name in entries if "/" not in name)  # the others are the optimiser's
     tensors: dict[str, Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for name, entry in sorted(entries.items())
-        if "/" not in name  # the optimiser's
+        name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype)  # type: ignore[union-attr]
+        for name in names
     }
     load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    tensors = {name.removesuffix(AVERAGE): tensor for name, tensor in tensors.items()}
     with new_folder(target, into_existing=True) as folder:
         shutil.copytree(about, folder, dirs_exist_ok=True)
         if adapter:

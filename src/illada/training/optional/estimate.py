@@ -34,6 +34,7 @@ from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
 from illada.training.optim import muon_matrices
+from illada.training.optional.dropout import Dropout
 from illada.training.optional.flops import GPUS, block_parameters, flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import check_divisible, recompute
@@ -61,6 +62,7 @@ class Memory:
     """Weights in the computation's type, gathered while they are used; 0 for one GPU."""
     gradients: int
     optimizer: int
+    """Moments, and the average of the weights (training.average)."""
     activations: int
     """What the backward pass needs from the trunk; for one GPU under bf16 this includes the weights' bf16 copies."""
     loss: int
@@ -289,8 +291,9 @@ def _rehearse(
         count = sum(p.numel() for p in trained)
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         everything = sum(p.numel() for p in model.parameters())
-        # A moment is fp32; AdamW has two of each parameter, Muon one.
-        optimizer = 4 * (2 * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
+        # A moment is fp32, as is the average; AdamW has two moments of each parameter, Muon one.
+        each = 3 if recipe.training.average else 2
+        optimizer = 4 * (each * count - sum(p.numel() for p in muon_matrices(model, recipe.training)))
         shards = gpus // recipe.parallel.replicate // tensor
         block, root = blocks // config.num_hidden_layers, everything - blocks
         once = recipe.parallel.gather == "step"
@@ -300,9 +303,10 @@ def _rehearse(
         fixed = (weights + optimizer) // shards + gathered
         gradients = 4 * count // (1 if once and passes > 1 else shards)
         memory: dict[Checkpointing, Memory] = {}
+        dropout = Dropout(model, recipe.training.dropout, 0)
         for kind in CHECKPOINTING:
             recompute(model, kind)
-            saved, loss, meter = _one_pass(model, recipe, windows, bf16)
+            saved, loss, meter = _one_pass(model, dropout, recipe, windows, bf16)
             during = (
                 gradients + meter.peak + reduced
                 if passes > 1 or gpus > 1
@@ -336,7 +340,9 @@ def _share_of_network(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM
     return model
 
 
-def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: bool) -> tuple[int, int, _Meter]:
+def _one_pass(
+    model: IlladaForMaskedLM, dropout: Dropout, recipe: Recipe, windows: int, autocast: bool
+) -> tuple[int, int, _Meter]:
     """Return the bytes kept after the trunk, the bytes the loss adds at its peak, the meter after the backward pass."""
     packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
     # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
@@ -352,6 +358,7 @@ def _one_pass(model: IlladaForMaskedLM, recipe: Recipe, windows: int, autocast: 
             if parameter.requires_grad:
                 hooks.append(parameter.register_post_accumulate_grad_hook(meter.move_gradient))
         ids_T = torch.zeros(packing.tokens, dtype=torch.int64)
+        dropout.begin([ids_T], ids_T.device)
         rows_M = torch.arange(math.ceil(share * packing.tokens))
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             hidden_TD = model.model.packed(ids_T, packing)

@@ -36,14 +36,12 @@ def draw_run(run: str, output: str | None = None) -> Path:
         return [record.get(name) for record in records]
 
     curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
-    curve(loss, column("validation_bits_per_byte"), "held out", marker=".", color="black")
+    raw = column("raw_validation_bits_per_byte")
+    label = "held out, average of the weights" if any(raw) else "held out"
+    curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
+    curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
     if (folder / "likelihood.json").exists():
-        found = read_json(folder / "likelihood.json")
-        for name, figures in found["models"].items():
-            for kind in sorted(figures.keys() - {"path - bound"}):
-                mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
-                label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
-                loss.errorbar(records[-1]["step"], mean, error, marker="_", capsize=3, label=label)
+        _draw_likelihoods(loss, read_json(folder / "likelihood.json"), records[-1]["step"])
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
     loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
@@ -67,3 +65,12 @@ def draw_run(run: str, output: str | None = None) -> Path:
     target = folder / "report.png" if output is None else Path(output)
     figure.savefig(target, dpi=120)
     return target
+
+
+def _draw_likelihoods(axes: Any, found: dict[str, Any], step: int) -> None:
+    """Draw the means and standard errors of likelihood.json at a step."""
+    for name, figures in found["models"].items():
+        for kind in sorted(figures.keys() - {"path - bound"}):
+            mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
+            label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
+            axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
