@@ -1,0 +1,95 @@
+"""Fetch real English from Debian packages and write it as texts to train on and texts held out.
+
+    python studies/texts.py
+
+Needs Debian or Ubuntu with `apt-get` and `dpkg-deb`; the packages are checked against the digests below. Nothing that
+is fetched or written here belongs into the repository.
+
+`glosses`: the entries of WordNet, one document each: "dwarf (noun): a plant or animal that is atypically small."
+`definitions`: the entries of the GNU Collaborative International Dictionary of English.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("data")
+PACKAGES = {
+    "wordnet-base": "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    "dict-gcide": "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+}
+"""Debian packages and the SHA-256 digests of the versions measured: 1:3.0-37 and 0.48.5+nmu2."""
+KINDS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+HELD_OUT = 20
+"""Every twentieth document, by its digest, is held out, so that an entry stays on its side whatever is added."""
+
+
+def fetch(folder: Path) -> Path:
+    """Download and unpack the packages below the folder; return where their files lie."""
+    files = folder / "files"
+    for package, digest in PACKAGES.items():
+        if (files / package).is_dir():
+            continue
+        files.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True)
+        (found,) = folder.glob(f"{package}_*.deb")
+        if hashlib.sha256(found.read_bytes()).hexdigest() != digest:
+            raise SystemExit(f"{found} is another version than the one measured: take it away, or accept other numbers")
+        subprocess.run(["dpkg-deb", "-x", found, files / f"{package}.part"], check=True)
+        (files / f"{package}.part").rename(files / package)
+    return files
+
+
+def glosses(files: Path) -> Iterator[str]:
+    """Yield an entry of WordNet a document: its words, its kind, its gloss with examples (format: wndb(5WN))."""
+    for part, kind in KINDS.items():
+        lines = (files / "wordnet-base/usr/share/wordnet" / f"data.{part}").read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            if line.startswith(" "):  # the licence
+                continue
+            fields, _, gloss = line.partition(" | ")
+            parts = fields.split()
+            words = [parts[4 + 2 * i].split("(")[0].replace("_", " ") for i in range(int(parts[3], 16))]
+            yield f"{', '.join(words)} ({kind}): {gloss.strip()}."
+
+
+def definitions(files: Path) -> Iterator[str]:
+    """Yield an entry of the dictionary a document, without its marks of sources and pronunciation."""
+    text = gzip.decompress((files / "dict-gcide/usr/share/dictd/gcide.dict.dz").read_bytes()).decode("utf-8", "replace")
+    text = re.sub(r"\s*\[(?:1913 Webster|[^\]\n]{0,40}WordNet[^\]\n]*|PJC[^\]]*)\]", "", text)
+    text = re.sub(r"\s*\\[^\\\n]+\\", "", text)
+    for lines in re.split(r"\n\n(?=\S)", text):
+        entry = " ".join(lines.split())
+        if 40 <= len(entry) <= 2000 and not entry.startswith("00-"):
+            yield entry
+
+
+def write(name: str, documents: Iterator[str], folder: Path) -> None:
+    """Write the documents of a text, in the order of their digests, as NAME/train.jsonl and NAME/held-out.jsonl."""
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    by_digest = sorted((hashlib.sha256(text.encode()).digest(), text) for text in set(documents))
+    for part, held in (("train", False), ("held-out", True)):
+        chosen = [text for digest, text in by_digest if (digest[0] % HELD_OUT == 0) == held]
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
+        (place / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{place / part}.jsonl: {len(chosen):,} documents, {len(lines):,} characters")
+
+
+def main() -> None:
+    """Fetch, unpack and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    folder = parser.parse_args().output
+    files = fetch(folder)
+    write("glosses", glosses(files), folder)
+    write("definitions", definitions(files), folder)
+
+
+if __name__ == "__main__":
+    main()
