@@ -74,6 +74,7 @@ def test_the_report_compares_runs(make_recipe, data, capsys):
     said = capsys.readouterr().out
     found = json.loads((Path(runs["diffusion"]) / likelihood.RESULT).read_text())
     assert likelihood_table(found) in said
+    assert found["step"] == 2
     assert picture.read_bytes() != plain
     assert found["models"][runs["ar"]].keys() == {"exact"}
     assert found["models"][runs["diffusion"]].keys() == {"bound", "path", "path - bound"}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.files import write_json
+from illada.files import read_json, write_json
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 from illada.reporting import aligned
@@ -29,7 +29,7 @@ from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.run_folder import RECIPE
 from illada.training.validation import VALIDATION_SEED, bits_per_byte
 from illada.weights.load import load_model
-from illada.weights.runs import model_folder
+from illada.weights.runs import STATE, model_folder, read_metrics
 
 RESULT = "likelihood.json"
 MASKS = 128
@@ -128,7 +128,13 @@ def run_likelihood(run: str, windows: int, beside: str | None = None) -> dict[st
     if not data["validation"]:
         raise IlladaError(f"{run} has no held-out text: its recipe names no data.validation")
     shards = Shards.open(data["validation"])
-    results: dict[str, Any] = {"block_length": GenerationSettings.block_length, "masks": MASKS}
+    state = model_folder(run).parent / STATE  # beside the weights of a checkpoint
+    logged = [record["step"] for record in read_metrics(Path(run) / "metrics.jsonl")]
+    results: dict[str, Any] = {
+        "step": read_json(state)["step"] if state.is_file() else max(logged, default=0),
+        "block_length": GenerationSettings.block_length,
+        "masks": MASKS,
+    }
     names = [name for name in (run, beside) if name is not None]
     for name in names:  # before anything is measured
         if shards.tokenizer_sha256 not in ("", tokenizer_sha256(load_tokenizer(model_folder(name)))):

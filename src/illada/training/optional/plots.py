@@ -41,7 +41,7 @@ def draw_run(run: str, output: str | None = None) -> Path:
     curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
     curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
     if (folder / "likelihood.json").exists():
-        _draw_likelihoods(loss, read_json(folder / "likelihood.json"), records[-1]["step"])
+        _draw_likelihoods(loss, read_json(folder / "likelihood.json"))
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
     loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
@@ -67,8 +67,9 @@ def draw_run(run: str, output: str | None = None) -> Path:
     return target
 
 
-def _draw_likelihoods(axes: Any, found: dict[str, Any], step: int) -> None:
-    """Draw the means and standard errors of likelihood.json at a step."""
+def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
+    """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
+    step = found["step"]
     for name, figures in found["models"].items():
         for kind in sorted(figures.keys() - {"path - bound"}):
             mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
