@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -19,6 +19,7 @@ from torch import distributed
 
 from illada.errors import IlladaError, first_line, needs
 from illada.evaluation.journal import Entry, Journal, fingerprint
+from illada.evaluation.options import Bos, Scoring, SpecialTokens
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
 from illada.scoring.confidence import confidence_scores
@@ -38,9 +39,6 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
-Scoring = Literal["confidence", "likelihood", "path"]
-Bos = Literal["always", "scores", "tokenizer"]
-SpecialTokens = Literal["drop", "keep"]
 SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
 SCORES = 2
 """Version of what requests give, part of their keys in the journal: 2 leaves MASK out of scores, slices candidates."""

@@ -6,6 +6,10 @@ from typing import Any, Literal
 from illada.errors import IlladaError
 from illada.weights.options import Dtype, Quantization
 
+Scoring = Literal["confidence", "likelihood", "path"]
+Bos = Literal["always", "scores", "tokenizer"]
+SpecialTokens = Literal["drop", "keep"]
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -63,12 +67,12 @@ class EvalOptions:
     limit: int | None = None
     decode: Literal["exact", "fast"] = "exact"
     lengths: Literal["3-4", "4-3"] = "3-4"
-    scoring: Literal["confidence", "likelihood", "path"] | None = None
+    scoring: Scoring | None = None
     samples: int = 128
     shots: int | None = None
     chat: bool = False
-    bos: Literal["always", "scores", "tokenizer"] | None = None
-    special_tokens: Literal["drop", "keep"] | None = None
+    bos: Bos | None = None
+    special_tokens: SpecialTokens | None = None
     settings: dict[str, Any] | None = None
     ablate: Literal["scoring", "block_length", "steps", "threshold"] | None = None
     values: list[str] | None = None

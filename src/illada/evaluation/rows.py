@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from illada.errors import IlladaError
+from illada.evaluation.options import Bos, Scoring, SpecialTokens
 
 PAPER = Path(__file__).with_name("paper.yaml")
 FAST = {"threshold": 0.95, "cache": "adaptive"}
@@ -28,14 +29,14 @@ class Row:
     name: str
     task: str
     shots: int | None = None
-    scoring: Literal["confidence", "likelihood", "path"] | None = None
+    scoring: Scoring | None = None
     samples: int | None = None
     chat: bool = False
     metrics: tuple[str, ...] = ()
     """Metrics to show; the first is the row's number. Empty for all."""
     generation: dict[str, Any] = field(default_factory=dict)
-    bos: Literal["always", "scores", "tokenizer"] | None = None
-    special_tokens: Literal["drop", "keep"] | None = None
+    bos: Bos | None = None
+    special_tokens: SpecialTokens | None = None
     from_authors: bool = False
     """Whether the task is one of the files in the authors' checkout."""
     paper: float | None = None
@@ -50,7 +51,7 @@ class Variant:
 
     label: str = ""
     generation: dict[str, Any] = field(default_factory=dict)
-    scoring: Literal["confidence", "likelihood", "path"] | None = None
+    scoring: Scoring | None = None
     kinds: frozenset[str] = frozenset()
     """Output types of the tasks that the variant concerns; empty for all."""
 

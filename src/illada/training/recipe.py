@@ -286,7 +286,7 @@ class TrainingRecipe:
     def check_masks(self, causal: bool) -> None:
         """Check the options about masks, which a causal model has not; raises IlladaError as `Recipe.check` does."""
         for name in ("noise", "mask_range", "loss_weight", "complementary"):
-            if causal and getattr(self, name) != getattr(TrainingRecipe(), name):
+            if causal and getattr(self, name) != getattr(TrainingRecipe, name):
                 raise IlladaError(f"training.{name} is about masks, a causal model has none: leave one of them out")
         band, most = self.mask_range, 0.999 if self.complementary else 1  # a complement's p is 1 - p
         if band is not None and not (len(band) == 2 and 0.001 <= band[0] <= band[1] <= most):
