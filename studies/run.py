@@ -1,15 +1,26 @@
-"""Run the arms of a question, one process a core, and keep one small file of numbers for each arm and seed.
+"""Run the arms of questions, one process a core, and keep one small file of numbers for each arm and seed.
 
     python studies/texts.py
     python studies/run.py studies/questions/split.yaml --cores 2
 
-Every arm is what the product's own commands do: `illada pretrain` into a run folder, then a measurement of held-out
-text. Killed anywhere and started again, it goes on: a run continues from its checkpoint to the same bits, and an arm
-whose file of numbers is there is done. `python studies/report.py` makes the tables and pictures.
+Every arm is what the product's own commands do: `illada pretrain` or `illada sft` into a run folder, then a measurement
+(`measure.py`). Killed anywhere and started again, it goes on: a run continues from its checkpoint to the same bits, and
+an arm whose file of numbers is there is done. To make again what is in the repository, give `--results` another folder.
+`python studies/report.py` makes the tables and pictures.
 
-A question (YAML) says, before it runs: `question`, `hypothesis`, `refuted_by`, `text`, `vocab_size`, `recipe`, the
-`settings` of all arms, `arms` (name: settings), `seeds`, `pairs` of arms to compare, and `windows` (tokens: how many)
-to measure on.
+A question (YAML) says, before it runs: `number`, `question`, `hypothesis`, `refuted_by`, `seeds`, `arms` (name: what is
+its own), `pairs` of arms to compare, and for the page `show` (figures of the table), `plot`, and `finding`, written
+afterwards. For all arms, and in an arm where it has its own:
+
+    recipe: file below the repository; none: nothing is trained, and the model at `start` is measured
+    command: pretrain (without it) or sft
+    data: folder of `studies/data`: train.jsonl, held-out.jsonl and perhaps problems.jsonl
+    documents: how many lines of train.jsonl; without it all
+    tokenizer: [folder of `studies/data`, size of the vocabulary]
+    start: arm (or QUESTION/ARM) whose model of the same seed is the beginning
+    same: QUESTION/ARM that is this arm, and is run there
+    measure: what to measure, see `measure.py`
+    settings: the recipe's keys; in an arm they stand directly
 """
 
 import argparse
@@ -19,8 +30,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +40,136 @@ import yaml
 
 STUDIES = Path(__file__).parent
 ILLADA = [sys.executable, "-m", "illada"]
+OWN = ("recipe", "command", "data", "documents", "tokenizer", "start", "same", "measure")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study reads and writes."""
+
+    work: Path
+    """Prepared data and run folders."""
+    results: Path
+    """Files of numbers."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a question: settings and a seed."""
+    """One training run of a question, or one measurement of a model: what is asked of it, and a seed."""
 
     question: str
     name: str
     seed: int
-    settings: dict[str, Any]
+    asked: dict[str, Any]
+    """What the question says for this arm: the keys of `OWN`, and settings."""
+    places: Places
 
     @property
     def label(self) -> str:
-        """The name of its run folder and of its file of numbers."""
-        return f"{self.name}-{self.seed}"
+        """Its name on the command line and in the log."""
+        return f"{self.question}/{self.name}-{self.seed}"
 
     @property
     def result(self) -> Path:
         """Where its numbers are kept."""
-        return STUDIES / "results" / self.question / f"{self.label}.json"
+        return self.places.results / self.question / f"{self.name}-{self.seed}.json"
+
+    @property
+    def run(self) -> Path:
+        """Its run folder."""
+        return self.places.work / self.question / f"{self.name}-{self.seed}"
+
+    @cached_property
+    def start(self) -> "Arm | None":
+        """The arm whose model is the beginning."""
+        return self._other(self.asked["start"]) if self.asked.get("start") else None
+
+    def _other(self, name: str) -> "Arm":
+        question, _, arm = name.rpartition("/")
+        found = arm_of(question or self.question, arm, self.seed, self.places)
+        return found._other(found.asked["same"]) if found.asked.get("same") else found
+
+    def model(self) -> Path:
+        """Return the folder of its model, trained or begun with."""
+        if self.asked["recipe"] is None:
+            if self.start is None:
+                raise SystemExit(f"{self.label} trains nothing and begins with nothing: give it a recipe or a start")
+            return self.start.model()
+        return self.run / "model"
 
     def is_done(self) -> bool:
         """Whether its numbers are there.
 
         Raises:
-            SystemExit: when they are of other settings than the question has now.
+            SystemExit: when they are of something else than the question asks now.
         """
         if not self.result.is_file():
             return False
-        if json.loads(self.result.read_text())["settings"] != self.settings:
+        if json.loads(self.result.read_text())["asked"] != json.loads(json.dumps(self.asked)):
             raise SystemExit(
                 f"{self.result} is of other settings: take it away, and its run too, or restore the question"
             )
         return True
 
+    def is_trained(self) -> bool:
+        """Whether its model is there."""
+        return (self.model() / "config.json").is_file()
 
-def arms_of(path: Path, question: dict[str, Any]) -> list[Arm]:
-    """Return all arms, seed by seed, so that an interrupted study has whole pairs."""
-    return [
-        Arm(path.stem, name, seed, {**question["settings"], **(settings or {})})
-        for seed in question["seeds"]
-        for name, settings in question["arms"].items()
-    ]
+
+@cache
+def read_question(name: str) -> dict[str, Any]:
+    """Return the content of a question's file.
+
+    Raises:
+        SystemExit: when there is none.
+    """
+    path = STUDIES / "questions" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise SystemExit(f"there is no question {name}: choose from {known}")
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def arm_of(question: str, name: str, seed: int, places: Places) -> Arm:
+    """Return an arm of a question.
+
+    Raises:
+        SystemExit: when there is no such question or arm.
+    """
+    asked = read_question(question)
+    if name not in asked["arms"]:
+        raise SystemExit(f"{question} has no arm {name}: choose from {', '.join(asked['arms'])}")
+    own = asked["arms"][name] or {}
+    common = {key: asked.get(key) for key in OWN if key != "same"}
+    settings = {**asked.get("settings", {}), **{key: value for key, value in own.items() if key not in OWN}}
+    special = {key: value for key, value in own.items() if key in OWN}
+    return Arm(question, name, seed, {**common, **special, "settings": settings}, places)
+
+
+def arms_of(question: str, places: Places) -> Iterator[Arm]:
+    """Yield the arms of a question, seed by seed, so that an interrupted study has whole pairs."""
+    asked = read_question(question)
+    for seed in asked["seeds"]:
+        for name in asked["arms"]:
+            arm = arm_of(question, name, seed, places)
+            yield arm._other(arm.asked["same"]) if arm.asked.get("same") else arm
+
+
+def needed(questions: list[str], places: Places) -> list[Arm]:
+    """Return the arms that have no numbers yet, each behind those whose models it begins with, where these are gone."""
+    found: dict[str, Arm] = {}
+
+    def add(arm: Arm) -> None:
+        if arm.start is not None and not arm.start.is_trained():
+            add(arm.start)
+        found.setdefault(arm.label, arm)
+
+    for question in questions:
+        for arm in arms_of(question, places):
+            if not arm.is_done():
+                add(arm)
+    return list(found.values())
 
 
 def illada(*words: object, log: Path) -> None:
@@ -85,99 +184,149 @@ def illada(*words: object, log: Path) -> None:
         raise SystemExit(f"illada {words[0]} failed, see {log}")
 
 
-def prepare(question: dict[str, Any], work: Path) -> Path:
-    """Make tokenizer and prepared data of a question's text, if they are not there; return their folder."""
-    text, size = STUDIES / "data" / question["text"], question["vocab_size"]
-    if not (text / "train.jsonl").is_file():
-        raise SystemExit(f"{text}/train.jsonl is not there: run python studies/texts.py first")
-    folder = work / "data" / f"{question['text']}-{size}"
+def prepare(arm: Arm) -> None:
+    """Make the tokenizer and the prepared data of an arm, if they are not there."""
+    if arm.asked["recipe"] is None:
+        return
+    tokenizer, folder = tokenizer_of(arm), prepared(arm)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        illada("tokenizer", text / "train.jsonl", "--output", folder / "tokenizer", "--vocab_size", size, log=log)
+    if not (tokenizer / "tokenizer.json").is_file():
+        text, size = arm.asked["tokenizer"]
+        illada("tokenizer", source(text, "train"), "--output", tokenizer, "--vocab_size", size, log=log)
     for part in ("train", "held-out"):
-        words = [text / f"{part}.jsonl", "--tokenizer", folder / "tokenizer", "--output", folder / part]
-        illada("prepare", *words, log=log)
-    return folder
+        file = source(arm.asked["data"], part)
+        with file.open(encoding="utf-8") as lines:
+            kind = "text" if "text" in json.loads(next(lines)) else "chat"
+        if part == "train" and arm.asked["documents"]:
+            with file.open(encoding="utf-8") as lines:
+                chosen = [line for line, _ in zip(lines, range(arm.asked["documents"]), strict=False)]
+            file = folder / "train.jsonl"
+            if not file.is_file():
+                file.write_text("".join(chosen), encoding="utf-8")
+        illada("prepare", file, "--kind", kind, "--tokenizer", tokenizer, "--output", folder / part, log=log)
 
 
-def run(arm: Arm, question: dict[str, Any], work: Path) -> None:
-    """Train an arm, measure it and write its numbers."""
-    data = work / "data" / f"{question['text']}-{question['vocab_size']}"
-    folder = work / arm.question / arm.label
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        **arm.settings,
-        "data.train": data / "train",
-        "data.validation": data / "held-out",
-        "training.seed": arm.seed,
-        "output": folder,
-    }
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    log = folder.with_suffix(".log")
-    illada("pretrain", STUDIES.parent / question["recipe"], *words, log=log)
-    numbers = measure(folder, question["windows"])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    numbers |= {"steps": lines[-1]["step"], "tokens": lines[-1]["tokens"]}
+def source(name: str, part: str) -> Path:
+    """Return a file of `studies/data`.
+
+    Raises:
+        SystemExit: when it has not been made.
+    """
+    file = STUDIES / "data" / name / f"{part}.jsonl"
+    if not file.is_file():
+        raise SystemExit(f"{file} is not there: run python studies/texts.py and python studies/tasks.py first")
+    return file
+
+
+def tokenizer_of(arm: Arm) -> Path:
+    """Return the folder of an arm's tokenizer."""
+    text, size = arm.asked["tokenizer"]
+    return arm.places.work / "data" / f"{text}-{size}" / "tokenizer"
+
+
+def prepared(arm: Arm) -> Path:
+    """Return the folder of an arm's prepared data."""
+    documents = f"-{arm.asked['documents']}" if arm.asked["documents"] else ""
+    return tokenizer_of(arm).parent / f"{arm.asked['data']}{documents}"
+
+
+def run(arm: Arm) -> None:
+    """Train an arm, measure it and write its numbers, as far as that has not been done."""
+    if arm.asked["recipe"] is not None and not arm.is_trained():
+        train(arm)
+    if arm.is_done():
+        return
+    from measure import measure  # only here: the runner itself needs no torch
+
+    problems = source(arm.asked["data"], "held-out").parent
+    figures, environment = measure(arm.model(), problems, prepared(arm) / "held-out", arm.asked["measure"] or {})
+    trained = curve(arm.run) if arm.asked["recipe"] is not None else {}
+    figures |= trained.pop("figures", {})
     arm.result.parent.mkdir(parents=True, exist_ok=True)
-    content = {"question": arm.question, "arm": arm.name, "seed": arm.seed, "settings": arm.settings, **numbers}
+    names = {"question": arm.question, "arm": arm.name, "seed": arm.seed, "asked": arm.asked}
     partial = arm.result.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.write_text(written({**names, "figures": figures, **trained, "environment": environment}) + "\n")
     partial.rename(arm.result)
 
 
-def measure(folder: Path, windows: dict[int, int]) -> dict[str, Any]:
-    """Return bits per byte of held-out text in windows of each length, by bound and path or exactly, and versions."""
-    from illada.data.shards import Shards
-    from illada.reporting import environment_of
-    from illada.training.optional.likelihood import text_likelihood
-    from illada.weights.load import load_model
+def written(content: dict[str, Any]) -> str:
+    """Return a result as JSON with one line for each of its parts, and numbers of seven digits."""
 
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    model, _ = load_model(str(folder), device="cpu")
-    shards = Shards.open(recipe["data"]["validation"])
-    found = {length: text_likelihood(model, shards, length, count) for length, count in windows.items()}
-    return {
-        "bits_per_byte": {
-            str(length): {"windows": text.windows, "tokens": text.tokens, **text.figures}
-            for length, text in found.items()
-        },
-        "environment": environment_of(model),
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.7g}")
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        return {key: short(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    lines = [f" {json.dumps(key)}: {json.dumps(short(value), default=str)}" for key, value in content.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def train(arm: Arm) -> None:
+    """Run the arm's command into its run folder, or continue it there."""
+    arm.run.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        **arm.asked["settings"],
+        "data.train": prepared(arm) / "train",
+        "data.validation": prepared(arm) / "held-out",
+        "training.seed": arm.seed,
+        "output": arm.run,
     }
+    if arm.start is not None:
+        settings["model.start"] = arm.start.model()
+    words = [word for name, value in settings.items() for word in (f"--{name}", json_or_text(value))]
+    illada(
+        arm.asked["command"] or "pretrain",
+        STUDIES.parent / arm.asked["recipe"],
+        *words,
+        log=arm.run.with_suffix(".log"),
+    )
 
 
-def work_through(path: Path, arms: list[Arm], work: Path, cores: int) -> bool:
-    """Run the arms that have no numbers yet, so many at once, each in a process with one thread at lowest priority.
+def json_or_text(value: Any) -> str:
+    """Return a setting as the command line takes it."""
+    return json.dumps(value) if isinstance(value, list | bool) else str(value)
+
+
+def curve(folder: Path) -> dict[str, Any]:
+    """Return what a run's log says: its validations as [tokens, bits per byte or loss], tokens, steps and the best."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    name = (
+        "validation_bits_per_byte" if any("validation_bits_per_byte" in line for line in lines) else "validation_loss"
+    )
+    points = [[line["tokens"], line[name]] for line in lines if name in line]
+    best = {"best": min(value for _, value in points), "last": points[-1][1]} if points else {}
+    return {"steps": lines[-1]["step"], "tokens": lines[-1]["tokens"], "curve": points, "figures": best}
+
+
+def work_through(arms: list[Arm], options: list[str], cores: int) -> bool:
+    """Run arms, so many at once, each in a process with one thread at lowest priority, none before its start.
 
     Returns whether none failed. When this process is stopped, so are those of the arms; their runs keep checkpoints.
     """
-    waiting = deque(arm for arm in arms if not arm.is_done())
-    failed = 0
+    waiting = [*arms]
+    failed: list[str] = []
     running: dict[subprocess.Popen[bytes], Arm] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         while waiting or running:
-            while waiting and len(running) < cores:
-                arm = waiting.popleft()
-                words = [
-                    "nice",
-                    "-n",
-                    "19",
-                    sys.executable,
-                    __file__,
-                    str(path),
-                    "--work",
-                    str(work),
-                    "--arm",
-                    arm.label,
-                ]
+            busy = {arm.label for arm in [*waiting, *running.values()]}
+            ready = [arm for arm in waiting if arm.start is None or arm.start.label not in busy]
+            for arm in ready[: cores - len(running)]:
+                waiting.remove(arm)
+                if arm.start is not None and arm.start.label in failed:
+                    failed.append(arm.label)
+                    continue
+                words = ["nice", "-n", "19", sys.executable, __file__, *options, "--arm", arm.label]
                 running[subprocess.Popen(words, env=environment, start_new_session=True)] = arm
                 print(f"{arm.label} begins, {len(waiting)} wait", flush=True)
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 arm = running.pop(process)
-                failed += process.returncode != 0
-                print(f"{arm.label} {'is done' if process.returncode == 0 else 'FAILED'}", flush=True)
+                failed += [arm.label] if process.returncode else []
+                print(f"{arm.label} {'FAILED' if process.returncode else 'is done'}", flush=True)
     finally:
         for process in running:  # the training below it gets the signal too, and writes a checkpoint
             os.killpg(process.pid, signal.SIGTERM)
@@ -186,26 +335,31 @@ def work_through(path: Path, arms: list[Arm], work: Path, cores: int) -> bool:
 
 
 def main() -> None:
-    """Read the command line and run a question, or one arm of it."""
+    """Read the command line and run questions, or one arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", type=Path, help="file in studies/questions")
+    parser.add_argument("questions", type=Path, nargs="*", help="files in studies/questions")
     parser.add_argument("--cores", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="arms at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="folder of prepared data and runs")
-    parser.add_argument("--arm", help="run only this one (NAME-SEED), in this process")
+    parser.add_argument("--results", type=Path, default=STUDIES / "results", help="folder of the files of numbers")
+    parser.add_argument("--arm", help="run only this one (QUESTION/NAME-SEED), in this process")
     options = parser.parse_args()
-    question = yaml.safe_load(options.question.read_text())
-    arms = arms_of(options.question, question)
-    if options.arm is None:
-        # Like an interrupt from the keyboard, so that the arms are stopped as well.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        prepare(question, options.work)
-        if not work_through(options.question, arms, options.work, options.cores):
-            raise SystemExit("an arm failed: see its log")
+    places = Places(options.work, options.results)
+    if options.arm is not None:
+        name, _, seed = options.arm.rpartition("-")
+        question, _, name = name.partition("/")
+        run(arm_of(question, name, int(seed), places))
         return
-    chosen = [arm for arm in arms if arm.label == options.arm]
-    if not chosen:
-        raise SystemExit(f"no arm {options.arm}: choose from {', '.join(arm.label for arm in arms)}")
-    run(chosen[0], question, options.work)
+    if not options.questions:
+        parser.error("name a file in studies/questions")
+    # Like an interrupt from the keyboard, so that the arms are stopped as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    arms = needed([path.stem for path in options.questions], places)
+    if not arms:
+        print(f"all numbers are in {options.results}; to make them again, give --results another folder")
+    for arm in arms:
+        prepare(arm)
+    if not work_through(arms, ["--work", str(options.work), "--results", str(options.results)], options.cores):
+        raise SystemExit("an arm failed: see the logs beside the runs")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,17 @@ is fetched or written here belongs into the repository.
 
 `glosses`: the entries of WordNet, one document each: "dwarf (noun): a plant or animal that is atypically small."
 `definitions`: the entries of the GNU Collaborative International Dictionary of English.
+`verses`: the chapters of the King James Bible.
+
+`glosses` also gets choices-short.jsonl and choices-long.jsonl: which of four last words, or second halves, goes on with
+a held-out entry.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import random
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +27,10 @@ FOLDER = Path(__file__).with_name("data")
 PACKAGES = {
     "wordnet-base": "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
     "dict-gcide": "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+    "bible-kjv-text": "d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a",
+    "bible-kjv": "75a49c032a6efa9faa2beb4a9acb70974380122906329d0e100de36cc88ff02d",
 }
-"""Debian packages and the SHA-256 digests of the versions measured: 1:3.0-37 and 0.48.5+nmu2."""
+"""Debian packages and the SHA-256 digests of the versions measured: 1:3.0-37, 0.48.5+nmu2 and 4.38 (on amd64)."""
 KINDS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 HELD_OUT = 20
 """Every twentieth document, by its digest, is held out, so that an entry stays on its side whatever is added."""
@@ -69,6 +76,36 @@ def definitions(files: Path) -> Iterator[str]:
             yield entry
 
 
+def verses(files: Path) -> Iterator[str]:
+    """Yield a chapter of the King James Bible a document, without its numbers; the package's own program reads it."""
+    command = [files / "bible-kjv/usr/bin/bible", "-f", "-p", files / "bible-kjv-text/usr/lib", "ge1:1-re22:21"]
+    lines = subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
+    chapters: dict[str, list[str]] = {}
+    for line in lines:
+        place, _, text = line.partition(" ")
+        chapters.setdefault(place.partition(":")[0], []).append(text.strip())
+    yield from (" ".join(chapter) for chapter in chapters.values())
+
+
+def write_choices(folder: Path, count: int = 500) -> None:
+    """Write choices among four endings of held-out entries of WordNet, of a word and of half an entry."""
+    lines = (folder / "glosses" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [words for line in lines if 12 <= len(words := json.loads(line)["text"].split()) <= 40]
+    rng = random.Random("choices")
+    for kind in ("short", "long"):
+        places = [len(words) - 1 if kind == "short" else len(words) // 2 for words in texts]
+        endings = [" ".join(words[place:]) for words, place in zip(texts, places, strict=True)]
+        records = []
+        for words, place, ending in list(zip(texts, places, endings, strict=True))[:count]:
+            candidates = [ending, *rng.sample([other for other in endings if other != ending], 3)]
+            rng.shuffle(candidates)
+            records.append(
+                {"context": " ".join(words[:place]), "candidates": candidates, "answer": candidates.index(ending)}
+            )
+        path = folder / "glosses" / f"choices-{kind}.jsonl"
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
 def write(name: str, documents: Iterator[str], folder: Path) -> None:
     """Write the documents of a text, in the order of their digests, as NAME/train.jsonl and NAME/held-out.jsonl."""
     place = folder / name
@@ -89,6 +126,8 @@ def main() -> None:
     files = fetch(folder)
     write("glosses", glosses(files), folder)
     write("definitions", definitions(files), folder)
+    write("verses", verses(files), folder)
+    write_choices(folder)
 
 
 if __name__ == "__main__":

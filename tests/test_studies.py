@@ -1,5 +1,6 @@
 """The runner of studies: killed and started again it gives the same numbers; its report pairs arms by seed."""
 
+import importlib
 import json
 import math
 import shutil
@@ -27,6 +28,12 @@ SMALL = {
     "training.validation_samples": 4,
     "training.checkpoint_every": 3,
 }
+TUNED = {
+    **{name: value for name, value in SMALL.items() if not name.startswith("model.") and name != "training.steps"},
+    "data.window": 32,
+    "training.epochs": 2,
+}
+CHOICES = {"problems": 3, "files": ["choices"], "method": "likelihood", "samples": 2}
 
 
 @pytest.fixture
@@ -40,73 +47,140 @@ def studies(tmp_path):
     for part in ("train", "held-out"):
         lines = [json.dumps({"text": f"{part} one two three four {i}."}) for i in range(60)]
         (data / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
-    question = {
-        **{"question": "Does it split?", "hypothesis": "Yes.", "refuted_by": "No.", "text": "words", "vocab_size": 300},
-        **{"recipe": "recipes/tiny-cpu-pretrain.yaml", "settings": SMALL, "seeds": [0], "windows": {8: 3, 16: 2}},
+    chats = tmp_path / "studies" / "data" / "chats"
+    chats.mkdir()
+    for part, group in (("train", ""), ("held-out", ""), ("problems", "one two")):
+        groups = group.split() or [""]
+        lines = [
+            json.dumps({"prompt": f"{part} {i}", "response": "three", "group": groups[i % len(groups)]})
+            for i in range(40)
+        ]
+        (chats / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    choices = {"context": "three", "candidates": ["four", "one two"], "answer": 0}
+    (data / "choices.jsonl").write_text(3 * (json.dumps(choices) + "\n"))
+    common = {"hypothesis": "Yes.", "refuted_by": "No.", "seeds": [0], "tokenizer": ["words", 300]}
+    split = {
+        **common,
+        **{"number": 1, "question": "Does it split?", "data": "words", "recipe": "recipes/tiny-cpu-pretrain.yaml"},
+        **{"settings": SMALL, "measure": {"text": {8: 3, 16: 2}}, "show": ["bound 8", "path 16"]},
         **{"arms": {"split": {"data.split_probability": 0.3}, "whole": {"data.split_probability": 0.0}}},
-        "pairs": [["split", "whole"]],
+        **{"pairs": [["split", "whole"]], "plot": {"kind": "differences", "figures": ["bound 8"], "label": "tokens"}},
+    }
+    tuned = {
+        **common,
+        **{"number": 2, "question": "Does it answer?", "data": "chats", "recipe": "recipes/tiny-cpu-sft.yaml"},
+        **{"command": "sft", "settings": TUNED, "pairs": [], "show": ["accuracy", "accuracy one"]},
+        "measure": {"answers": {"problems": 4, "max_new_tokens": 4, "block_length": 4}},
+        "arms": {
+            "base": {"same": "split/split"},
+            "few": {"start": "base", "documents": 10},
+            "chosen": {"start": "few", "recipe": None, "data": "words", "measure": {"choices": CHOICES}},
+        },
+        "plot": {"kind": "bars", "figures": ["accuracy"]},
     }
     (tmp_path / "studies" / "questions").mkdir(exist_ok=True)
-    (tmp_path / "studies" / "questions" / "q.yaml").write_text(yaml.safe_dump(question, sort_keys=False))
+    for name, question in (("split", split), ("tuned", tuned)):
+        path = tmp_path / "studies" / "questions" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(question, sort_keys=False))
     return tmp_path / "studies"
 
 
-def started(studies, work):
-    words = [sys.executable, "studies/run.py", "studies/questions/q.yaml", "--cores", "1", "--work", str(work)]
+def started(studies, *options):
+    words = [sys.executable, "studies/run.py", "studies/questions/tuned.yaml", "studies/questions/split.yaml", *options]
     return subprocess.Popen(words, cwd=studies.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def numbers(studies):
-    found = {path.name: json.loads(path.read_text()) for path in (studies / "results" / "q").glob("*.json")}
+def numbers(results):
+    found = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.glob("*/*.json")}
     for result in found.values():
-        result.pop("environment")
+        del result["environment"]
+        result["figures"] = {name: value for name, value in result["figures"].items() if "seconds" not in name}
     return found
 
 
 @pytest.mark.slow
 def test_killed_and_started_again_the_numbers_are_the_same(studies, tmp_path):
-    whole = started(studies, tmp_path / "a")
+    options = ["--cores", "2", "--work", str(tmp_path / "a"), "--results", str(tmp_path / "once")]
+    whole = started(studies, *options)
     out, _ = whole.communicate()
     assert whole.returncode == 0, out
-    want = numbers(studies)
-    assert set(want) == {"split-0.json", "whole-0.json"}
-    shutil.rmtree(studies / "results")
-    killed = started(studies, tmp_path / "b")
+    want = numbers(tmp_path / "once")
+    assert set(want) == {
+        *("split/split-0.json", "split/whole-0.json", "tuned/few-0.json", "tuned/chosen-0.json"),
+    }
+    assert want["tuned/few-0.json"]["tokens"] < want["split/split-0.json"]["tokens"] * 10
+    assert want["tuned/chosen-0.json"]["figures"]["positions choices"] > 0
+    assert "tokens" not in want["tuned/chosen-0.json"]
+    assert {"bound 8", "path 8", "bound 16", "best", "last"} <= set(want["split/whole-0.json"]["figures"])
+
+    options = ["--cores", "1", "--work", str(tmp_path / "b")]
+    killed = started(studies, *options)
     for line in killed.stdout:
-        if line.startswith("whole-0 begins"):
+        if line.startswith("tuned/few-0 begins"):
             killed.send_signal(signal.SIGTERM)
             break
     killed.communicate()
     assert killed.returncode
-    assert set(numbers(studies)) == {"split-0.json"}
-    again = started(studies, tmp_path / "b")
+    assert set(numbers(studies / "results")) == {"split/split-0.json"}
+    again = started(studies, *options)
     out, _ = again.communicate()
     assert again.returncode == 0, out
-    assert "split-0" not in out  # it was done
-    assert numbers(studies) == want
+    assert "split/split-0" not in out  # it was done
+    assert numbers(studies / "results") == want
+    again = started(studies, *options)
+    assert "all numbers are in" in again.communicate()[0]
 
-    command = [sys.executable, "studies/report.py"]
+    command = [sys.executable, "studies/report.py", "--output", str(tmp_path / "docs")]
     report = subprocess.run(command, cwd=studies.parent, capture_output=True, text=True, check=False)
     assert report.returncode == 0, report.stderr
     page = (tmp_path / "docs" / "study.md").read_text()
     assert "| split − whole" in page
-    assert (tmp_path / "docs" / "images" / "study-q.png").stat().st_size > 1000
+    assert page.index("1. Does it split?") < page.index("2. Does it answer?")
+    for name in ("split", "tuned"):
+        assert (tmp_path / "docs" / "images" / f"study-{name}.png").stat().st_size > 1000
 
-    path = studies / "questions" / "q.yaml"
+    path = studies / "questions" / "split.yaml"
     path.write_text(path.read_text().replace("training.steps: 12", "training.steps: 13"))
-    changed = started(studies, tmp_path / "b")
+    changed = started(studies, *options)
     out, _ = changed.communicate()
     assert changed.returncode
     assert "is of other settings" in out
 
 
-def test_differences_are_paired_by_seed():
-    sys.path.insert(0, str(ROOT / "studies"))
-    try:
-        import report
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def report(monkeypatch):
+    """The report's functions."""
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    return importlib.import_module("report")
+
+
+def test_differences_are_paired_by_seed(report):
     assert report.differences({0: 3.0, 1: 2.0, 5: 9.0}, {1: 1.0, 0: 1.5, 2: 7.0}) == [1.5, 1.0]
     assert report.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
-    assert report.cell([1.0, 2.0, 3.0], "+") == "+2.0000 ± 0.5774 (3)"
-    assert report.cell([1.25]) == "1.2500 (1)"
+    assert report.cell([1.0, 2.0, 3.0], "+") == "+2.000 ± 0.577"
+    assert report.cell([1.25]) == "1.250 (1)"
+    assert report.cell([1000.0, 2000.0]) == "1500 ± 500 (2)"
+
+
+def test_tokens_to_a_level_lie_between_validations(report):
+    curve = [[100, 4.0], [200, 3.0], [300, 3.5], [400, 2.0]]
+    assert report.tokens_to(curve, 3.25) == 175
+    assert report.tokens_to(curve, 5.0) == 100
+    assert report.tokens_to(curve, 2.5) == pytest.approx(300 + 100 * 1.0 / 1.5)
+    assert report.tokens_to(curve, 1.0) is None
+
+
+def test_the_questions_of_the_repository_are_whole(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    runner = importlib.import_module("run")
+    places = runner.Places(tmp_path / "work", tmp_path / "results")
+    names = [path.stem for path in (ROOT / "studies" / "questions").glob("*.yaml")]
+    for name in names:
+        question = runner.read_question(name)
+        for arm in runner.arms_of(name, places):
+            arm.model()
+            if arm.asked["recipe"] is not None:
+                assert (ROOT / arm.asked["recipe"]).is_file()
+        assert {arm for pair in question["pairs"] for arm in pair} <= set(question["arms"])
+        assert len(question["seeds"]) >= 3
+    assert runner.needed(names, places)
