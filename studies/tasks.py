@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from texts import write_if_new
+
 from illada.toy_tasks import LETTERS, sudoku_grids
 
 FOLDER = Path(__file__).with_name("data")
@@ -127,7 +129,7 @@ def write(name: str, files: dict[str, list[Record]], folder: Path) -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
     for part, records in files.items():
         path = folder / name / f"{part}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_if_new(path, "".join(json.dumps(record) + "\n" for record in records))
         print(f"{path}: {len(records):,} records")
 
 

@@ -66,12 +66,13 @@ def glosses(files: Path) -> Iterator[str]:
 
 
 def definitions(files: Path) -> Iterator[str]:
-    """Yield an entry of the dictionary a document, without its marks of sources and pronunciation."""
+    """Yield an entry of the dictionary a document, without pronunciation, origin, sources and marks of references."""
     text = gzip.decompress((files / "dict-gcide/usr/share/dictd/gcide.dict.dz").read_bytes()).decode("utf-8", "replace")
-    text = re.sub(r"\s*\[(?:1913 Webster|[^\]\n]{0,40}WordNet[^\]\n]*|PJC[^\]]*)\]", "", text)
-    text = re.sub(r"\s*\\[^\\\n]+\\", "", text)
     for lines in re.split(r"\n\n(?=\S)", text):
         entry = " ".join(lines.split())
+        for pattern in (r"\\[^\\]+\\", r"\([^()]*\[[^()]*\)?", r"\[[^\[\]]*\]", r"\[[^\[\]]*\]"):
+            entry = re.sub(r"\s*" + pattern, "", entry)
+        entry = re.sub(r"[{}]", "", entry)
         if 40 <= len(entry) <= 2000 and not entry.startswith("00-"):
             yield entry
 
@@ -89,8 +90,8 @@ def verses(files: Path) -> Iterator[str]:
 
 def write_choices(folder: Path, count: int = 500) -> None:
     """Write choices among four endings of held-out entries of WordNet, of a word and of half an entry."""
-    lines = (folder / "glosses" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [words for line in lines if 12 <= len(words := json.loads(line)["text"].split()) <= 40]
+    held_out = (folder / "glosses" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [words for line in held_out if 12 <= len(words := json.loads(line)["text"].split()) <= 40]
     rng = random.Random("choices")
     for kind in ("short", "long"):
         places = [len(words) - 1 if kind == "short" else len(words) // 2 for words in texts]
@@ -102,8 +103,14 @@ def write_choices(folder: Path, count: int = 500) -> None:
             records.append(
                 {"context": " ".join(words[:place]), "candidates": candidates, "answer": candidates.index(ending)}
             )
-        path = folder / "glosses" / f"choices-{kind}.jsonl"
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_if_new(folder / "glosses" / f"choices-{kind}.jsonl", lines)
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Write a file unless it has this text already: data prepared from it are known by its date."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def write(name: str, documents: Iterator[str], folder: Path) -> None:
@@ -114,7 +121,7 @@ def write(name: str, documents: Iterator[str], folder: Path) -> None:
     for part, held in (("train", False), ("held-out", True)):
         chosen = [text for digest, text in by_digest if (digest[0] % HELD_OUT == 0) == held]
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
-        (place / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+        write_if_new(place / f"{part}.jsonl", lines)
         print(f"{place / part}.jsonl: {len(chosen):,} documents, {len(lines):,} characters")
 
 
