@@ -193,18 +193,27 @@ def prepare(arm: Arm) -> None:
     log = folder / "log.txt"
     if not (tokenizer / "tokenizer.json").is_file():
         text, size = arm.asked["tokenizer"]
-        illada("tokenizer", source(text, "train"), "--output", tokenizer, "--vocab_size", size, log=log)
+        words = [
+            source(text, "train"),
+            "--text_field",
+            "text" if kind_of(source(text, "train")) == "text" else "prompt",
+        ]
+        illada("tokenizer", *words, "--output", tokenizer, "--vocab_size", size, log=log)
     for part in ("train", "held-out"):
         file = source(arm.asked["data"], part)
-        with file.open(encoding="utf-8") as lines:
-            kind = "text" if "text" in json.loads(next(lines)) else "chat"
         if part == "train" and arm.asked["documents"]:
             with file.open(encoding="utf-8") as lines:
                 chosen = [line for line, _ in zip(lines, range(arm.asked["documents"]), strict=False)]
             file = folder / "train.jsonl"
             if not file.is_file():
                 file.write_text("".join(chosen), encoding="utf-8")
-        illada("prepare", file, "--kind", kind, "--tokenizer", tokenizer, "--output", folder / part, log=log)
+        illada("prepare", file, "--kind", kind_of(file), "--tokenizer", tokenizer, "--output", folder / part, log=log)
+
+
+def kind_of(file: Path) -> str:
+    """Return whether a file has texts or conversations ("chat")."""
+    with file.open(encoding="utf-8") as lines:
+        return "text" if "text" in json.loads(next(lines)) else "chat"
 
 
 def source(name: str, part: str) -> Path:

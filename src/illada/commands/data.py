@@ -4,7 +4,9 @@ from illada.commands import heavy
 from illada.preparation.options import PrepareSettings
 
 
-def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000) -> None:
+def tokenizer(
+    sources: list[str], output: str, vocab_size: int = 4096, max_bytes: int = 50_000_000, text_field: str = "text"
+) -> None:
     """Train a byte-level BPE tokenizer on text files, jsonl, parquet or folders of them.
 
     Args:
@@ -12,8 +14,11 @@ def tokenizer(sources: list[str], output: str, vocab_size: int = 4096, max_bytes
         output: folder to write the tokenizer to.
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
+        text_field: the field that holds the text of a record, e.g. prompt for instructions.
     """
-    heavy.train_tokenizer.train_tokenizer_from_files(sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes)
+    heavy.train_tokenizer.train_tokenizer_from_files(
+        sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes, text_field=text_field
+    )
     print(f"tokenizer of {vocab_size} tokens written to {output}")
 
 

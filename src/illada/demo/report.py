@@ -33,7 +33,7 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "answers-loss": _plot_sft(output / "sft"),
         "accuracy": _plot_accuracy(results),
         "frontier": _plot_frontier(results["frontier"]),
-        "denoising": _plot_denoising(results["denoising"]),
+        "denoising": plot_denoising(results["denoising"]),
     }
     (output / "images").mkdir(exist_ok=True)
     for name, picture in pictures.items():
@@ -168,7 +168,7 @@ def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
     return png(drawing)
 
 
-def _plot_denoising(record: dict[str, Any]) -> bytes:
+def plot_denoising(record: dict[str, Any]) -> bytes:
     """Draw one answer as a grid: steps downwards, positions to the right."""
     steps = record["steps"]
     # Tokens behind the end are cut off and drawn pale.
