@@ -23,7 +23,7 @@ from illada.files import write_json
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import accuracy, aligned
 from illada.scoring.candidates import Item, score_candidates
-from illada.text.prompts import encode_prompt, show_ids
+from illada.text.prompts import show_ids
 from illada.training.optional.likelihood import text_likelihood
 from illada.training.optional.ngrams import ngram_baselines
 from illada.training.validation import bits_per_byte
@@ -31,7 +31,7 @@ from illada.training.validation import bits_per_byte
 HERE = Path(__file__).parent
 STUDIES = HERE.parents[1] / "studies"
 TEXTS = ("glosses", "definitions", "verses")
-WORDNET = STUDIES / "data" / "files" / "wordnet-base" / "usr" / "share" / "wordnet"
+WORDNET = Path("files", "wordnet-base", "usr", "share", "wordnet")
 DECODING = GenerationSettings(block_length=32, max_new_tokens=64)
 TALK = (
     *("Hello", "What is a dog?", "What is a river?", "Define happy.", "What does whisper mean?"),
@@ -51,14 +51,14 @@ def run(*words: object) -> None:
         raise SystemExit(done.returncode)
 
 
-def train(output: Path, settings: list[str]) -> None:
+def train(output: Path, data: Path, settings: list[str]) -> None:
     """Make data, tokenizer and model below the output, as far as they are not there."""
     command = ("-m", "illada")
-    if not (STUDIES / "data" / "verses").is_dir():
-        run(STUDIES / "texts.py")
+    if not all((data / text).is_dir() for text in TEXTS):
+        run(STUDIES / "texts.py", "--output", data)
     if not (output / "chats" / "train.jsonl").is_file():
-        run(HERE / "instructions.py", WORDNET, output / "chats")
-    files = {part: [STUDIES / "data" / text / f"{part}.jsonl" for text in TEXTS] for part in ("train", "held-out")}
+        run(HERE / "instructions.py", data / WORDNET, output / "chats")
+    files = {part: [data / text / f"{part}.jsonl" for text in TEXTS] for part in ("train", "held-out")}
     tokenizer = output / "tokenizer"
     if not tokenizer.is_dir():
         run(*command, "tokenizer", *files["train"], "--output", tokenizer, "--vocab_size", 4096)
@@ -68,13 +68,9 @@ def train(output: Path, settings: list[str]) -> None:
         run(*command, *chats, "--output", output / "data" / f"chats-{part}")
     start: list[object] = []
     for name, kind in (("pretrain", "text"), ("sft", "chats")):
-        data = [
-            "--data.train",
-            output / "data" / f"{kind}-train",
-            "--data.validation",
-            output / "data" / f"{kind}-held-out",
-        ]
-        run(*command, name, HERE / f"{name}.yaml", *data, *start, "--output", output / name, *settings)
+        train_on, held_out = output / "data" / f"{kind}-train", output / "data" / f"{kind}-held-out"
+        data_words = ["--data.train", train_on, "--data.validation", held_out]
+        run(*command, name, HERE / f"{name}.yaml", *data_words, *start, "--output", output / name, *settings)
         start = ["--model.start", output / name / "model"]
     if not (output / "model").exists():
         (output / "model").symlink_to(Path("sft", "model"))
@@ -136,8 +132,8 @@ def talk(output: Path) -> dict[str, Any]:
         tokens = [tokenizer.decode([i]) for i in event.ids]
         steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
 
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "What is a river?"}])
-    illada.generate(model, [prompt], settings_for(model, DECODING), tokenizer=tokenizer, on_step=keep)
+    chat = [{"role": "user", "content": "What is a river?"}]
+    illada.generate(model, [chat], settings_for(model, DECODING), tokenizer=tokenizer, on_step=keep)
     return {
         "answers": [*zip(questions, ask(model, tokenizer, questions), strict=True)],
         "trained": len(TALK),
@@ -185,10 +181,11 @@ def main() -> None:
     """Train, measure and write report.md; what follows `--` goes to both trainings: `-- --training.device cuda`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/dictionary"))
+    parser.add_argument("--data", type=Path, default=STUDIES / "data", help="folder of the texts, fetched if missing")
     parser.add_argument("--windows", type=int, default=64, help="windows of held-out text to measure")
     parser.add_argument("settings", nargs="*", help="settings of both trainings, behind --")
     options = parser.parse_args()
-    train(options.output, options.settings)
+    train(options.output, options.data, options.settings)
     found, said = measure(options.output, options.windows), talk(options.output)
     write_json(options.output / "results.json", {**found, **said})
     text = report(options.output, found, said)
