@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 QUICK  ?= 0
 RUN    ?= runs/$(if $(filter-out 0,$(QUICK)),quick,demo)
 
-.PHONY: setup demo test quick lint types unit package docs lowest clean
+.PHONY: setup demo dictionary test quick lint types unit package docs lowest clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/illada demo --output $(RUN) $(if $(filter-out 0,$(QUICK)),--quick)
+
+dictionary: setup  # a model that explains words: hours on 2 cores; texts from Debian packages, so apt-get is needed
+	$(BIN)/python examples/dictionary/make.py
 
 test: lint types unit package
 
