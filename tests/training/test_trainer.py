@@ -592,7 +592,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(make_recip
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("illada.training.checkpoint.HuggingFaceStorageWriter.write_data", full)
+    monkeypatch.setattr("illada.training.checkpoint.CheckpointWriter.write_data", full)
     recipe = make_recipe(steps=4, checkpoint_every=2)
     with pytest.raises(IlladaError, match=r"no checkpoint could be written in .*No space left") as caught:
         train(recipe)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from illada.files import write_text
+from illada.files import naming, write_text
 from illada.weights.runs import read_metrics
 
 PLAIN_EVERY = 15.0
@@ -80,8 +80,9 @@ class StepLog:
     def write(self, step: int, **values: Any) -> None:
         """Append the record of a step."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            with naming(self.path):
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()
         for tracker in self.trackers:
             tracker.log(step, values)
 
