@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError, needs
 from illada.files import write_json
-from illada.folders import is_full, sync
+from illada.folders import sync
 from illada.preparation.finish import finish
 from illada.preparation.options import PrepareSettings
 from illada.preparation.plan import TOKENIZER, UNITS, WORK, stats_file, task_folder
@@ -79,12 +79,8 @@ def write_shards(settings: PrepareSettings, data: Iterator[Document], rank: int,
         summary = {"shards": [asdict(shard) for shard in writer.finish()], "sums": writer.sums}
         write_json(partial / "summary.json", {**summary, "refused": refused, "first_refused": first})
         sync(partial)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if is_full(error):
-            raise IlladaError(
-                f"no room for {output}: the disk is full: free some and run the same command again"
-            ) from None
         raise
     try:
         os.rename(partial, final)

@@ -65,7 +65,8 @@ class StepLog:
         for tracker in self.trackers:
             tracker.close()
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):  # what a full disk did not take is still to be written
+                self._file.close()
 
     def rewind(self, step: int) -> None:
         """Drop the records of later steps."""

@@ -72,7 +72,9 @@ def draw_run(run: str, output: str | None = None) -> Path:
 
 def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
-    step = found["step"]
+    step = found.get("step")
+    if step is None:  # the file of an older version
+        return
     for name, figures in found["models"].items():
         for kind in sorted(figures.keys() - {"path - bound"}):
             mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
