@@ -210,7 +210,7 @@ def test_a_disk_too_full_for_the_model_is_one_line_and_the_run_is_completed_late
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("illada.weights.runs.write_weights", full)
-    with pytest.raises(IlladaError, match="no room for .*/model: the disk is full: free some"):
+    with pytest.raises(IlladaError, match=r"no room for .*/model: the disk is full: free some"):
         train(recipe)
     assert not list(Path(recipe.output).glob("*model*"))
     monkeypatch.undo()

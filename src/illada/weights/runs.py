@@ -27,7 +27,7 @@ PUT_ASIDE = "damaged-"
 AVERAGE = "/average"
 """Ends the name of a weight's average in a checkpoint (training.average)."""
 
-_READ_AT_ONCE = 1 << 30
+_READ_AT_ONCE = 1 << 28
 """Bytes of a checkpoint's weights that are in memory at a time while a model is made of them."""
 
 
