@@ -17,6 +17,7 @@ from illada import cli
 from illada.data.optional import checks
 from illada.errors import DamagedError, IlladaError
 from illada.folders import SUMS
+from illada.training.log import StepLog
 from illada.training.trainer import train
 from illada.weights.export import export_model
 from illada.weights.load import load_model
@@ -186,6 +187,8 @@ def test_a_damaged_checkpoint_is_neither_exported_nor_loaded(recipe, tmp_path):
         with pytest.raises(DamagedError, match=words):
             use()
     assert not (tmp_path / "out").exists()
+    with pytest.raises(DamagedError, match=r"written$"):
+        model_folder(str(checkpoints(run)[-1]))
     export_model(str(checkpoints(run)[-2]), str(tmp_path / "out"))
     flip(checkpoints(run)[-2] / SHARD)
     shutil.rmtree(checkpoints(run)[-2] / "model")
@@ -338,7 +341,7 @@ def test_verify_says_what_is_whole(recipe, data, capsys):
     assert f"whole: {run}/checkpoints/step-00000008 (" in said.out
     assert f"no checksums: {run}/model (written by another program" in said.out
     assert "metrics.jsonl is damaged: line 1" in said.out
-    assert said.err == f"illada: error: 2 files of {run} are not as they were written: restore them from a copy\n"
+    assert said.err == f"illada: error: not as written in {run}: 2 files; restore from a copy\n"
 
 
 def test_verify_of_data_and_of_nothing(data, tmp_path, capsys):
@@ -349,9 +352,42 @@ def test_verify_of_data_and_of_nothing(data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "index.json").write_text("{}")
-    words = {"copy": "1 files of", "empty": "there is nothing to check", "old": "has checksums", "gone": "no folder"}
+    words = {
+        "copy": "copy: 1 file; restore",
+        "empty": "there is nothing to check",
+        "old": "has checksums",
+        "gone": "no folder",
+    }
     for name, text in words.items():
         with pytest.raises(SystemExit) as end:
             cli.main(["verify", str(tmp_path / name)])
         assert end.value.code == 2
         assert text in capsys.readouterr().err
+
+
+def test_a_picture_that_does_not_fit_is_one_line_that_names_it(recipe, monkeypatch, capsys, tmp_path):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    train(recipe)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", recipe.output, "--output", str(tmp_path / "picture.png")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"illada: error: {tmp_path}/picture.png: No space left on device\n")
+    assert not list(tmp_path.glob("picture*"))
+
+
+def test_metrics_that_do_not_fit_are_named(recipe, monkeypatch):
+    """The error comes when the line is written, and again when the file is closed."""
+    begin = StepLog.rewind
+
+    def into_a_full_disk(self, step):
+        begin(self, step)
+        self._file.close()
+        self._file = open("/dev/full", "a")  # noqa: SIM115
+
+    monkeypatch.setattr(StepLog, "rewind", into_a_full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train(recipe)
+    assert caught.value.filename == f"{recipe.output}/metrics.jsonl"

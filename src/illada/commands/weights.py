@@ -69,6 +69,6 @@ def verify(place: str, /) -> None:
         for fault in finding.faults:
             print(f"    {fault}")
     if faults:
-        raise IlladaError(f"{faults} files of {place} are not as they were written: restore them from a copy")
+        raise IlladaError(f"not as written in {place}: {faults} file{'s' * (faults > 1)}; restore from a copy")
     if "whole" not in states:
         raise IlladaError(f"nothing in {place} has checksums: whether it is whole is not known")

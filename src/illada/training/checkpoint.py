@@ -174,8 +174,7 @@ class Checkpoints:
             return None, fault
         with self.processes.raise_together():
             if mismatches:
-                names = ", ".join(mismatches[:5])
-                raise IlladaError(f"checkpoint {path} has another shape than the recipe: {names} do not match")
+                raise IlladaError(f"checkpoint {path} has another shape than the recipe: {mismatches[0]} has no place")
         try:
             load(
                 self.tensors,

@@ -37,7 +37,7 @@ from illada.training.setup import Run
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.validation import bits_per_byte, validation_batches
 from illada.weights.adapters import is_adapted
-from illada.weights.runs import RunState, assemble, checkpoints
+from illada.weights.runs import RunState, assemble, checkpoints, read_metrics
 
 BUCKETS = 5
 """Parts of the mask ratio by which the loss is reported."""
@@ -292,6 +292,7 @@ class Trainer:
         """Return the log of the run, with the trackers that the recipe names, and say what a user should know."""
         run, state, first = self.run, self.state, self.run.processes.first
         with run.processes.raise_together():
+            read_metrics(run.folder / "metrics.jsonl")
             trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe)) if first else []
         log = StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
         log.say(*run.remarks)

@@ -203,6 +203,8 @@ def model_folder(path: str) -> Path:
     try:
         return assemble(newest, newest)
     except DamagedError as error:
+        if newest == folder:
+            raise
         whole = next((str(place) for place in reversed(older[1:]) if not damage(place)), None)
         use = "no other is whole" if whole is None else f"the newest whole checkpoint is {whole}, which may be given"
         raise DamagedError(f"{error}; {use}") from error

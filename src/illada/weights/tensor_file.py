@@ -105,7 +105,7 @@ def write_weights(
 
 
 class CheckpointWriter(HuggingFaceStorageWriter):
-    """Writes the shard of each process as PyTorch's writer does, but without a second and third copy in memory.
+    """Writes the shard of each process as PyTorch's writer does, but without a second copy in memory.
 
     Attributes:
         sums: checksums of all shards by name, in the first process, once all have written.
