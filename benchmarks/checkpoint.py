@@ -17,10 +17,11 @@ from common import machine
 from illada.model.attention import Packing
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.training.checkpoint import Checkpoints, RunState
+from illada.training.checkpoint import Checkpoints
 from illada.training.optim import make_optimizers, moments
 from illada.training.parallel import Processes, distribute
 from illada.training.recipe import Recipe, TrainingRecipe
+from illada.weights.runs import RunState
 
 
 def main() -> None:

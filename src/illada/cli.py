@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "compare": evaluation.compare,
     "export": weights.export,
     "convert": weights.convert,
+    "verify": weights.verify,
     "bench": {"generate": bench.generate, "serve": bench.serve},
 }
 FROM_THE_MODEL = {"eos_token_id"}
@@ -272,7 +273,8 @@ def main(words: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:  # a disk that is full, a folder one may not write to, a file in place of a folder
-        sys.exit(_fail(IlladaError(f"{error.filename}: {error.strerror}" if error.strerror else error), 2))
+        named = f"{error.filename}: " if error.filename is not None else ""
+        sys.exit(_fail(IlladaError(f"{named}{error.strerror}" if error.strerror else error), 2))
 
 
 def _restrain_libraries(hub: ModuleType) -> None:

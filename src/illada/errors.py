@@ -8,6 +8,10 @@ class IlladaError(ValueError):
     """Bad input. The message says what is wrong and what to do about it. Exit code 2."""
 
 
+class DamagedError(IlladaError):
+    """A file is not as it was written. The message names it. Exit code 2."""
+
+
 class MissingExtraError(IlladaError):
     """An optional package is not installed. The message names the extra that brings it."""
 

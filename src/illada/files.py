@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,18 +16,27 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     Raises:
         IlladaError: when the file is missing, is not text or is empty.
     """
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise IlladaError(f"no file {file}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise IlladaError(f"{file} is not UTF-8 text: {error}") from error
+    lines = read_text(Path(file)).splitlines()
     if not any(line.strip() for line in lines):
         raise IlladaError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, line
+
+
+def read_text(path: Path) -> str:
+    """Return the contents of a UTF-8 text file.
+
+    Raises:
+        IlladaError: when it is not text.
+        OSError: when it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise IlladaError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,41 +67,24 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or absent, whatever happens meanwhile; return when the disk has it."""
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def partial_path(target: Path) -> Path:
-    """Return the name under which `new_folder` fills a folder."""
-    return target.with_name(f".{target.name}.partial")
+    try:
+        with naming(path), open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 @contextmanager
-def new_folder(target: Path, into_existing: bool = False) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `target` at the end; an error deletes it and the parents made for it.
-
-    Args:
-        target: the folder to make.
-        into_existing: where `target` exists, move the files into it one by one, in place of those of the same names.
-    """
-    partial = partial_path(target)
-    new_parents = [path for path in target.parents if not path.exists()]
-    shutil.rmtree(partial, ignore_errors=True)
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, as that of a full disk, name this one."""
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if into_existing and target.exists():
-            for path in partial.iterdir():
-                path.replace(target / path.name)
-            partial.rmdir()
-        else:
-            partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in new_parents:
-            with suppress(OSError):
-                path.rmdir()
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise

@@ -13,9 +13,10 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from transformers.utils import logging as transformers_logging
 
 from illada.errors import IlladaError, first_line
+from illada.folders import SUMS
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
-MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", SUMS)
 
 _banned_by_us = threading.Event()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from illada.errors import MissingExtraError, needs
-from illada.files import write_json
+from illada.files import write_bytes, write_json, write_text
 from illada.model.transformer import IlladaForMaskedLM
 
 INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
@@ -106,7 +106,7 @@ def png(drawing: Any) -> bytes:
 def write_picture(path: Path, draw: Callable[[], bytes]) -> None:
     """Write what `draw` returns; without matplotlib, say on stderr that there is no picture."""
     try:
-        path.write_bytes(draw())
+        write_bytes(path, draw())
     except MissingExtraError as error:
         print(f"no {path.name}: {error}", file=sys.stderr)
 
@@ -117,5 +117,5 @@ def write_results(
     """Write results.json, table.md and, where matplotlib is installed, a picture of the rows into a folder."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
-    (output / "table.md").write_text(text + "\n")
+    write_text(output / "table.md", text + "\n")
     write_picture(output / picture, lambda: draw(results["rows"]))

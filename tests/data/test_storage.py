@@ -67,6 +67,14 @@ def test_what_is_streamed_is_what_lies_in_the_folder(memory, cache, monkeypatch)
     assert reads["documents"] == before
 
 
+@pytest.mark.parametrize("file", ["shard-00000.documents", "tokenizer/tokenizer_config.json"])
+def test_a_small_file_that_is_damaged_over_there_is_not_used(memory, file):
+    content = memory[1].cat_file(f"/data/{file}")
+    memory[1].pipe_file(f"/data/{file}", content[:3] + bytes([content[3] ^ 1]) + content[4:])
+    with pytest.raises(IlladaError, match=f"memory://data/{file} is damaged: copy"):
+        Shards.open("memory://data").document_span(0)
+
+
 def test_tokens_of_a_batch_are_asked_for_at_once(memory, monkeypatch):
     remote = Shards.open("memory://data")
     calls = []

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 
 from illada.data.shards import Shards
 from illada.errors import IlladaError
+from illada.folders import SUMS, damage, read_sums
 from illada.preparation import prepare as preparing
 from illada.preparation import readers as reading
 from illada.preparation.options import PATTERNS, PrepareSettings
-from illada.preparation.train_tokenizer import train_tokenizer
+from illada.preparation.train_tokenizer import train_tokenizer, train_tokenizer_from_files
 from illada.text.chat import encode_conversation
 from illada.text.tokenizer import encode_texts, load_tokenizer, tokenizer_sha256
 
@@ -50,7 +52,8 @@ def content(folder: Path) -> dict[str, bytes]:
     files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     index = json.loads(files["index.json"])
     del index["provenance"]["date"]
-    return files | {"index.json": json.dumps(index).encode()}
+    sums = re.sub(rb"\w+  index.json\n", b"", files[SUMS])
+    return files | {"index.json": json.dumps(index).encode(), SUMS: sums}
 
 
 def odd(shards: Shards) -> dict[str, int]:
@@ -357,3 +360,57 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, tokenizer_folder):
     with pytest.raises(IlladaError, match="is not empty"):
         prepare([str(tmp_path / "a.txt")], str(tmp_path), tokenizer_folder)
     assert (tmp_path / "a.txt").read_text() == "some text"
+
+
+# A full disk
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def full_after_half(self, folder, **_):
+    """As the library in Rust does it, which names the cause in its text only."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "tokenizer.json").write_text("{")
+    raise Exception("No space left on device (os error 28)")
+
+
+def test_a_tokenizer_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one two three")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full_after_half)
+    with pytest.raises(IlladaError, match=r"no room for .*/out: the disk is full: free some or choose"):
+        train_tokenizer_from_files([str(tmp_path / "a.txt")], 280, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_plan_that_does_not_fit_leaves_nothing(tmp_path, tiny_tokenizer, monkeypatch, exists):
+    (tmp_path / "a.txt").write_text("one two three")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    if exists:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full_after_half)
+    wanted = PrepareSettings([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(tmp_path / "tokenizer"))
+    with pytest.raises(IlladaError, match=r"no room for .*/out: the disk is full: free some and run the same command"):
+        preparing.prepare(wanted)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_that_does_not_fit_leaves_no_half_shard_and_is_done_later(tmp_path, tiny_tokenizer, monkeypatch):
+    (tmp_path / "a.txt").write_text("one two three")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr("illada.preparation.shard_writer.write_bytes", full)
+    wanted = PrepareSettings([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(tmp_path / "tokenizer"))
+    with pytest.raises(IlladaError, match=r"no room for .*/out: the disk is full"):
+        preparing.prepare(wanted)
+    assert not list(tmp_path.rglob("*partial*"))
+    monkeypatch.undo()
+    preparing.prepare(wanted)
+    assert damage(tmp_path / "out") == []
+    assert read_sums(tmp_path / "out").keys() == {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.name != SUMS
+    }

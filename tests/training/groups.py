@@ -1,7 +1,8 @@
 """Groups of processes as torchrun would start them, forked from one process that has imported everything already.
 
 Run as a script it trains the recipes in a JSON file, {name: [processes, recipe]}, and prints one JSON object; used by
-test_parallel.py. Nothing may be computed before the forks: threads do not survive them.
+test_parallel.py and test_damage.py. A third entry names files of the run to cut short before. Nothing may be computed
+before the forks: threads do not survive them.
 """
 
 import hashlib
@@ -100,8 +101,11 @@ def train_and_record(values, folder, rank):
 
 def main():
     ends = {}
-    for name, (world, values) in json.loads(Path(sys.argv[1]).read_text()).items():
-        seen = Path(f"{values['output']}-seen")
+    for name, (world, values, *damaged) in json.loads(Path(sys.argv[1]).read_text()).items():
+        for pattern in damaged:
+            for file in Path(values["output"]).glob(pattern):
+                file.write_bytes(file.read_bytes()[:-1])
+        seen = Path(f"{values['output']}-{name}-seen")
         seen.mkdir()
         codes = group(world, partial(train_and_record, values, seen), seen / "said.txt")
         noise = defaultdict(list)

@@ -83,6 +83,9 @@ def test_the_peak_is_what_the_allocator_sees(dtype, kind):
     optimizer = 8 * sum(p.numel() for p in model.parameters())
     memory = estimate(recipe(dtype), 1, "cpu", vocab_size=500).memory[kind]
     assert memory.peak == pytest.approx(most + optimizer, rel=0.15)
+    # The copy from which a checkpoint is written: weights and two moments.
+    assert memory.saving == 12 * sum(p.numel() for p in model.parameters())
+    assert estimate(recipe(dtype), 1, "h100", vocab_size=500).memory[kind].saving == 0
 
 
 @pytest.mark.slow

@@ -11,10 +11,9 @@ from test_trainer import held, same, steps_of, train_killed_at, weights
 
 from illada.errors import DivergedError
 from illada.training import parallel, spikes, trainer
-from illada.training.checkpoint import RunState
 from illada.training.spikes import data_step, remember, trouble
 from illada.training.trainer import train
-from illada.weights.runs import checkpoints, read_metrics
+from illada.weights.runs import RunState, checkpoints, read_metrics
 
 
 def poison(monkeypatch, factor, *moments):

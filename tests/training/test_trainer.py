@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from illada.data.shards import Shards
@@ -301,28 +300,6 @@ def test_a_half_written_checkpoint_is_ignored(make_recipe):
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("how", ["cut", "lost moments", "state", "state is a list"])
-def test_a_damaged_checkpoint_is_one_clear_error(make_recipe, how):
-    recipe = make_recipe(steps=8)
-    train(recipe)
-    newest = checkpoints(Path(recipe.output))[-1]
-    file = newest / SHARD
-    if how.startswith("state"):
-        (newest / "state.json").write_text("[]" if how.endswith("list") else '{"step": 8')
-    elif how.startswith("cut"):
-        file.write_bytes(file.read_bytes()[:-100])
-    else:
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata()
-        save_file({k: v for k, v in load_file(file).items() if "layers.1" not in k}, file, about)
-    with pytest.raises(IlladaError, match=newest.name) as caught:
-        train(recipe)
-    assert "\n" not in str(caught.value)
-    shutil.rmtree(newest)
-    train(recipe)
-    assert steps_of(recipe.output) == list(range(1, 9))
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -592,7 +569,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(make_recip
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("illada.training.checkpoint.HuggingFaceStorageWriter.write_data", full)
+    monkeypatch.setattr("illada.training.checkpoint.CheckpointWriter.write_data", full)
     recipe = make_recipe(steps=4, checkpoint_every=2)
     with pytest.raises(IlladaError, match=r"no checkpoint could be written in .*No space left") as caught:
         train(recipe)

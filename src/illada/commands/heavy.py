@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import illada.weights.convert as convert
     import illada.weights.export as export
     import illada.weights.load as weights
+    import illada.weights.verify as verification
 
 MODULES = {
     "bench_generation": "illada.bench.generation",
@@ -51,6 +52,7 @@ MODULES = {
     "terminal": "illada.commands.terminal",
     "train_tokenizer": "illada.preparation.train_tokenizer",
     "training": "illada.training.trainer",
+    "verification": "illada.weights.verify",
     "weights": "illada.weights.load",
 }
 

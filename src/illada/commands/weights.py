@@ -1,8 +1,9 @@
-"""`illada export` and `illada convert`."""
+"""`illada export`, `convert` and `verify`."""
 
 from typing import Literal
 
 from illada.commands import heavy
+from illada.errors import IlladaError
 from illada.weights.options import Dtype
 
 
@@ -47,3 +48,27 @@ def convert(
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
     print(heavy.convert.convert_model(from_, output, objective, mask_token, dtype, max_shard_size))
+
+
+def verify(place: str, /) -> None:
+    """Check the files of a run, prepared data, a model or a tokenizer against the checksums kept beside them.
+
+    Args:
+        place: folder to check, and all folders below it.
+    """
+    states, faults = set(), 0
+    for finding in heavy.verification.verify(place):
+        states.add(finding.state)
+        faults += len(finding.faults)
+        remark = {
+            "whole": f" ({finding.files} files)",
+            "no checksums": " (written by another program, or before illada kept them)",
+            "put aside": " (damaged before; the run went on from another checkpoint)",
+        }.get(finding.state, "")
+        print(f"{finding.state}: {finding.folder}{remark}")
+        for fault in finding.faults:
+            print(f"    {fault}")
+    if faults:
+        raise IlladaError(f"not as written in {place}: {faults} file{'s' * (faults > 1)}; restore from a copy")
+    if "whole" not in states:
+        raise IlladaError(f"nothing in {place} has checksums: whether it is whole is not known")

@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from illada.errors import needs
+from illada.files import write_bytes, write_text
 from illada.reporting import ACCENT, INK, MUTED, figure, png
 from illada.weights.runs import read_metrics
 
@@ -26,7 +27,7 @@ EOS_TEXT = "<|eos|>"
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
     """Write results.json, report.md with images/, and report.html into `output`."""
-    (output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False, default=str))
+    write_text(output / "results.json", json.dumps(results, indent=1, allow_nan=False, default=str))
     text = results["text"]
     pictures = {
         "text-loss": _plot_text(output / "pretrain", text["nats_per_token"], text["bits_per_byte"]),
@@ -37,10 +38,10 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
     }
     (output / "images").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        (output / "images" / f"{name}.png").write_bytes(picture)
+        write_bytes(output / "images" / f"{name}.png", picture)
     report = report_markdown(output, results)
-    (output / "report.md").write_text(report)
-    (output / "report.html").write_text(_page(report, pictures))
+    write_text(output / "report.md", report)
+    write_text(output / "report.html", _page(report, pictures))
 
 
 def _templates() -> Environment:

@@ -19,7 +19,8 @@ from illada.data.shards import Shards
 from illada.demo.report import best_accuracies, write_report
 from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
-from illada.files import new_folder, read_json, write_json, write_text
+from illada.files import read_json, write_json, write_text
+from illada.folders import new_folder
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.preparation.options import PrepareSettings

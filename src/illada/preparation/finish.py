@@ -31,6 +31,7 @@ def finish(output: str) -> Shards:
 def _assemble(folder: Path) -> None:
     plan = read_plan(folder)
     shards: list[ShardInfo] = []
+    sums: dict[str, str] = {}
     counts: Counter[str] = Counter()
     total = ReadStats()
     refusal = ""
@@ -53,6 +54,8 @@ def _assemble(folder: Path) -> None:
                 # The file has moved already when an earlier finish() was interrupted.
                 if (source := task / f"{shard['name']}.{suffix}").exists():
                     os.replace(source, folder / f"{info.name}.{suffix}")
+                if digest := summary.get("sums", {}).get(source.name):  # a task of an older version has none
+                    sums[f"{info.name}.{suffix}"] = digest
             shards.append(info)
     for path, records in total.failures.items():
         if records["bad"] and not records["good"]:
@@ -70,6 +73,7 @@ def _assemble(folder: Path) -> None:
         kind=plan["kind"],
         special_ids=plan["special_ids"],
         odd=dict(counts),
+        sums=sums,
         provenance=provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
     )
 

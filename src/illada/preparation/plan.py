@@ -6,6 +6,7 @@ depend on the sources alone.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from illada.data.shards import INDEX, Shards
 from illada.errors import IlladaError
-from illada.files import write_json
+from illada.files import naming, write_json
 from illada.preparation.options import PrepareSettings
 from illada.preparation.readers import Options, SourceFile, Unit, divide, find_files, fingerprint
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
@@ -68,17 +69,30 @@ def plan(settings: PrepareSettings) -> int:
     output = Path(settings.output)
     if _holds(output, preparation):
         return 0 if (output / INDEX).exists() else len(tasks)
+    new = not output.exists()
+    try:
+        _write(output, preparation, tasks, tokenizer)
+    except BaseException:
+        for part in (WORK, TOKENIZER):
+            shutil.rmtree(output / part, ignore_errors=True)
+        if new:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+    return len(tasks)
+
+
+def _write(output: Path, plan: dict[str, Any], tasks: list[list[Unit]], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write all that the tasks need."""
     (output / WORK).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output / TOKENIZER)
-    if tokenizer_sha256(load_tokenizer(output / TOKENIZER)) != preparation["tokenizer_sha256"]:
+    if tokenizer_sha256(load_tokenizer(output / TOKENIZER)) != plan["tokenizer_sha256"]:
         raise IlladaError(
-            f"the tokenizer {settings.tokenizer} changes when it is saved: it cannot travel with the data"
+            f"the tokenizer {tokenizer.name_or_path} changes when it is saved: it cannot travel with the data"
         )
-    with open(output / UNITS, "w", encoding="utf-8") as file:
+    with naming(output / UNITS), open(output / UNITS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps([asdict(unit) for unit in units]) + "\n" for units in tasks)
     # The plan is written last: a folder with a plan has all that the tasks need.
-    write_json(output / PLAN, preparation | {"tasks": len(tasks), "vocab_size": len(tokenizer)})
-    return len(tasks)
+    write_json(output / PLAN, plan | {"tasks": len(tasks), "vocab_size": len(tokenizer)})
 
 
 def read_plan(output: Path) -> dict[str, Any]:

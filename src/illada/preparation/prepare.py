@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 from illada.data.shards import Shards
+from illada.errors import IlladaError
+from illada.folders import is_full
 from illada.preparation.executors import progress, quiet, run_locally, run_on_ray, submit_to_slurm
 from illada.preparation.finish import finish
 from illada.preparation.options import PrepareSettings
@@ -21,8 +23,20 @@ def prepare(settings: PrepareSettings) -> Shards | str:
     Returns the data set, or the number of the last job where Slurm works on it.
 
     Raises:
-        IlladaError: when a source is missing or unusable, or the output folder holds something else.
+        IlladaError: when a source is missing or unusable, the output folder holds something else, or the disk is full.
     """
+    try:
+        return _prepare(settings)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise IlladaError(
+            f"no room for {settings.output}: the disk is full: free some and run the same command again, which "
+            "keeps what is finished"
+        ) from error
+
+
+def _prepare(settings: PrepareSettings) -> Shards | str:
     tasks = plan(settings)
     if not tasks:
         return finish(settings.output)

@@ -1,18 +1,21 @@
 """Writes token shards and their index in the format that `illada.data.shards` describes and reads."""
 
+import json
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_128
 
 from illada.data.shards import FORMAT_VERSION, INDEX, ShardInfo, token_dtype
 from illada.errors import IlladaError
-from illada.files import write_bytes, write_json
+from illada.files import naming, write_bytes, write_text
+from illada.folders import seal, sync
 
 TOKENS_PER_SHARD = 1 << 27
 
@@ -25,6 +28,9 @@ class ShardWriter:
 
         writer.extend(ids); writer.extend(more); writer.end_document(source_bytes=...)
         shards = writer.finish()
+
+    Attributes:
+        sums: checksums of the files of complete shards, by name.
     """
 
     def __init__(
@@ -41,8 +47,9 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._tokens_per_shard = tokens_per_shard
         self._shards: list[ShardInfo] = []
+        self.sums: dict[str, str] = {}
         self._file: BinaryIO | None = None
-        self._rows = array("q")
+        self._rows, self._digest = array("q"), xxh3_128()
         self._tokens = self._document_start = self._bytes = 0
 
     def extend(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
@@ -59,7 +66,10 @@ class ShardWriter:
             raise IlladaError(f"token id {wrong} is outside the vocabulary of {self._vocab_size}")
         if self._file is None:
             self._file = open(self._temporary("tokens"), "wb", buffering=1 << 20)  # noqa: SIM115 - closed with the shard
-        self._file.write(ids_T.astype(self._dtype).data)
+        piece = ids_T.astype(self._dtype).data
+        with naming(self._temporary("tokens")):
+            self._file.write(piece)
+        self._digest.update(piece)
         self._tokens += ids_T.size
 
     def end_document(self, prompt_tokens: int = 0, source_bytes: int = 0) -> None:
@@ -96,14 +106,18 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        write_bytes(self._temporary("documents"), np.asarray(self._rows, dtype="<i8").tobytes())
+        with naming(self._temporary("tokens")):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        rows = np.asarray(self._rows, dtype="<i8").tobytes()
+        write_bytes(self._temporary("documents"), rows)
+        self.sums[f"{self._name()}.tokens"] = self._digest.hexdigest()
+        self.sums[f"{self._name()}.documents"] = xxh3_128(rows).hexdigest()
         for suffix in ("tokens", "documents"):
             os.replace(self._temporary(suffix), self.folder / f"{self._name()}.{suffix}")
         self._shards.append(ShardInfo(self._name(), self._tokens, len(self._rows) // 2, self._bytes))
-        self._file, self._rows = None, array("q")
+        self._file, self._rows, self._digest = None, array("q"), xxh3_128()
         self._tokens = self._document_start = self._bytes = 0
 
 
@@ -117,8 +131,9 @@ def write_index(
     special_ids: dict[str, int | None] | None = None,
     odd: dict[str, int] | None = None,
     provenance: dict[str, Any] | None = None,
+    sums: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `index.json`, the last file of a data set: from now on the folder is one.
+    """Write checksums and then `index.json`, the last file of a data set: from now on the folder is one.
 
     Args:
         folder: where the shards lie.
@@ -129,6 +144,7 @@ def write_index(
         special_ids: the ids put around the documents ("bos", "eos").
         odd: numbers of odd documents or records, by reason.
         provenance: where the data came from.
+        sums: checksums of the shards' files by name, where they are known; the others are read for them.
     """
     shards = list(shards)
     index = {
@@ -145,4 +161,10 @@ def write_index(
         "provenance": provenance or {},
         "shards": [asdict(shard) for shard in shards],
     }
-    write_json(Path(folder) / INDEX, index)
+    folder = Path(folder)
+    text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+    known = {**(sums or {}), INDEX: xxh3_128(text.encode()).hexdigest()}
+    files = {f"{shard.name}.{suffix}" for shard in shards for suffix in ("tokens", "documents")}
+    seal(folder, known, lambda name: name in files or name.startswith("tokenizer/"))
+    write_text(folder / INDEX, text)
+    sync(folder)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError, needs
 from illada.files import write_json
+from illada.folders import sync
 from illada.preparation.finish import finish
 from illada.preparation.options import PrepareSettings
 from illada.preparation.plan import TOKENIZER, UNITS, WORK, stats_file, task_folder
@@ -70,12 +71,17 @@ def write_shards(settings: PrepareSettings, data: Iterator[Document], rank: int,
     shutil.rmtree(partial, ignore_errors=True)
     writer = ShardWriter(partial, len(tokenizer), settings.tokens_per_shard)
     refused, first = 0, ""
-    if settings.kind == "chat":
-        refused, first = _write_conversations(settings, tokenizer, writer, data)
-    else:
-        _write_texts(settings, tokenizer, writer, data)
-    shards = [asdict(shard) for shard in writer.finish()]
-    write_json(partial / "summary.json", {"shards": shards, "refused": refused, "first_refused": first})
+    try:
+        if settings.kind == "chat":
+            refused, first = _write_conversations(settings, tokenizer, writer, data)
+        else:
+            _write_texts(settings, tokenizer, writer, data)
+        summary = {"shards": [asdict(shard) for shard in writer.finish()], "sums": writer.sums}
+        write_json(partial / "summary.json", {**summary, "refused": refused, "first_refused": first})
+        sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     try:
         os.rename(partial, final)
     except OSError:

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError
+from illada.folders import new_folder
 from illada.preparation.options import PATTERNS
 from illada.preparation.readers import Options, ReadStats, Unit, find_files, read_unit
 from illada.text.chat import CHAT_TEMPLATE
@@ -104,5 +105,6 @@ def train_tokenizer_from_files(
     tokenizer = train_tokenizer(texts(), vocab_size)
     if not total:
         raise IlladaError(f"no text in {', '.join(sources)}: there is nothing to train a tokenizer on")
-    tokenizer.save_pretrained(output)
+    with new_folder(output, into_existing=True) as folder:
+        tokenizer.save_pretrained(folder)
     return tokenizer

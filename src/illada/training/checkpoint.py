@@ -3,62 +3,41 @@
     checkpoints/step-00000100/
       shard-*.safetensors   one from each process; another number of processes can read them as well
       about/                configuration and tokenizer
-      state.json            written last
+      state.json            the step and what else a run is
+      XXH128SUMS            checksums of all files, written last
       model/ or adapter/    made when somebody asks for it (`export`)
 
 All processes write their shards while the training goes on (torch.distributed.checkpoint). The folder is filled under a
 temporary name and renamed when every process has written, so a visible checkpoint is complete.
 """
 
-import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from illada.errors import IlladaError, first_line
-from illada.files import read_json, write_json
+from illada.errors import DamagedError, IlladaError, first_line
+from illada.files import write_json
+from illada.folders import seal, sync
 from illada.training.parallel import Processes
 from illada.training.recipe import TrainingRecipe
-from illada.weights.runs import ABOUT, STATE, checkpoints
+from illada.weights.runs import ABOUT, STATE, RunState, check_checkpoint, checkpoints, read_state, set_aside
+from illada.weights.tensor_file import CheckpointWriter
 
 # A run of one process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-@dataclass
-class RunState:
-    """What a run is besides weights and moments. Order, noise and learning rate follow from this and the recipe."""
-
-    step: int = 0
-    """Steps done."""
-    updates: int = 0
-    """Those of the steps that changed the weights."""
-    tokens: int = 0
-    """Tokens trained on."""
-    decay_start: int | None = None
-    """Step at which an early decay began."""
-    validation_losses: list[float] = field(default_factory=list)
-    """Every validation so far, nats per token."""
-    loss_mean: float = 0.0
-    """Running mean of the loss, nats per token (see `spikes`)."""
-    loss_variance: float = 0.0
-    """Running variance of the loss."""
-    skipped: int = 0
-    """Steps left out since the last update."""
-    returns: list[int] = field(default_factory=list)
-    """Steps to which the run went back after spikes, in order of time."""
 
 
 class Checkpoints:
@@ -104,10 +83,6 @@ class Checkpoints:
         self._thread.shutdown()
         self._stager.close()
 
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint that the first process sees."""
-        return self.processes.from_first(lambda: (checkpoints(self.run) or [None])[-1])  # type: ignore[list-item]
-
     def save(self, state: RunState) -> Path:
         """Begin to write checkpoints/step-NNNNNNNN and return its path; the previous checkpoint is finished first.
 
@@ -119,16 +94,18 @@ class Checkpoints:
         partial = target.with_name(f".{target.name}.partial")
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()  # the copy runs in another stream than the last update
+        writer = CheckpointWriter(str(partial), save_distributed=True)
         response = async_save(
             self.tensors,
-            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+            storage_writer=writer,
             process_group=self.processes.files,
             async_stager=self._stager,
             no_dist=self.processes.count == 1,
         )
         assert isinstance(response, AsyncSaveResponse)  # because the stager is asynchronous
         self._copied = response.staging_completion
-        self._writing = self._thread.submit(self._publish, response.upload_completion, partial, target, asdict(state))
+        uploaded = response.upload_completion
+        self._writing = self._thread.submit(self._publish, uploaded, writer, partial, target, asdict(state))
         return target
 
     def wait_for_copy(self) -> None:
@@ -152,62 +129,81 @@ class Checkpoints:
             except (Exception, CheckpointException) as error:
                 raise IlladaError(f"no checkpoint could be written in {self.run}: {_cause(error)}") from error
 
-    def load(self, path: Path) -> RunState:
-        """Load weights and moments in place, bit for bit, and return the state.
+    def load_newest(self, steps: int) -> RunState | None:
+        """Load the newest whole checkpoint in place, bit for bit, and return the state; None when there is none at all.
 
-        Any number of processes may have written the checkpoint.
+        Any number of processes may have written it. Damaged newer ones get another name (`set_aside`), and a line on
+        stderr says so. The run has at most `steps` steps.
 
         Raises:
-            IlladaError: when the checkpoint does not fit the model or is damaged.
+            IlladaError: when no checkpoint is whole, or the newest whole one does not fit the model.
         """
-        hint = "delete it to continue from the one before"
+        self.wait()
+        found = self.processes.from_first(lambda: checkpoints(self.run))
+        damaged: list[Path] = []
+        for path in reversed(found):
+            state, fault = self._load(path, steps)
+            if fault is None:
+                self.processes.from_first(lambda: set_aside(damaged))
+                return state
+            damaged.append(path)
+            if self.processes.first:
+                print(f"checkpoint {path.name} is put aside: {fault}", file=sys.stderr, flush=True)
+        if not found:
+            return None
         with self.processes.raise_together():
-            try:
-                state = RunState(**read_json(path / STATE))
-                saved = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
-            except Exception as error:
-                raise IlladaError(f"checkpoint {path} cannot be read ({first_line(error)}): {hint}") from error
-            if mismatches := sorted(saved ^ set(self.tensors)):
-                raise IlladaError(
-                    f"checkpoint {path} has another shape than the recipe: {', '.join(mismatches[:5])} do not match"
-                )
-        with self.processes.raise_together():
-            try:
-                load(
-                    self.tensors,
-                    storage_reader=HuggingFaceStorageReader(str(path)),
-                    process_group=self.processes.files,
-                    no_dist=self.processes.count == 1,
-                )
-            except (Exception, CheckpointException) as error:
-                raise IlladaError(f"checkpoint {path} cannot be read ({_cause(error)}): {hint}") from error
-        return state
+            raise IlladaError(f"no checkpoint in {self.run} is whole: restore a copy, or begin in another --output")
 
-    def _publish(self, uploaded: Any, partial: Path, target: Path, state: dict[str, Any]) -> None:
+    def _load(self, path: Path, steps: int) -> tuple[RunState | None, str | None]:
+        """Load a checkpoint if it is whole; return the state and, instead, what is damaged, in every process the same.
+
+        Raises:
+            IlladaError: when the checkpoint does not fit the model.
+        """
+        state, fault, mismatches = None, None, list[str]()
+        try:
+            check_checkpoint(path, (self.processes.rank, self.processes.count))
+            state = read_state(path, steps)
+            saved = set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+            mismatches = sorted(saved - self.tensors.keys())
+            if lacking := sorted(self.tensors.keys() - saved):
+                raise DamagedError(f"none of its shards holds {lacking[0]}")
+        except Exception as error:
+            fault = first_line(error)
+        if (fault := self.processes.first_of(fault)) is not None:
+            return None, fault
+        with self.processes.raise_together():
+            if mismatches:
+                raise IlladaError(f"checkpoint {path} has another shape than the recipe: {mismatches[0]} has no place")
+        try:
+            load(
+                self.tensors,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                process_group=self.processes.files,
+                no_dist=self.processes.count == 1,
+            )
+        except (Exception, CheckpointException) as error:
+            fault = _cause(error)
+        return state, self.processes.first_of(fault)
+
+    def _publish(
+        self, uploaded: Any, writer: CheckpointWriter, partial: Path, target: Path, state: dict[str, Any]
+    ) -> None:
         """Rename a checkpoint once all processes have written, then delete the checkpoints not to be kept."""
         uploaded.result()
         if not self.processes.first:
             return
         self.write_about(partial / ABOUT)
         write_json(partial / STATE, state)
-        for path in (*(partial / ABOUT).iterdir(), partial):
-            _sync(path)
+        seal(partial, writer.sums)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         in_use = self.on_saved(target)
         for old in checkpoints(self.run)[: -self.keep]:
             step = int(old.name.removeprefix("step-"))
             if old != in_use and (self.keep_every is None or step % self.keep_every):
                 shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: Exception | CheckpointException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from illada.files import write_text
+from illada.files import naming, write_text
 from illada.weights.runs import read_metrics
 
 PLAIN_EVERY = 15.0
@@ -65,7 +65,8 @@ class StepLog:
         for tracker in self.trackers:
             tracker.close()
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):  # what a full disk did not take is still to be written
+                self._file.close()
 
     def rewind(self, step: int) -> None:
         """Drop the records of later steps."""
@@ -80,8 +81,9 @@ class StepLog:
     def write(self, step: int, **values: Any) -> None:
         """Append the record of a step."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            with naming(self.path):
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()
         for tracker in self.trackers:
             tracker.log(step, values)
 

@@ -83,6 +83,14 @@ class Processes:
             dist.broadcast_object_list(result, 0, device=self.device)
         return result[0]
 
+    def first_of(self, message: str | None) -> str | None:
+        """Return, in every process, the message of the lowest process that has one."""
+        messages = [message]
+        if self.count > 1:
+            messages *= self.count
+            dist.all_gather_object(messages, message)
+        return next((message for message in messages if message is not None), None)
+
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """When the block raises IlladaError in any process, end all: the first raises it, the others exit in silence.
@@ -98,11 +106,7 @@ class Processes:
             if self.count == 1:
                 raise
             own_error = error
-        if self.count == 1:
-            return
-        messages: list[str | None] = [None] * self.count
-        dist.all_gather_object(messages, None if own_error is None else str(own_error))
-        message = next((message for message in messages if message is not None), None)
+        message = self.first_of(None if own_error is None else str(own_error))
         if message is not None and self.first:
             raise IlladaError(message) from own_error
         if message is not None:

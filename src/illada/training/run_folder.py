@@ -10,11 +10,11 @@ import yaml
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.files import write_text
-from illada.training.checkpoint import RunState
 from illada.training.recipe import Recipe
 from illada.training.schedule import Schedule
+from illada.weights.runs import RECIPE, RunState, read_recipe
 
-RECIPE, LOCK, DECAY = "recipe.yaml", ".lock", "DECAY"
+LOCK, DECAY = ".lock", "DECAY"
 FREE_TO_CHANGE = (
     "training.samples_per_batch",
     "training.validate_every",
@@ -65,7 +65,7 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
         content["base_fingerprint"] = base
     path = run / RECIPE
     if path.exists():
-        previous = yaml.safe_load(path.read_text())
+        previous = read_recipe(path)
         free = set(FREE_TO_CHANGE)
         if recipe.training.decay_when == "plateau":  # then validations decide when the decay begins
             free.discard("training.validate_every")
@@ -97,8 +97,8 @@ def requested_decay(run: Path, state: RunState, schedule: Schedule) -> int | Non
     path = run / DECAY
     if state.decay_start is not None or state.step >= schedule.decay_start or not path.exists():
         return None
-    text = path.read_text().strip()
-    if not text.isdecimal():  # whatever the user wrote, mostly nothing
+    text = path.read_bytes().strip()
+    if not text.isdigit() or len(text) > 18:  # whatever the user wrote, mostly nothing
         write_text(path, f"{state.step}\n")
         return state.step
     return int(text) if int(text) <= state.step else None

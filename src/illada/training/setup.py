@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from illada.data.batches import Batches
+from illada.data.optional.checks import check_data
 from illada.data.shards import Shards
 from illada.diffusion.noise import EPSILON, Noise
 from illada.errors import IlladaError
@@ -52,6 +53,7 @@ class Run:
             self.shards = Shards.open(recipe.data.train)
             held_out = recipe.data.validation
             self.held_out = None if held_out is None else open_validation(held_out, self.shards)
+            unread = check_data((recipe.data.train, held_out), (processes.rank, processes.count))
             self.tokenizer = load_tokenizer(self.shards.path / "tokenizer")
             self.hook = CheckpointHook(self.folder, recipe.log.evaluate)
         # Once, by one process: it may be a hub name, or a run whose newest checkpoint changes.
@@ -63,7 +65,7 @@ class Run:
             self.model = build_model(recipe, start, config)
             adapted = is_adapted(self.model)
             self.frozen_weights = base_fingerprint(self.model) if adapted else None
-            self.remarks = remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
+            self.remarks = unread + remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
             self.objective = distribute(self.model, recipe, processes, cross_entropy)
         self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from illada import rng
-from illada.training.checkpoint import RunState
+from illada.weights.runs import RunState
 
 MEMORY = 100
 """Updates over which mean and deviation of the loss are taken; the latest count most."""

@@ -24,7 +24,7 @@ from illada.data.shards import Shards
 from illada.devices import peak_memory
 from illada.errors import DivergedError
 from illada.files import write_text
-from illada.training.checkpoint import Checkpoints, RunState
+from illada.training.checkpoint import Checkpoints
 from illada.training.log import StepLog
 from illada.training.optim import set_updates, update
 from illada.training.optional.flops import flops_per_token, peak_flops
@@ -37,7 +37,7 @@ from illada.training.setup import Run
 from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.validation import bits_per_byte, validation_batches
 from illada.weights.adapters import is_adapted
-from illada.weights.runs import assemble, checkpoints
+from illada.weights.runs import RunState, assemble, checkpoints, read_metrics
 
 BUCKETS = 5
 """Parts of the mask ratio by which the loss is reported."""
@@ -223,7 +223,7 @@ class Trainer:
             self.start_clock()
             return True
         self.checkpoints.wait()
-        last = self.checkpoints.newest()
+        last = next(reversed(checkpoints(self.run.folder)), None)
         raise DivergedError(
             f"{problem} at step {step}: nothing was saved since "
             + (f"the last good checkpoint {last}" if last else "the start, there is no good checkpoint")
@@ -233,13 +233,13 @@ class Trainer:
     # Around the steps
 
     def load_newest(self) -> bool:
-        """Load the newest checkpoint; return whether there is one."""
-        self.checkpoints.wait()
-        path = self.checkpoints.newest()
-        if path is not None:
-            self.state = self.checkpoints.load(path)
-            set_updates(self.run.optimizers, self.state.updates)
-        return path is not None
+        """Load the newest whole checkpoint; return whether there is one."""
+        longest = make_schedule(self.settings, self.run.batches.samples, None).steps
+        state = self.checkpoints.load_newest(longest)
+        if state is not None:
+            self.state = state
+            set_updates(self.run.optimizers, state.updates)
+        return state is not None
 
     def requests(self) -> list[int]:
         """Return the signal that stops the run (0 for none) and the step of a decay that begins now (-1 for none)."""
@@ -292,6 +292,7 @@ class Trainer:
         """Return the log of the run, with the trackers that the recipe names, and say what a user should know."""
         run, state, first = self.run, self.state, self.run.processes.first
         with run.processes.raise_together():
+            read_metrics(run.folder / "metrics.jsonl")
             trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe)) if first else []
         log = StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
         log.say(*run.remarks)

@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import Template
 
 import illada
 from illada.devices import DTYPES
-from illada.files import read_json
+from illada.files import read_text
 from illada.hub import is_hub_name
 from illada.model.config import IlladaConfig
 from illada.weights.adapters import CONFIG, adapter_base
-from illada.weights.runs import STATE, read_metrics
+from illada.weights.runs import RECIPE, STATE, read_metrics, read_recipe, read_state
 
 _TEMPLATE = Template(
     Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"),
@@ -34,7 +33,7 @@ def exported_card(
 ) -> str:
     """Return the card of an exported model; nothing is invented where its run folder knows nothing."""
     run = _run_of(folder)
-    recipe = {} if run is None else yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe = {} if run is None else read_recipe(run / RECIPE)
     recipe = {key: part for key, part in recipe.items() if isinstance(part, dict)} if isinstance(recipe, dict) else {}
     adapted = (folder / CONFIG).is_file()
     if run is not None:
@@ -72,19 +71,19 @@ def _run_of(folder: Path) -> Path | None:
     folder = folder.resolve()
     parent = folder.parent
     run = parent.parent.parent if parent.parent.name == "checkpoints" else parent
-    return run if folder.name in ("model", "adapter") and (run / "recipe.yaml").is_file() else None
+    return run if folder.name in ("model", "adapter") and (run / RECIPE).is_file() else None
 
 
 def _records(run: Path, folder: Path) -> dict[str, Any]:
     """Return what a run recorded until the step of the weights in `folder`."""
     records = read_metrics(run / "metrics.jsonl")
-    state = folder.parent / STATE
-    if state.is_file():
-        step = read_json(state)["step"]
+    is_checkpoint = (folder.parent / STATE).is_file()
+    if is_checkpoint:
+        step = read_state(folder.parent).step
         records = [record for record in records if record["step"] <= step]
     return {
-        "recipe": (run / "recipe.yaml").read_text().strip(),
-        "is_checkpoint": state.is_file(),
+        "recipe": read_text(run / RECIPE).strip(),
+        "is_checkpoint": is_checkpoint,
         "last": next(reversed(records), None),
         "validation": next((record for record in reversed(records) if "validation_bits_per_byte" in record), None),
     }

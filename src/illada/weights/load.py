@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 
 from illada.devices import DTYPES, choose_device
-from illada.errors import IlladaError, first_line
+from illada.errors import DamagedError, IlladaError, first_line
 from illada.files import read_json
+from illada.folders import SUMS, damage
 from illada.model.config import IlladaConfig
 from illada.model.released import MASK_TOKENS, TURN_ENDS
 from illada.model.transformer import IlladaForMaskedLM
@@ -18,8 +19,9 @@ from illada.weights.adapters import adapter_base, attach
 from illada.weights.options import Dtype, Quantization
 from illada.weights.quantize import check_shapes, quantized_loading
 from illada.weights.runs import model_folder
+from illada.weights.tensor_file import INDEX
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 
 
 def load_config(folder: str | Path) -> IlladaConfig:
@@ -56,6 +58,7 @@ def load_model(
     folder = model_folder(path)
     adapter = None if (folder / "config.json").is_file() else folder
     if adapter is not None:
+        check_weights(adapter)
         folder = model_folder(adapter_base(adapter))
     config = load_config(folder)
     check_shards(folder)
@@ -116,7 +119,9 @@ def complete_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
 
 
 def check_shards(folder: Path) -> list[Path]:
-    """Return the files of weights, after checking that each is there and whole, without reading the weights.
+    """Return the files of weights, after checking that each is there and whole.
+
+    Where the folder keeps checksums, every byte is read for it; else only the headers are.
 
     Raises:
         IlladaError: when a file is missing, unreadable or damaged, naming it.
@@ -142,7 +147,18 @@ def check_shards(folder: Path) -> list[Path]:
             raise IlladaError(
                 f"{folder / name} is damaged or incomplete ({first_line(error)}): fetch it again"
             ) from error
+    check_weights(folder)
     return [folder / name for name in names]
+
+
+def check_weights(folder: Path) -> None:
+    """Check the weights in a folder against the checksums in it, if there are any; its texts may be edited.
+
+    Raises:
+        DamagedError: when a file is not as it was written.
+    """
+    if faults := damage(folder, lambda name: name.endswith(".safetensors") and "/" not in name):
+        raise DamagedError(f"{faults[0]}: write or fetch it again (or delete {folder / SUMS}, if you made the change)")
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -1,28 +1,24 @@
-"""Write a model folder: all of it or nothing, and without a second copy of the weights in memory."""
+"""Write a model folder: all of it or nothing, with checksums, and without a second copy of the weights in memory."""
 
-import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from rich.filesize import decimal
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from illada.devices import DTYPES
-from illada.errors import IlladaError, first_line
-from illada.files import new_folder, partial_path, read_json
+from illada.errors import IlladaError
+from illada.files import read_json
+from illada.folders import new_folder, partial_path
 from illada.model.config import IlladaConfig
 from illada.model.released import released_config
-from illada.weights.load import INDEX
 from illada.weights.options import Dtype
+from illada.weights.tensor_file import write_weights
 
 Layout = Literal["illada", "released"]
 
@@ -38,7 +34,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_output(output: str, source: str, max_shard_size: str) -> Path:
@@ -80,7 +75,7 @@ def write_model(
 ) -> None:
     """Write the folder `target`: weights, configuration, tokenizer, model card.
 
-    Weights are cast and written a shard at a time, so tensors that lie on disk need no more memory than one shard.
+    Weights are cast and written one at a time, so tensors that lie on disk need no more memory than the largest one.
 
     Args:
         target: folder to make; it does not exist yet.
@@ -101,21 +96,13 @@ def write_model(
     values = json.loads(config.to_json_string())
     if layout == "released":
         values = released_config(config.to_dict() | {"dtype": values["dtype"]})
-    plan = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    shapes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     texts = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    size = plan.metadata["total_size"] + sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
-    with _room_for(target, size), new_folder(target) as folder:
-        for file, names in plan.filename_to_tensors.items():
-            save_file(_shard(tensors, names, dtype), folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
-        if plan.is_sharded:
-            weight_map = dict(sorted(plan.tensor_to_filename.items()))
-            _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
+    size = sum(shape.nbytes for shape in shapes.values())
+    size += sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
+    _check_room(target, size)
+    with new_folder(target) as folder:
+        write_weights(folder, shapes, lambda name: _cast(tensors[name], name, dtype), max_shard_size)
         _write_json(folder / "config.json", values)
         _write_json(folder / "generation_config.json", _generation_config(source, config))
         if tokenizer is not None:
@@ -128,42 +115,27 @@ def write_model(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _shard(tensors: Mapping[str, Tensor], names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors ready to be saved: of one type, contiguous, and without memory in common."""
-    shard: dict[str, Tensor] = {}
-    addresses: set[int] = set()
-    for name in names:
-        tensor = tensors[name].to(dtype).contiguous()
-        if dtype == torch.float16 and not tensor.isfinite().all() and tensors[name].isfinite().all():
-            raise IlladaError(f"{name} holds values too large for fp16: choose --dtype bf16 or fp32")
-        shard[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
-        addresses.add(tensor.data_ptr())
-    return shard
+def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the type to be written."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+        raise IlladaError(f"{name} holds values too large for fp16: choose --dtype bf16 or fp32")
+    return cast
 
 
-@contextmanager
-def _room_for(target: Path, size: int) -> Iterator[None]:
-    """Turn a disk that has no room for `size` bytes, now or while they are written, into one line that says so."""
+def _check_room(target: Path, size: int) -> None:
+    """Check that the disk has room for `size` bytes.
+
+    Raises:
+        IlladaError: when it has not.
+    """
     place = next(path for path in target.resolve().parents if path.exists())
     shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed process left takes room
-
-    def no_room(fact: str) -> IlladaError:
-        return IlladaError(
-            f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {fact}: free some or choose "
-            "another --output; nothing was left behind"
-        )
-
     if (free := shutil.disk_usage(place).free) < size:
-        raise no_room(f"{place} has {decimal(free)} free")
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors names the system's error in its text only.
-        if any(getattr(error, "errno", None) == number or f"os error {number})" in str(error) for number in _FULL):
-            raise no_room(f"{place} is full") from error
-        if isinstance(error, SafetensorError):
-            raise IlladaError(f"{target} cannot be written: {first_line(error)}") from error
-        raise
+        raise IlladaError(
+            f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {place} has {decimal(free)} "
+            "free: free some or choose another --output; nothing was left behind"
+        )
 
 
 def _generation_config(source: Path, config: IlladaConfig) -> dict[str, Any]:

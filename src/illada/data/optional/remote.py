@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from xxhash import xxh3_128
 
 from illada.data.storage import Folder, Range
-from illada.errors import IlladaError, first_line
+from illada.errors import DamagedError, IlladaError, first_line
+from illada.folders import SUMS, read_sums
 from illada.hub import network
 
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
@@ -44,7 +46,11 @@ class Remote:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "illada"
         # Data that was prepared again gets a new folder in the cache.
         self.path = base / hashlib.sha256(self.name.encode() + b"\0" + index).hexdigest()[:20]
+        self._sums: dict[str, str] = {}
         if index:
+            if SUMS in self.sizes():
+                self._copy(SUMS, self._bytes(SUMS))
+                self._sums = read_sums(self.path)
             self._copy("index.json", index)
             for file in self._names(f"{self._root}/tokenizer"):
                 self._fetch(f"tokenizer/{file}")
@@ -106,7 +112,14 @@ class Remote:
             self._copy(file, self._bytes(file))
 
     def _copy(self, file: str, content: bytes) -> None:
-        """Write a file into the cache, whole or not at all, because other processes may do the same meanwhile."""
+        """Write a file into the cache, whole or not at all, because other processes may do the same meanwhile.
+
+        Raises:
+            DamagedError: when the data set has another checksum for the file.
+        """
+        digest = xxh3_128(content).hexdigest()
+        if digest != self._sums.get(file, digest):
+            raise DamagedError(f"{self.name}/{file} is damaged: copy the whole folder again, or prepare the data again")
         target = self.path / file
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")

@@ -70,7 +70,10 @@ class Memory:
     backward: int
     """What the backward pass needs besides: gradients of one block's activations and weights."""
     peak: int
-    """The most at one time: less than the sum, as activations shrink while gradients grow."""
+    """The most at one time in a step: less than the sum, as activations shrink while gradients grow."""
+    saving: int
+    """Besides, from the first checkpoint on: the copy of weights and moments from which checkpoints are written; 0 on a
+    GPU, because the copy lies in main memory."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,9 @@ class Estimate:
     cost: float | None
 
     def fits(self, kind: Checkpointing) -> bool:
-        """Say whether the peak leaves `FREE_SHARE` of the memory."""
-        return self.memory[kind].peak <= (1 - FREE_SHARE) * self.memory_available
+        """Say whether the peak and a checkpoint's copy leave `FREE_SHARE` of the memory."""
+        memory = self.memory[kind]
+        return memory.peak + memory.saving <= (1 - FREE_SHARE) * self.memory_available
 
 
 def estimate(recipe: Recipe, options: EstimateOptions) -> Estimate:
@@ -117,7 +121,7 @@ def estimate(recipe: Recipe, options: EstimateOptions) -> Estimate:
     share = math.ceil(settings.samples_per_step / (gpus // recipe.parallel.tensor))
     windows = min(settings.samples_per_batch, share)
     passes = math.ceil(share / windows)
-    parameters, trained, memory = _rehearse(recipe, config, windows, passes, gpus)
+    parameters, trained, memory = _rehearse(recipe, config, windows, passes, gpus, gpu == "cpu")
     tokens = settings.samples_per_step * data.window
     available = options.data_tokens or (shards.tokens if shards else None)
     steps = settings.steps if available is None else settings.count_steps(available // data.window)
@@ -272,7 +276,7 @@ class _Meter(TorchDispatchMode):
 
 
 def _rehearse(
-    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int
+    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool
 ) -> tuple[int, int, dict[Checkpointing, Memory]]:
     """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing.
 
@@ -322,6 +326,7 @@ def _rehearse(
                 loss=loss,
                 backward=max(0, meter.peak - saved - loss) + reduced,
                 peak=fixed + max(during, after),
+                saving=4 * count + optimizer if on_cpu else 0,
             )
     return everything + elsewhere, count + elsewhere, memory
 

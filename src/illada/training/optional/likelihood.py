@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.files import read_json, write_json
+from illada.files import write_json
 from illada.generation.settings import GenerationSettings
 from illada.model.transformer import IlladaForMaskedLM
 from illada.reporting import aligned
@@ -26,10 +25,9 @@ from illada.scoring.layout import Pair
 from illada.scoring.likelihood import likelihood_scores
 from illada.scoring.path import path_log_likelihoods
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
-from illada.training.run_folder import RECIPE
 from illada.training.validation import VALIDATION_SEED, bits_per_byte
 from illada.weights.load import load_model
-from illada.weights.runs import STATE, model_folder, read_metrics
+from illada.weights.runs import RECIPE, STATE, model_folder, read_metrics, read_recipe, read_state
 
 RESULT = "likelihood.json"
 MASKS = 128
@@ -124,14 +122,14 @@ def run_likelihood(run: str, windows: int, beside: str | None = None) -> dict[st
     recipe = Path(run) / RECIPE
     if not recipe.is_file():
         raise IlladaError(f"{run} holds no {RECIPE}: give the folder of a run")
-    data = yaml.safe_load(recipe.read_text())["data"]
+    data = read_recipe(recipe)["data"]
     if not data["validation"]:
         raise IlladaError(f"{run} has no held-out text: its recipe names no data.validation")
     shards = Shards.open(data["validation"])
-    state = model_folder(run).parent / STATE  # beside the weights of a checkpoint
+    checkpoint = model_folder(run).parent  # if the weights are those of one
     logged = [record["step"] for record in read_metrics(Path(run) / "metrics.jsonl")]
     results: dict[str, Any] = {
-        "step": read_json(state)["step"] if state.is_file() else max(logged, default=0),
+        "step": read_state(checkpoint).step if (checkpoint / STATE).is_file() else max(logged, default=0),
         "block_length": GenerationSettings.block_length,
         "masks": MASKS,
     }

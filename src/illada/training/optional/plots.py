@@ -1,10 +1,11 @@
 """`illada report`: the curves of a run as one picture."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError, needs
-from illada.files import read_json
+from illada.files import read_json, write_bytes
 from illada.weights.runs import read_metrics
 
 
@@ -63,13 +64,17 @@ def draw_run(run: str, output: str | None = None) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     target = folder / "report.png" if output is None else Path(output)
-    figure.savefig(target, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format=target.suffix.removeprefix(".") or "png", dpi=120)
+    write_bytes(target, picture.getvalue())
     return target
 
 
 def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
-    step = found["step"]
+    step = found.get("step")
+    if step is None:  # the file of an older version
+        return
     for name, figures in found["models"].items():
         for kind in sorted(figures.keys() - {"path - bound"}):
             mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
