@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import reference
 from illada.errors import IlladaError
 from illada.generation import sampling
 from illada.generation.engine import Engine, generate, infill
@@ -20,7 +21,6 @@ from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit, quota
 from illada.model import attention
 from illada.model.attention import Packing, eager_attention
-import reference
 from reference import reference_generate, reference_infill
 
 
@@ -1033,7 +1033,9 @@ def test_only_watched_requests_tell_their_steps(tied):
     assert seen == [0] * 4
 
 
-@pytest.mark.parametrize("change", [{}, {"temperature": 1.3, "logit_bias": {7: 2.0}}, {"cache": "prefix", "speculate": 2}])
+@pytest.mark.parametrize(
+    "change", [{}, {"temperature": 1.3, "logit_bias": {7: 2.0}}, {"cache": "prefix", "speculate": 2}]
+)
 def test_alternatives_are_the_best_ids_of_the_pass_that_committed(tied, change):
     settings = dataclasses.replace(SMALL, block_length=1, max_new_tokens=6, **change)
     engine = Engine(tied)
