@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "chat": generation.chat,
     "score": scoring.score,
     "serve": serving.serve,
+    "batch": serving.batch,
     "eval": evaluation.evaluate,
     "compare": evaluation.compare,
     "export": weights.export,

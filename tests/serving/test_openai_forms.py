@@ -1,7 +1,6 @@
 """OpenAI's API as its clients are today: the Responses API, alternatives, echo, prefill, biases, what has no effect."""
 
 import json
-import math
 
 import httpx
 import pytest
@@ -105,10 +104,9 @@ def test_alternatives_are_the_engines(server, served_model, temperature):
     for at, token in enumerate(found["content"]):
         wanted = request.best_2KG[1, :, at].view("float32")
         assert [one["logprob"] for one in token["top_logprobs"]] == pytest.approx(wanted, abs=1e-4)
-        assert all(math.isclose(token["logprob"], request.log_prob_G[at], abs_tol=1e-4) for _ in "1")
-        assert token["top_logprobs"][0]["token"] == tokenizer.decode(
-            [request.best_2KG[0, 0, at]], skip_special_tokens=True
-        )
+        assert token["logprob"] == pytest.approx(request.log_prob_G[at], abs=1e-4)
+        best = tokenizer.decode([request.best_2KG[0, 0, at]], skip_special_tokens=True)
+        assert token["top_logprobs"][0]["token"] == best
     plain = ask(server, CHAT, messages=HELLO, logprobs=True, **body).json()["choices"][0]
     assert [token["token"] for token in plain["logprobs"]["content"]] == [token["token"] for token in found["content"]]
     text = ask(server, TEXT, prompt="one", logprobs=3, **body).json()["choices"][0]["logprobs"]
@@ -239,7 +237,7 @@ def test_what_stands_beside_a_model_is_read_whole_or_refused(tmp_path):
         {"suggestions": [{"label": "a" * 201, "text": "b"}]},
     ):
         (tmp_path / "suggestions.json").write_text(json.dumps(bad))
-        with pytest.raises(IlladaError, match=r"suggestions\.json is not"):
+        with pytest.raises(IlladaError, match=r"suggestions\.json (is not|cannot be read)"):
             read_about(str(tmp_path))
 
 

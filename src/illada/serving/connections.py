@@ -5,6 +5,8 @@ from typing import Any
 
 HEADER_SECONDS = 15.0
 """How long a client may take to send the header of a request once it is connected or has begun one."""
+CROWD_SECONDS = 1.0
+"""How long it may take while there are too many connections."""
 STALLED_SECONDS = 30.0
 """How long a client may take nothing of what was sent to it. (`middleware.py` has the time of a request's body.)"""
 
@@ -41,7 +43,8 @@ class Connections:
         late = [
             one for one, since in waiting.items() if not one.timeout_keep_alive_task and now - since > HEADER_SECONDS
         ]
-        crowd = sorted(waiting, key=lambda one: waiting[one])[: max(0, count - self._most)]
+        idle = sorted((one for one in waiting if now - waiting[one] > CROWD_SECONDS), key=lambda one: waiting[one])
+        crowd = idle[: max(0, count - self._most)]
         for one in {*slow, *late, *crowd}:
             one.transport.abort()
         self._unsent, self._waiting = unsent, waiting
