@@ -400,7 +400,7 @@ def test_the_picture_says_what_its_axes_and_colours_are(site, visit):
     exchange, _ = say(visit(site), "one")
     answered(exchange)
     expect(exchange.locator(".columns")).to_have_text(f"startpasses of the model →pass {TOKENS}")
-    expect(exchange.locator(".rows")).to_have_text("tokens ↓")
+    expect(exchange.locator(".rows")).to_have_text("tokens →")
     expect(exchange.locator(".colours")).to_contain_text("undecided")
     expect(exchange.locator(".colours i")).to_have_count(5)
 

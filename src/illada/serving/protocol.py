@@ -14,6 +14,7 @@ with needs("serve", "serving"):
     from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "audio": (),
     "background": (False,),
     "background_options": (),
@@ -22,7 +23,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "max_tool_calls": (),
+    "image": (),
     "modalities": (["text"],),
     "moderation": (),
     "previous_response_id": (),
@@ -44,6 +45,7 @@ REASONS = {
 }
 
 NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "max_tool_calls": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_key": (),
@@ -124,6 +126,7 @@ Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeVa
 class GenerationRequest(Strict):
     """The fields that all requests for answers share."""
 
+    max_tool_calls: Any = None
     parallel_tool_calls: Any = None
     prediction: Any = None
     prompt_cache_key: Any = None
