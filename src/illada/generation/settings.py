@@ -143,9 +143,7 @@ class GenerationSettings:
                 f"{rules[0]} has an order of its own: leave out remasking {self.remasking}, or give steps_per_block"
             )
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
-            raise IlladaError(
-                "top_k, top_p and min_p do nothing at temperature 0: give a temperature or leave them out"
-            )
+            raise IlladaError("top_k, top_p and min_p do nothing at temperature 0: give one, or leave them out")
         if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
             raise IlladaError(
                 f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"

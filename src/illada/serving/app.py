@@ -115,6 +115,7 @@ def create_app(
         responses=ERRORS,
     )
     app.state.worker = worker
+    _add_answers(app, handlers)
     _add_routes(app, handlers)
     _add_error_handlers(app)
     app.add_middleware(LimitsMiddleware, server=server, keys=keys, metrics=worker.metrics)
@@ -128,8 +129,8 @@ def create_app(
     return app
 
 
-def _add_routes(app: FastAPI, handlers: Handlers) -> None:
-    worker = handlers.worker
+def _add_answers(app: FastAPI, handlers: Handlers) -> None:
+    """Add the routes of what is asked in JSON."""
 
     @app.post("/v1/chat/completions", responses=ANSWER, response_model=None)
     async def chat_completions(request: HttpRequest, body: ChatRequest) -> Response:
@@ -163,6 +164,11 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """Return the text of ids."""
         return await handlers.detokenize(body)
+
+
+def _add_routes(app: FastAPI, handlers: Handlers) -> None:
+    """Add the routes of what can only be read."""
+    worker = handlers.worker
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -483,7 +483,11 @@ class FailedError(ApiError):
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """Return pydantic's first error in one line; where several types were tried, the error that lies deepest."""
-    error = max(errors, key=lambda error: (error["loc"][:2] == errors[0]["loc"][:2], len(error["loc"])))
+
+    def rank(error: Any) -> tuple[bool, int, bool]:
+        return error["loc"][:2] == errors[0]["loc"][:2], len(error["loc"]), error["type"] == "value_error"
+
+    error = max(errors, key=rank)
     # The names of the tried types say nothing to a client.
     place = [str(part) for part in error["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
     place = [part for part in place if part not in ("str", "Decoding")]
