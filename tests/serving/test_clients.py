@@ -31,6 +31,7 @@ def address(served_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
     for part in served_model:
         part.save_pretrained(folder)
+    (folder / "suggestions.json").write_text('{"about": "A random model."}')
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ILLADA_API_KEYS", f"another,{KEY}")
@@ -154,6 +155,10 @@ def test_openai_uses_the_responses_api(client):
     assert refused.value.param == "previous_response_id"
     with pytest.raises(openai.NotFoundError, match="no embeddings"):
         client.embeddings.create(model="tiny", input="one")
+
+
+def test_the_model_is_described_as_its_folder_says(client):
+    assert client.models.list().data[0].to_dict()["about"] == "A random model."
 
 
 def test_openai_sends_every_setting(client):
