@@ -74,6 +74,12 @@ def test_a_killed_batch_goes_on(run, tmp_path, capsys):
     assert run() == again
 
 
+def test_many_answers_wait_for_their_turn(run):
+    body = {"prompt": ["one", "two"], "n": 8, "max_tokens": 1}
+    records = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i in range(20)]  # 320 answers
+    assert {one["status_code"] for one in by_id(run(records, at_once=20)).values()} == {200}
+
+
 @pytest.mark.parametrize(
     ("records", "says"),
     [

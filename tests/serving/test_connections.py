@@ -107,6 +107,27 @@ def test_health_can_be_asked_until_the_last_answer_is_out(serve_model):
         httpx.get(f"{address}/health")
 
 
+def test_an_upgrade_is_no_websocket(serve_model):
+    with serve_model() as (address, _):
+        headers = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+        assert httpx.get(f"{address}/health", headers={**headers, "sec-websocket-key": "YQ=="}).status_code == 200
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_second_signal_ends_at_once(serve_model):
+    with serve_model() as (address, app):
+        gate, server = Gate(app), app.state.server
+        thread = threading.Thread(target=lambda: post(address, max_tokens=8))
+        thread.start()
+        assert gate.reached.wait(60)
+        server.handle_exit(15, None)
+        assert not server.should_exit
+        server.handle_exit(15, None)
+        assert server.should_exit
+        gate.open.set()
+        thread.join(60)
+
+
 def test_a_crowd_beyond_the_limit_is_refused(serve_model):
     with serve_model(ServerSettings(max_connections=1)) as (address, app):
         gate = Gate(app)
@@ -123,7 +144,7 @@ def test_steps_that_nobody_reads_do_not_pile_up(monkeypatch):
     monkeypatch.setattr("illada.serving.streams.MOST_UNREAD", 100)
     notify, cancelled = [], []
     worker = SimpleNamespace(submit=lambda _, take: notify.append(take), cancel=cancelled.append)
-    answer = Answer(0, SimpleNamespace(), None, 8)
+    answer = Answer(0, SimpleNamespace(), None, 8, stream=True)
     step = Step(StepEvent(0, 0, 0, [1] * 8, [True] * 8, [1.0] * 8, False), 1)
 
     async def follow():

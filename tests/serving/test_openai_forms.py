@@ -241,6 +241,7 @@ def test_what_stands_beside_a_model_is_read_whole_or_refused(tmp_path):
             read_about(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_many_wrong_elements_are_one_error():
     protocol = pytest.importorskip("illada.serving.protocol")
     pydantic = pytest.importorskip("pydantic")

@@ -76,7 +76,7 @@ def answer_batch(file: str, output: str, model: ModelOptions, defaults: Generati
     print(f"{len(lines)} requests, {len(done)} answered before", file=sys.stderr)
     if left:
         network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
-        server = ServerSettings(max_requests=max(at_once, 256), request_timeout=PATIENCE)
+        server = ServerSettings(max_requests=2**20, request_timeout=PATIENCE)  # at_once is the limit
         handlers = Handlers(network, tokenizer, model_name(model.model), server, defaults)
         asyncio.run(_answer_all(handlers, left, path, at_once))
     print(f"{output}: {len(lines)} answers", file=sys.stderr)

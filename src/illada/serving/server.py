@@ -80,9 +80,11 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http="h11",  # bounds the size of a header, and is there with every uvicorn
+            ws="none",
             log_level=log_level,
             server_header=False,
             timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,  # after a second signal
             limit_concurrency=server.max_connections + 1,
         )
         super().__init__(config)
@@ -109,7 +111,8 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         self.connections.check(self.server_state.connections, now)
         if self._deadline < math.inf and (not self.server_state.tasks or now >= self._deadline):
-            self.config.timeout_graceful_shutdown = 1
+            # What is written may still be on its way.
+            self.config.timeout_graceful_shutdown = max(1, int(self._deadline - now))
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -52,7 +52,7 @@ class Call:
         """Keep an update until it is read; once too many wait, give up the answers and what waits."""
         self._unread += update[1].size
         self._updates.put_nowait(update)
-        if self._unread > MOST_UNREAD:
+        if update[0].stream and self._unread > MOST_UNREAD:
             self.cancel()
             while not self._updates.empty():
                 self._updates.get_nowait()
