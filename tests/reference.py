@@ -195,6 +195,10 @@ def reference_generate(model, prompt, settings, think=()):
             for v in {*prompt, *answer} - {None}:
                 for i in opened:
                     logits[i, v] *= s.repetition_penalty if logits[i, v] < 0 else 1 / s.repetition_penalty
+            for v in range(logits.shape[-1]):
+                count = sum(x == v for x in answer)
+                logits[opened, v] -= s.presence_penalty * (count > 0) + s.frequency_penalty * count
+                logits[opened, v] += (s.logit_bias or {}).get(v, 0.0)
             if s.think_boost and not contains(answer, think):
                 at = opened[0]
                 for n in range(len(think)):
@@ -211,7 +215,7 @@ def reference_generate(model, prompt, settings, think=()):
                 ]
                 entropy = -sum(float(p * p.log()) for p in choice.softmax(-1) if p > 0)
                 if s.temperature:
-                    kept = reference_kept(choice / s.temperature, s.top_k, s.top_p)
+                    kept = reference_kept(choice / s.temperature, s.top_k, s.top_p, s.min_p)
                     for v in range(len(choice)):
                         u = reference_uniform(s.seed, GUMBEL, answer_step, i, v)
                         choice[v] -= s.temperature * math.log(-math.log(u)) if v in kept else math.inf
@@ -248,13 +252,16 @@ def reference_generate(model, prompt, settings, think=()):
     return answer, "length", forwards, log_probs
 
 
-def reference_kept(logits, top_k, top_p):
-    """Return the ids left to draw from: the k best and those tied with them, if better ids have less than top_p."""
+def reference_kept(logits, top_k, top_p, min_p=0.0):
+    """Return the ids left to draw from: the k best and those tied with them, if better ids have less than top_p.
+
+    Of them, those with at least min_p times the probability of the best.
+    """
     best = sorted(logits.tolist(), reverse=True)[:top_k]
     weights = [math.exp(x - best[0]) for x in best]
     if top_p < 1:
         best = [x for n, x in enumerate(best) if sum(weights[:n]) < top_p * sum(weights)]
-    return {v for v in range(len(logits)) if logits[v] >= best[-1]}
+    return {v for v in range(len(logits)) if logits[v] >= best[-1] and math.exp(logits[v] - best[0]) >= min_p}
 
 
 def reference_infill(model, template, settings):

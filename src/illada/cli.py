@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "chat": generation.chat,
     "score": scoring.score,
     "serve": serving.serve,
+    "batch": serving.batch,
     "eval": evaluation.evaluate,
     "compare": evaluation.compare,
     "export": weights.export,
@@ -221,6 +222,8 @@ def _wanted(types: str) -> str:
         kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
         kinds |= {"list": "a list, as [a, b]", "tuple": "a list, as [a, b]"}
         words = [text for kind, text in kinds.items() if re.search(rf"\b{kind}\b", types)] or [types.strip()]
+        if re.search(r"\bdict\b", types):
+            words = ["an object, as {key: value}"]
     return " or ".join(words + ["null"] * ("NoneType" in types))
 
 

@@ -6,7 +6,9 @@ from dataclasses import asdict
 import pytest
 
 from illada.demo.report import report_markdown, write_report
-from illada.demo.stages import QUICK
+from illada.demo.stages import QUICK, suggestions
+from illada.files import write_json
+from illada.serving.about import read_about
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +99,26 @@ def test_the_report_has_a_table_of_the_harness_or_says_why_not(results, tmp_path
     assert "| shift | exact_match | 50.0% ± 50.0% | 1,200 | 34,000 | 1.5 |" in text
     assert "| library-choices | acc | 25.0% | 1,200 |" in text
     assert "pip install 'illada[eval]'" in report_markdown(tmp_path, results | {"harness": None})
+
+
+def test_what_the_page_offers_is_what_the_model_learned(tmp_path):
+    row = {"steps_per_block": 4, "problems": 50, "standard_error": 0.0, "forwards_per_token": 0.4}
+    results = {
+        "frontier": [
+            {**row, "task": task, "accuracy": a} for task, a in (("shift", 0.9), ("sudoku", 0.5), ("library", 0.1))
+        ],
+        "samples": {
+            "shift": [{"prompt": "Shift: a", "right": False}, {"prompt": "Shift: b", "right": True}],
+            "sudoku": [{"prompt": "Solve\n1", "right": True}],
+            "library": [{"prompt": "Which module", "right": True}],
+        },
+    }
+    found = suggestions(results)
+    assert found["suggestions"] == [
+        {"label": "Shift: b", "text": "Shift: b"},
+        {"label": "Sudoku", "text": "Solve\n1"},
+    ]
+    assert "shift (90% right), sudoku (50% right)" in found["about"]
+    (tmp_path / "config.json").write_text("{}")
+    write_json(tmp_path / "suggestions.json", found)
+    assert read_about(str(tmp_path)) == found

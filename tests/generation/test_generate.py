@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import reference
 from illada.errors import IlladaError
 from illada.generation import sampling
 from illada.generation.engine import Engine, generate, infill
@@ -68,7 +69,11 @@ def requests(draw):
         temperature=temperature,
         top_k=draw(st.none() | st.sampled_from([1, 3, 10, 100])) if temperature else None,
         top_p=draw(st.sampled_from([1e-6, 0.5, 0.9, 1.0, 1.0])) if temperature else 1.0,
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.05, 0.7])) if temperature else 0.0,
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.7, 1.4, 30.0])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.7, -2.0])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.4, -0.5])),
+        logit_bias=draw(st.sampled_from([None, None, {7: 3.0, 2: -100.0}])),
         seed=draw(st.integers(0, 2**63 - 1)),
         eos_token_id=draw(st.sampled_from([None, 2, tuple(range(12)), (7, 63)])),
         guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
@@ -765,7 +770,9 @@ def test_drafts_take_only_the_room_that_is_left(tied, monkeypatch):
 def proposals(first, scores, ids=(6, 7, 8, 9), probabilities=None):
     """What a pass says about the positions from `first` on of a block of four."""
     score_M, p_M = (np.array(x, dtype=np.float32) for x in (scores, probabilities or scores))
-    return Proposals(np.arange(first, 4), np.array(ids[first:]), np.log(p_M), score_M)
+    return Proposals(
+        np.arange(first, 4), np.array(ids[first:]), np.log(p_M), score_M, np.zeros((0, len(p_M)), np.int32)
+    )
 
 
 def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
@@ -951,6 +958,12 @@ def test_the_training_flag_is_restored(build_model):
         ({"top_p": 0.9}, "do nothing at temperature 0"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be between 1e-06 and 1e\+06"),
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
+        ({"presence_penalty": math.inf}, r"presence_penalty must be between -1e\+06 and"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"logit_bias": {-1: 2.0}}, "logit_bias must be ids"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias"),
+        ({"temperature": 1.0, "min_p": 1.5}, "min_p must be between 0 and 1"),
+        ({"min_p": 0.1}, "do nothing at temperature 0"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": ("",)}, "not empty"),
         ({"eos_token_id": -2}, "eos_token_id"),
@@ -1018,3 +1031,28 @@ def test_only_watched_requests_tell_their_steps(tied):
         engine.enter(request)
     assert len(engine.run()) == 2
     assert seen == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"temperature": 1.3, "logit_bias": {7: 2.0}}, {"cache": "prefix", "speculate": 2}]
+)
+def test_alternatives_are_the_best_ids_of_the_pass_that_committed(tied, change):
+    settings = dataclasses.replace(SMALL, block_length=1, max_new_tokens=6, **change)
+    engine = Engine(tied)
+    few, many = (engine.request([9, 8], settings) for _ in range(2))
+    few.alternatives, many.alternatives = 3, 1000
+    for request in (few, many):
+        engine.enter(request)
+    ids = engine.run()[0].ids
+    assert few.best_2KG.shape == (2, 3, 6)
+    mask, vocabulary = tied.config.mask_token_id, tied.config.vocab_size
+    for at in range(6):
+        logits = reference.logits_of(tied, [9, 8, *ids[:at], mask])[-1]
+        if settings.logit_bias:
+            logits[7] += 2
+        wanted = logits.log_softmax(-1)
+        wanted[mask] = -math.inf
+        assert few.best_2KG[0, :, at].tolist() == many.best_2KG[0, :3, at].tolist() == wanted.topk(3).indices.tolist()
+        assert few.best_2KG[1].view(np.float32)[:, at] == pytest.approx(wanted.topk(3).values.numpy(), abs=1e-5)
+        assert many.best_2KG.shape[1] == vocabulary
+    assert engine.request([9], settings).best_2KG is None

@@ -187,6 +187,8 @@ def test_the_training_flag_is_restored(build_model):
         ({"remasking": "random"}, "without chance: leave out remasking random"),
         ({"guidance_scale": 1.0}, "leave out guidance_scale"),
         ({"repetition_penalty": 1.2, "think_boost": 9.0}, "leave out repetition_penalty and think_boost"),
+        ({"presence_penalty": 1.2, "logit_bias": {1: 2.0}}, "leave out presence_penalty and logit_bias"),
+        ({"frequency_penalty": -0.1}, "leave out frequency_penalty"),
         ({"cache": "frozen", "block_length": 1}, "leave out cache"),
         ({"cache": "adaptive"}, "leave out cache"),
     ],

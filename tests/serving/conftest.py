@@ -8,7 +8,7 @@ from illada.generation.settings import GenerationSettings
 from illada.serving.options import ServerSettings
 from illada.text.chat import CHAT_TEMPLATE
 
-uvicorn = pytest.importorskip("uvicorn", reason="serving needs the extra: pip install 'illada[serve]'")
+pytest.importorskip("uvicorn", reason="serving needs the extra: pip install 'illada[serve]'")
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +24,17 @@ def served_model(build_model, tiny_tokenizer):
 def serve_model(served_model):
     """Return a context manager that serves the random model on a free port in a thread and gives (address, app)."""
     from illada.serving.app import create_app
-    from illada.serving.server import open_socket
+    from illada.serving.server import Server, open_socket
 
     @contextmanager
-    def serve(server=None, model=None, **defaults):
+    def serve(server=None, model=None, about=None, **defaults):
         torch.set_num_threads(1)
         server = server or ServerSettings()
         settings = GenerationSettings(**{"max_new_tokens": 32, "block_length": 8, **defaults})
-        app = create_app(model or served_model[0], served_model[1], "tiny", server, settings)
+        app = create_app(model or served_model[0], served_model[1], "tiny", server, settings, about)
         listening = open_socket(server.host, 0)
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        running = Server(app, server, "warning")
+        app.state.server = running
         started = threading.Event()
         begin = running.startup
 
@@ -48,7 +49,7 @@ def serve_model(served_model):
             assert started.wait(60)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", app
         finally:
-            running.should_exit = True
+            running.drain()
             thread.join(30)
 
     return serve

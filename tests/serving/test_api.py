@@ -329,8 +329,16 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (CHAT, {"messages": [{"role": "user", "content": "a\ud800"}]}, "surrogate"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools is not supported"),
         (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format is not supported"),
-        (CHAT, {"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        (CHAT, {"top_logprobs": 3}, "top_logprobs is not supported"),
+        (CHAT, {"presence_penalty": 2.5}, "presence_penalty"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        (CHAT, {"logit_bias": {"a": 1}}, "logit_bias: its keys must be token ids"),
+        (CHAT, {"logit_bias": {"1": 101}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"99999999": 1}}, "logit_bias names ids outside the vocabulary"),
+        (CHAT, {"logit_bias": {str(i): 1 for i in range(2000)}}, "at most 1024"),
+        (CHAT, {"min_p": 2}, "min_p"),
+        (CHAT, {f"x{i}": 1 for i in range(1000)}, "an object has 1001 fields"),
+        (CHAT, {"decoding": {f"x{i}": 1 for i in range(1000)}}, "an object has 1000 fields"),
         (CHAT, {"colour": "red"}, "unknown field 'colour'"),
         (CHAT, {"x-y": 1}, "unknown field 'x-y'"),
         (CHAT, {"": 1}, "unknown field ''"),
@@ -355,7 +363,9 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (TEXT, {}, "prompt is missing"),
         (TEXT, {"prompt": [99999]}, "vocabulary"),
         (TEXT, {"prompt": [10**30]}, "prompt"),
-        (TEXT, {"prompt": "a", "echo": True}, "echo is not supported"),
+        (TEXT, {"prompt": "a", "echo": True, "suffix": "b", "max_tokens": 3}, "echo and suffix"),
+        (TEXT, {"prompt": "one two", "echo": True, "stop": "tw"}, "echo cannot repeat"),
+        (TEXT, {"prompt": "a", "previous_response_id": "resp_1"}, "this server keeps nothing"),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix needs max_tokens"),
         (TEXT, {"prompt": "a", "suffix": "b", "max_tokens": 10**18}, "the context is 256"),
         (TEXT, {"prompt": "a", "slot_tokens": 2}, "no ___"),
@@ -363,7 +373,7 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (TEXT, {"prompt": "a ___", "slot_tokens": 2, "stop": "x"}, "stop does nothing"),
         (TEXT, {"prompt": "a ___", "slot_tokens": 2, "max_tokens": 9}, "max_tokens does nothing"),
         (TEXT, {"prompt": ["a"] * 300}, "300 answers"),
-        (TEXT, {"prompt": "a", "logprobs": 5}, "logprobs"),
+        (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(server, path, body, said):
@@ -373,6 +383,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(server, path, body, said):
     assert said in problem["message"]
     assert "\n" not in problem["message"]
     assert problem["type"] == "invalid_request_error"
+    of_the_whole = said == "surrogate" or said.startswith("an object has 1001")
+    assert of_the_whole or problem["param"] in {*body, "messages", "prompt"}
 
 
 def test_other_refusals(server):

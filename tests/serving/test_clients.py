@@ -1,8 +1,10 @@
 """Clients made for OpenAI's API, unchanged, on `illada serve` in a separate process; and the files in examples/."""
 
 import contextlib
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,7 @@ def address(served_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
     for part in served_model:
         part.save_pretrained(folder)
+    (folder / "suggestions.json").write_text('{"about": "A random model."}')
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ILLADA_API_KEYS", f"another,{KEY}")
@@ -134,6 +137,70 @@ def test_openai_is_told_to_come_again(serve_model, monkeypatch, problem, kind, s
         monkeypatch.undo()
         app.state.worker.draining = False
         assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4).choices
+
+
+def test_openai_uses_the_responses_api(client):
+    ask = {"model": "tiny", "instructions": "brief", "input": "one two", "max_output_tokens": 12}
+    whole = client.responses.create(**ask, store=True, reasoning={"effort": "low"})
+    chat = [{"role": "system", "content": "brief"}, *HELLO]
+    same = client.chat.completions.create(model="tiny", messages=chat, max_tokens=12)
+    assert whole.output_text == same.choices[0].message.content
+    with client.responses.stream(**ask) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text == whole.output_text
+    raw = client.responses.with_raw_response.create(**ask, store=True)
+    assert "store" in raw.headers["warning"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(**ask, previous_response_id=whole.id)
+    assert refused.value.param == "previous_response_id"
+    with pytest.raises(openai.NotFoundError, match="no embeddings"):
+        client.embeddings.create(model="tiny", input="one")
+
+
+def test_the_model_is_described_as_its_folder_says(client):
+    assert client.models.list().data[0].to_dict()["about"] == "A random model."
+
+
+def test_openai_sends_every_setting(client):
+    settings = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": 5}, "logprobs": True}
+    settings |= {"top_logprobs": 20, "service_tier": "flex", "store": True, "reasoning_effort": "high", "n": 2}
+    settings |= {"metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "low"}
+    found = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_completion_tokens=6, temperature=1.0, **settings, extra_body={"min_p": 0.01}
+    )
+    assert all(len(token.top_logprobs) == 20 for token in found.choices[0].logprobs.content)
+    echoed = client.completions.create(model="tiny", prompt="one", max_tokens=4, echo=True, logprobs=5)
+    assert echoed.choices[0].text.startswith("one")
+    begun = [*HELLO, {"role": "assistant", "content": "three"}]
+    assert client.chat.completions.create(model="tiny", messages=begun, max_tokens=4).choices
+
+
+def test_every_field_of_the_client_stands_in_the_table():
+    """docs/serving.md says of each field of the client as it is installed what it does here, and of no other."""
+    kinds = (
+        "chat.completion_create_params.CompletionCreateParamsBase",
+        "completion_create_params.CompletionCreateParamsBase",
+        "responses.response_create_params.ResponseCreateParamsBase",
+    )
+    fields = {"stream"}
+    for kind in kinds:
+        module, name = kind.rsplit(".", 1)
+        fields |= getattr(importlib.import_module(f"openai.types.{module}"), name).__annotations__.keys()
+    table = (EXAMPLES.parent / "docs" / "serving.md").read_text().split("## Every field of OpenAI's client")[1]
+    rows = [line.split("|")[1] for line in table.split("\n## ")[0].splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(fields)
+
+
+def test_langchain_and_litellm(address):
+    """They are many packages: a Python of their own may have them, which ILLADA_CLIENTS_PYTHON names."""
+    python = os.environ.get("ILLADA_CLIENTS_PYTHON", sys.executable)
+    there = subprocess.run([python, "-c", "import langchain_openai, litellm"], capture_output=True, check=False)
+    if there.returncode:
+        pytest.skip("langchain-openai and litellm are not installed (ILLADA_CLIENTS_PYTHON)")
+    script = str(Path(__file__).with_name("other_clients.py"))
+    offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""}
+    assert run(address, python, script, address, KEY, **offline).endswith("both work\n")
 
 
 def test_example_openai_client(address):

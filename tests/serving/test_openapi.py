@@ -38,6 +38,8 @@ def made_sensible(body):
     if "messages" in body:
         body["messages"] = [body["messages"][0] | {"role": "user"}]
         body["max_completion_tokens"] = body.get("max_tokens")
+    elif "input" in body:
+        body |= {"input": "one", "max_tokens": None, "n": None, "diffusion": False}
     elif body.get("suffix"):
         body |= {"slot_tokens": None, "prompt": "one", "stop": None}
     if body.get("diffusion") or body.get("stream_options"):
@@ -45,7 +47,7 @@ def made_sensible(body):
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
 def test_made_up_requests_get_documented_answers(document, path, mode):
     excluded = schemathesis.checks.CHECKS.get_by_names(["positive_data_acceptance"])
     seen = Counter()

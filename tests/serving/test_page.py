@@ -148,7 +148,7 @@ def visit(chromium):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", asked)
         page.goto(address)
-        expect(page.locator("#examples button").first).to_be_visible()
+        expect(page.locator("#model")).not_to_be_empty()
         return page
 
     yield go
@@ -311,6 +311,100 @@ def test_a_full_server_says_when_to_try_again(strict_site, visit):
     until(lambda: count(strict_site, "illada_running", KEY) == 0)
 
 
+def test_a_damaged_stream_is_told_in_words(site, visit):
+    page = visit(site)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body="data: {oops\n\n", status=200), times=1)
+    exchange, _ = say(page, "one")
+    expect(exchange.get_by_role("alert")).to_contain_text("Something between this page and the server damaged")
+
+
+def test_a_reload_keeps_the_talk(site, visit):
+    page = visit(site)
+    expect(box(page)).to_be_focused()
+    exchange, asked = say(page, "one")
+    answered(exchange)
+    answer = exchange.locator(".tokens").text_content()
+    said = whole_answer(site, asked["messages"])
+    page.route("**/v1/chat/completions", lambda route: None, times=1)  # no answer yet
+    say(page, "two")
+    page.reload()
+    expect(page.locator(".exchange")).to_have_count(2)
+    expect(page.locator(".exchange .tokens").first).to_have_text(answer)
+    expect(page.locator(".exchange .counts").first).to_contain_text(f"{TOKENS} tokens")
+    expect(page.locator(".exchange").last.get_by_role("alert")).to_contain_text("loaded anew before this answer")
+    assert page.locator(".exchange .token.c").first.get_attribute("class").split()[2].startswith("s")
+    with page.expect_request(lambda request: request.method == "POST") as sent:
+        page.get_by_role("button", name="Try again").click()
+    assert [turn["content"] for turn in sent.value.post_data_json["messages"]] == ["one", said, "two"]
+    answered(page.locator(".exchange").last)
+    page.get_by_role("button", name="New conversation").first.click()
+    page.reload()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator(".exchange")).to_have_count(0)
+
+
+def test_suggestions_are_the_models_own(serve_model, patient_model, visit):
+    about = {"about": "It learned <b>to sort</b>.", "suggestions": [{"label": "Sort", "text": "Sort 528391."}]}
+    with serve_model(model=patient_model, about=about, max_new_tokens=TOKENS) as (address, _):
+        page = visit(address)
+        expect(page.locator("#kind")).to_contain_text("tiny: a masked diffusion model")
+        expect(page.locator("#kind")).to_contain_text("It learned <b>to sort</b>.")
+        expect(page.locator("#examples button")).to_have_text(["Sort"])
+        page.get_by_role("button", name="Sort").click()
+        expect(page.locator(".said p")).to_have_text("Sort 528391.")
+        answered(page.locator(".exchange").last)
+
+
+MARKDOWN = """# Title
+A *word*, `code` and [a link](https://example.org), [no link](javascript:alert(1)), [nor](data:text/html,x).
+
+```python
+print("<b>")
+```
+<img src=x onerror=alert(1)><script>alert(1)</script> ![picture](https://example.org/a.png)
+
+- one
+"""
+
+
+def test_markdown_is_formatted_and_harmless(site, visit):
+    page = visit(site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    chunk = {"choices": [{"index": 0, "delta": {"content": MARKDOWN}, "finish_reason": "stop"}], "usage": None}
+    step = {"object": "diffusion.step", "index": 0, "block": 0, "step": 0, "forwards": 1, "start": 0}
+    step |= {"texts": [MARKDOWN], "states": "c", "confidences": [0.9]}
+    usage = {"choices": [], "usage": {"completion_tokens": 1, "forwards": 1}}
+    body = f"event: diffusion\ndata: {json.dumps(step)}\n\n"
+    body += f"data: {json.dumps(chunk)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    exchange, _ = say(page, "one")
+    formatted = exchange.locator(".formatted")
+    expect(formatted.locator("pre code")).to_have_text('print("<b>")\n')
+    expect(formatted.locator("h1")).to_have_text("Title")
+    links = formatted.locator("a").evaluate_all("all => all.map((one) => one.href)")
+    assert links == ["https://example.org/", "https://example.org/a.png"]  # a picture is a link to it
+    assert formatted.locator("a").first.get_attribute("rel") == "noopener noreferrer nofollow"
+    assert formatted.locator("img, script").count() == 0
+    expect(formatted).to_contain_text("<img src=x onerror=alert(1)>")
+    shoot(page, "markdown")
+    exchange.get_by_role("button", name="Show tokens").click()
+    expect(formatted).to_be_hidden()
+    expect(exchange.locator(".answer .tokens")).to_contain_text("# Title")
+    exchange.get_by_role("button", name="Show formatted").click()
+    expect(formatted).to_be_visible()
+    page.reload()
+    expect(page.locator(".exchange .formatted h1")).to_have_text("Title")
+
+
+def test_the_picture_says_what_its_axes_and_colours_are(site, visit):
+    exchange, _ = say(visit(site), "one")
+    answered(exchange)
+    expect(exchange.locator(".columns")).to_have_text(f"startpasses of the model →pass {TOKENS}")
+    expect(exchange.locator(".rows")).to_have_text("tokens →")
+    expect(exchange.locator(".colours")).to_contain_text("undecided")
+    expect(exchange.locator(".colours i")).to_have_count(5)
+
+
 def test_a_lost_server_can_come_back(site, visit):
     page = visit(site, expected=["ERR_INTERNET_DISCONNECTED"])
     expect(page.locator("#model")).to_have_text("tiny")
@@ -321,7 +415,7 @@ def test_a_lost_server_can_come_back(site, visit):
 
     page.route("**/v1/chat/completions", cut, times=1)
     exchange, _ = say(page, "one")
-    expect(exchange.get_by_role("alert")).to_contain_text("connection was lost")
+    expect(exchange.get_by_role("alert")).to_contain_text("connection to the server was lost")
     expect(exchange.locator(".c")).to_have_count(6)  # what came before is kept
     page.context.set_offline(True)
     exchange, _ = say(page, "two")
@@ -374,7 +468,7 @@ def test_settings_are_sent_and_remembered(site, visit):
     page.get_by_label("Most tokens").fill("0")
     box(page).fill("two")
     box(page).press("Enter")
-    expect(page.locator(".exchange")).to_have_count(1)  # a value that cannot be is not sent
+    expect(page.locator(".exchange")).to_have_count(3)  # a value that cannot be is not sent
     page.get_by_role("button", name="Dark colours").click()
     page.reload()
     assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"

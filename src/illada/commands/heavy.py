@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.candidates as scoring
+    import illada.serving.batch as batch
     import illada.serving.cluster as cluster
     import illada.serving.server as server
     import illada.text.chat as chat
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import illada.weights.verify as verification
 
 MODULES = {
+    "batch": "illada.serving.batch",
     "bench_generation": "illada.bench.generation",
     "bench_serving": "illada.bench.serving",
     "chat": "illada.text.chat",

@@ -1,6 +1,7 @@
-"""`illada serve`."""
+"""`illada serve` and `illada batch`."""
 
 from illada.commands import heavy
+from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.serving.options import Copies, ServerSettings
 from illada.weights.options import ModelOptions
@@ -12,3 +13,18 @@ def serve(model: ModelOptions, settings: ServerSettings, copies: Copies, generat
         heavy.server.serve(model, settings, generation)
     else:
         heavy.cluster.serve(model, settings, generation, copies)
+
+
+def batch(file: str, /, model: ModelOptions, generation: GenerationSettings, output: str, at_once: int = 64) -> None:
+    """Answer a file of requests in OpenAI's batch format, without a server; the same command continues a killed run.
+
+    Args:
+        file: requests, a JSON object on each line: custom_id, method, url and body.
+        model: which model, and how to load it.
+        generation: how to generate where a request does not say.
+        output: file of the answers, a JSON object on each line; answers in it are kept.
+        at_once: most requests under way at once.
+    """
+    if at_once < 1:
+        raise IlladaError(f"at_once is {at_once}: it must be at least 1")
+    heavy.batch.answer_batch(file, output, model, generation, at_once)

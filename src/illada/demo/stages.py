@@ -63,6 +63,8 @@ FULL = Scale(tuple(TASKS), 2048, 128, 16, 3600, 3e-3, 80_000, 1600, 2700, 200, (
 QUICK = Scale(("shift", "capitals", "library"), 2048, 128, 16, 400, 2e-3, 20_000, 1100, 700, 50, (1, 4, 16))
 LIKELIHOOD_WINDOWS = 16
 """Windows of held-out text whose exact likelihood is computed; 0 leaves it out."""
+LEARNED = 0.5
+"""Share of right answers from which on a task counts as learned."""
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -103,6 +105,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
     results["text"] = _measure_text(output, data, scale)
     stage("5/7  Answers: accuracy on held-out problems, and how few passes suffice")
     results.update(_measure_answers(output, scale, seed, console))
+    write_json(output / "model" / "suggestions.json", suggestions(results))
     stage("6/7  The same problems through lm-evaluation-harness")
     results["harness"] = evaluate_in_harness(
         output,
@@ -317,6 +320,18 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
         "choice": _measure_choices(model, tokenizer, scale, seed),
         "denoising": _record_denoising(model, tokenizer, scale, seed),
     }
+
+
+def suggestions(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page of `illada serve` says of the model and offers: tasks that it does mostly right."""
+    learned = {task: row["accuracy"] for task, row in best_accuracies(results).items() if row["accuracy"] >= LEARNED}
+    offered = []
+    for task in learned:
+        if prompt := next((sample["prompt"] for sample in results["samples"][task] if sample["right"]), None):
+            offered.append({"label": prompt if "\n" not in prompt else task.capitalize(), "text": prompt})
+    done = ", ".join(f"{task} ({share:.0%} right)" for task, share in learned.items())
+    about = f"Made by `illada demo` in minutes: it does {done} and little else." if done else "Made by `illada demo`."
+    return {"about": about, "suggestions": offered}
 
 
 def _rounded_accuracy(right: Sequence[bool]) -> dict[str, float]:

@@ -45,17 +45,20 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
 
     count = sum(plain)
     first = sum(map(len, open_positions[:count]))
-    parts = []
+    parts: list[tuple[torch.Tensor, ...]] = []
+    kept = min(model.config.vocab_size, max(row.alternatives for row in rows))
     if count:
-        parts.append(most_probable(model, hidden_MD[:first], logits_held))
+        no_best_M2K = torch.zeros(first, 2, kept, dtype=torch.int32, device=hidden_MD.device)
+        parts.append((*most_probable(model, hidden_MD[:first], logits_held), no_best_M2K))
     if count < len(rows):
         parts.append(propose(model, rows[count:], open_positions[count:], hidden_MD[first:], logits_held))
-    id_M, log_prob_M, score_M = (torch.cat(column) for column in zip(*parts, strict=True))
+    id_M, log_prob_M, score_M, best_M2K = (torch.cat(column) for column in zip(*parts, strict=True))
     # Float bits as integers, so that one copy brings everything to the host.
-    table = torch.stack((id_M.int(), log_prob_M.view(torch.int32), score_M.view(torch.int32))).cpu().numpy()
+    columns = torch.stack((id_M.int(), log_prob_M.view(torch.int32), score_M.view(torch.int32)))
+    table = torch.cat((columns, best_M2K.flatten(1).T)).cpu().numpy()
     ends = np.cumsum([len(position_M) for position_M in open_positions])[:-1]
     proposals = [
-        Proposals(position_M, ids.astype(np.int64), log_probs.view(np.float32), scores.view(np.float32))
-        for position_M, (ids, log_probs, scores) in zip(open_positions, np.split(table, ends, axis=1), strict=True)
+        Proposals(position_M, part[0].astype(np.int64), part[1].view(np.float32), part[2].view(np.float32), part[3:])
+        for position_M, part in zip(open_positions, np.split(table, ends, axis=1), strict=True)
     ]
     return [proposals[place] for place in np.argsort(order)]

@@ -34,10 +34,13 @@ class Proposals(NamedTuple):
     log_prob_M: NDArray[np.float32]
     score_M: NDArray[np.float32]
     """What the unmasking rule looks at."""
+    best_EM: NDArray[np.int32]
+    """The most probable ids, then the bits of their log-probabilities, where a row of the pass wants alternatives."""
 
     def where(self, mask_M: NDArray[np.bool_]) -> "Proposals":
         """Return the proposals for the positions where the mask is true."""
-        return Proposals(self.position_M[mask_M], self.id_M[mask_M], self.log_prob_M[mask_M], self.score_M[mask_M])
+        position_M, id_M, log_prob_M, score_M, best_EM = self
+        return Proposals(position_M[mask_M], id_M[mask_M], log_prob_M[mask_M], score_M[mask_M], best_EM[:, mask_M])
 
 
 @dataclass(eq=False)
@@ -60,6 +63,8 @@ class Request:
     """The engine sets it when the request enters."""
     watched: bool = True
     """Whether the engine calls `on_step` for it."""
+    alternatives: int = 0
+    """How many of the most probable ids are kept at each position, beside the id itself."""
     causal: bool = False
     """Whether the model is causal: the token before a position proposes it, no mask is seen, a block is one token."""
     block: int = 0
@@ -81,6 +86,8 @@ class Request:
     slot_G: NDArray[np.bool_] = field(init=False)
     """What is to be generated: all of an answer, the slots of a template."""
     log_prob_G: NDArray[np.float32] = field(init=False)
+    best_2KG: NDArray[np.int32] | None = None
+    """The alternatives and the bits of their log-probabilities, best first; a draft may share it with its request."""
 
     def __post_init__(self) -> None:
         """Mask the whole answer."""
@@ -95,6 +102,7 @@ class Request:
     ) -> "Request":
         """Check a prompt, called `name` in errors, and mask its answer; errors as in `generate`."""
         prompt_P = _check_ids(config, prompt, name)
+        _check_biases(config, settings)
         if config.causal:
             settings = settings.left_to_right()
             if not prompt_P.size:
@@ -125,6 +133,7 @@ class Request:
         if not slot_L.any():
             raise IlladaError(f"{name} has no slot to fill: put None where a token is wanted")
         ids_L = _check_ids(config, [0 if token is None else token for token in template], name)
+        _check_biases(config, settings)
         first = int(slot_L.argmax())
         budget = len(ids_L) - first
         settings = replace(
@@ -220,6 +229,14 @@ class Request:
         """Return the distinct ids of the prompt and of the committed answer; proposals do not count."""
         return np.unique(np.concatenate((self.prompt_P, self.ids_G[~self.masked_G])))
 
+    def shift(self, vocabulary: int) -> NDArray[np.float32]:
+        """Return what is added to the logits of all ids [V]: biases, less penalties for the committed answer."""
+        s = self.settings
+        count_V = np.bincount(self.ids_G[self.slot_G & ~self.masked_G], minlength=vocabulary)
+        shift_V = -s.frequency_penalty * count_V - s.presence_penalty * (count_V > 0)
+        shift_V[[*(s.logit_bias or {})]] += [*(s.logit_bias or {}).values()]
+        return shift_V.astype(np.float32)
+
     def boost(self) -> tuple[int, float] | None:
         """Return the id of `</think>` to favour at the left-most open position, and the logit to add (spec §5).
 
@@ -244,9 +261,14 @@ class Request:
         Once an end-of-sequence token has nothing masked before it, nothing behind it can change the answer.
         """
         self.latest = proposals
-        position_M, id_M, log_prob_M, score_M = proposals
+        position_M, id_M, log_prob_M, score_M, best_EM = proposals
         self.ids_G[position_M] = id_M
         self.log_prob_G[position_M] = log_prob_M
+        if self.alternatives:
+            best_2KM = best_EM.reshape(2, -1, len(position_M))[:, : self.alternatives]
+            if self.best_2KG is None:
+                self.best_2KG = np.zeros((*best_2KM.shape[:2], self.budget), dtype=np.int32)
+            self.best_2KG[..., position_M] = best_2KM
         slots = int(np.count_nonzero(self.slot_G[self.block : self.block_end]))
         chosen_K = positions_to_commit(self.settings, score_M, position_M, slots, self.block_step, self.answer_step)
         self.masked_G[position_M[chosen_K]] = False
@@ -299,6 +321,11 @@ class Request:
         """Return whether the request has come to the state of a draft, whose pass then was the request's next one."""
         same = self.doubt == draft.doubt and np.array_equal(self.masked_G, draft.masked_G)
         return same and np.array_equal(self.ids_G[~self.masked_G], draft.ids_G[~draft.masked_G])
+
+
+def _check_biases(config: IlladaConfig, settings: GenerationSettings) -> None:
+    if any(token >= config.vocab_size for token in settings.logit_bias or ()):
+        raise IlladaError(f"logit_bias names ids outside the vocabulary of {config.vocab_size}: check the tokenizer")
 
 
 def _check_ids(config: IlladaConfig, ids: Sequence[int], name: str) -> NDArray[np.int64]:

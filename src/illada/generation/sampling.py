@@ -38,8 +38,13 @@ Columns = tuple[Tensor, Tensor, Tensor]
 def is_plain(row: Request) -> bool:
     """Return whether this step of a row wants the most probable token, its probability and nothing else."""
     s = row.settings
-    changed = s.temperature or s.guidance_scale or s.repetition_penalty != 1 or row.boost() is not None
-    return not changed and statistic_of(s) is None
+    changed = s.temperature or s.guidance_scale or is_shifted(s) or row.alternatives or row.boost() is not None
+    return not changed and s.repetition_penalty == 1 and statistic_of(s) is None
+
+
+def is_shifted(settings: GenerationSettings) -> bool:
+    """Return whether something is added to logits of ids, wherever they may come."""
+    return bool(settings.presence_penalty or settings.frequency_penalty or settings.logit_bias)
 
 
 def margin(logits_CV: Tensor, log_sum_C: Tensor) -> Tensor:
@@ -98,12 +103,14 @@ def propose(
     open_positions: Sequence[NDArray[np.int64]],
     hidden_MD: Tensor,
     logits_held: int,
-) -> Columns:
+) -> tuple[Tensor, ...]:
     """Propose under everything the settings ask for; `hidden_MD` holds each row's states, then its second branch's.
 
-    Guidance, the repetition penalty and the boost, in this order, make the logits; the penalty sees guided ones as in
-    transformers, and the boost keeps its full size (ours). The proposal is the best id other than MASK; at a
-    temperature above 0 it is drawn: logits over the temperature, then top-k, then top-p, then Gumbel noise in float64.
+    Guidance, the repetition penalty, what is added (the other penalties and biases) and the boost, in this order, make
+    the logits; the repetition penalty sees guided ones as in transformers, and what follows keeps its full size (ours).
+    The proposal is the best id other than MASK; at a temperature above 0 it is drawn: logits over the temperature, then
+    top-k, then top-p, then min-p, then Gumbel noise in float64. After the columns come the best ids and the bits of
+    their log-probabilities [M, 2, K], int32: as many as the row that wants most alternatives.
 
     The confidence is the proposal's softmax probability under the logits, over the full vocabulary: what changes the
     logits counts, what only changes the draw (temperature, top-k, top-p, noise) does not. The score is what the row's
@@ -118,7 +125,8 @@ def propose(
     starts = np.cumsum([0, *(row.passes * count for row, count in zip(rows, counts, strict=True))])
     mask_id = model.config.mask_token_id
     size = max(1, logits_held // model.config.vocab_size)
-    parts: list[Columns] = []
+    parts: list[tuple[Tensor, ...]] = []
+    kept = min(model.config.vocab_size, max(row.alternatives for row in rows))
     for first in range(0, len(row_M), size):
         row_C, position_C, index_C = (x_M[first : first + size] for x_M in (row_M, position_M, index_M))
         state_C = starts[row_C] + index_C
@@ -133,8 +141,10 @@ def propose(
             logits_CV[:, mask_id] = -torch.inf  # only for the choice, as above
         proposal_C = chunk.sample(logits_CV)
         log_prob_C = logits_CV.gather(1, proposal_C[:, None])[:, 0] - log_sum_C
-        parts.append((proposal_C, log_prob_C, chunk.score(logits_CV, log_sum_C, log_prob_C)))
-    return _joined(parts)
+        best, best_ids = logits_CV.topk(kept)
+        best_C2K = torch.stack((best_ids.int(), (best - log_sum_C[:, None]).view(torch.int32)), 1)
+        parts.append((proposal_C, log_prob_C, chunk.score(logits_CV, log_sum_C, log_prob_C), best_C2K))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _joined(parts: Sequence[Columns]) -> Columns:
@@ -184,14 +194,15 @@ class _Chunk:
         return logits_CV
 
     def penalise(self, logits_CV: Tensor) -> None:
-        """Divide positive logits of ids that a row shows by its penalty and multiply negative ones, in place."""
+        """Apply each row's repetition penalty, then subtract its other penalties and add its biases, in place."""
         for r, row in enumerate(self.rows):
+            own_CV = logits_CV[slice(*np.searchsorted(self.row_C, (r, r + 1)))]
             if (penalty := row.settings.repetition_penalty) != 1:
-                first, end = np.searchsorted(self.row_C, (r, r + 1))
-                own_CV = logits_CV[first:end]
                 seen_V = _on(row.visible_ids(), logits_CV)
                 x = own_CV[:, seen_V]
                 own_CV[:, seen_V] = torch.where(x < 0, x * penalty, x / penalty)
+            if is_shifted(row.settings):
+                own_CV += _on(row.shift(logits_CV.shape[-1]), logits_CV)
 
     def boost(self, logits_CV: Tensor) -> None:
         """Add the boosts of `</think>` to the left-most open positions, in place."""
@@ -218,6 +229,10 @@ class _Chunk:
             choice_CV = logits_CV[at].double()
             least_C1 = self.least_kept(choice_CV, temperature, warm)
             if least_C1 is not None:
+                choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
+            min_p_C = self.spread(lambda row: row.settings.min_p)[warm]
+            if min_p_C.any():
+                least_C1 = choice_CV.amax(-1, True) + temperature * _on(min_p_C[:, None], choice_CV).log()
                 choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
             proposal_C[at] = choice_CV.sub_(noise_CV).argmax(-1)
         return proposal_C

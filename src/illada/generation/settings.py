@@ -33,8 +33,12 @@ class GenerationSettings:
             temperature above 0, like top_p.
         top_p: draw a token only if the more probable tokens together have less than this probability, counted at the
             temperature and within the top_k; 1 for all.
+        min_p: draw a token only if it has at least this share of the best one's probability, at the temperature.
         repetition_penalty: divides the positive logits of every id in the prompt and among the committed tokens and
             multiplies the negative ones; 1 for none, above 1 against repetition.
+        presence_penalty: subtracted from the logit of every id among the committed tokens of the answer; 0 for none.
+        frequency_penalty: subtracted once for each time that the id stands there; 0 for none.
+        logit_bias: what to add to the logits of some ids, as a dictionary; -100 practically bans an id.
         seed: of sampling and of random remasking; the answer depends on it and on the prompt, never on the batch.
         eos_token_id: id or ids that end the answer; none to go on to the full length.
         stop: strings that end the answer; they need a tokenizer.
@@ -69,7 +73,11 @@ class GenerationSettings:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
     seed: int = 0
     eos_token_id: int | tuple[int, ...] | None = 2
     stop: tuple[str, ...] = ()
@@ -103,6 +111,11 @@ class GenerationSettings:
             self._require(name, 0 <= getattr(self, name) <= MOST, f"between 0 and {MOST:g}")
         holds = 1 / MOST <= self.repetition_penalty <= MOST
         self._require("repetition_penalty", holds, f"between {1 / MOST:g} and {MOST:g}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, abs(getattr(self, name)) <= MOST, f"between {-MOST:g} and {MOST:g}")
+        holds = all(token >= 0 and abs(bias) <= MOST for token, bias in (self.logit_bias or {}).items())
+        self._require("logit_bias", holds, f"ids of the vocabulary with numbers between {-MOST:g} and {MOST:g}")
+        self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._require("seed", 0 <= self.seed < 1 << 63, "between 0 and 2^63 - 1")
         self._require("eos_token_id", all(i >= 0 for i in self.eos_ids), "at least 0 (or none)")
         for name, choices in (("remasking", get_args(Remasking)), ("cache", get_args(Cache))):
@@ -129,8 +142,8 @@ class GenerationSettings:
             raise IlladaError(
                 f"{rules[0]} has an order of its own: leave out remasking {self.remasking}, or give steps_per_block"
             )
-        if not self.temperature and (self.top_k is not None or self.top_p < 1):
-            raise IlladaError("top_k and top_p do nothing at temperature 0: give a temperature or leave them out")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
+            raise IlladaError("top_k, top_p and min_p do nothing at temperature 0: give one, or leave them out")
         if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
             raise IlladaError(
                 f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"

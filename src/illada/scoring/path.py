@@ -82,7 +82,8 @@ def refuse_rule(settings: GenerationSettings, causal: bool = False) -> None:
         raise IlladaError(f"the path likelihood needs a rule without chance: leave out {chance}")
     if causal:
         settings.left_to_right()  # refuses what is about masks; its cache is exact
-    names = ("repetition_penalty", "guidance_scale", "think_boost", *(() if causal else ("cache",)))
+    names: tuple[str, ...] = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    names += ("guidance_scale", "think_boost", *(() if causal else ("cache",)))
     changed = [name for name in names if getattr(settings, name) != getattr(GenerationSettings, name)]
     if changed:
         raise IlladaError(

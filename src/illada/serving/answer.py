@@ -30,8 +30,15 @@ class Update:
     """Forward passes of the answer so far."""
     steps: list[Step]
     """Every step since the last update, for answers that are watched."""
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The most probable ids at each id's place, with their log-probabilities, where they are wanted."""
     finish: Literal["stop", "length", "error"] | None = None
     """Why the answer ended, in its last update."""
+
+    @property
+    def size(self) -> int:
+        """How many tokens it holds."""
+        return len(self.ids) + sum(map(len, self.alternatives)) + sum(len(step.event.ids) for step in self.steps)
 
 
 @dataclass(eq=False)
@@ -47,6 +54,7 @@ class Answer:
         limit: most tokens wanted; whole blocks may be computed beyond it.
         stream: whether updates are wanted before the end.
         slot: tokens of each slot where the answer is a whole text with slots, else 0.
+        echo: whether the text begins with the prompt.
     """
 
     index: int
@@ -55,6 +63,7 @@ class Answer:
     limit: int
     stream: bool = False
     slot: int = 0
+    echo: bool = False
     reported: int = 0
     """Tokens that the updates so far hold."""
     steps: list[Step] = field(default_factory=list)
@@ -65,8 +74,15 @@ class Answer:
     """Generated tokens in the updates so far."""
     content: str = ""
     tokens: list[Token] = field(default_factory=list)
+    _alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """At each id so far; the detokenizer makes one token of each."""
     forwards: int = 0
     finish: str | None = None
+
+    @property
+    def generated(self) -> int:
+        """Generated tokens so far: given text has no log-probability."""
+        return sum(token.log_prob is not None for token in self.tokens)
 
     def fills(self) -> list[str]:
         """Return what was written into each slot of a text."""
@@ -76,9 +92,14 @@ class Answer:
     def take(self, update: Update) -> tuple[str, list[Token]]:
         """Take an update; return the text and the tokens that can be sent now."""
         # A whole text begins with what is given before its first slot.
-        lead = self.request.prompt_P.tolist() if self.slot and not self.forwards else []
+        lead = self.request.prompt_P.tolist() if (self.slot or self.echo) and not self.forwards else []
+        if self.request.alternatives:
+            self._alternatives += [*[[]] * len(lead), *update.alternatives]
         log_probs = [*[None] * len(lead), *update.log_probs]
         text, tokens = self.detokenizer.add([*lead, *update.ids], log_probs, last=update.finish is not None)
+        if self._alternatives:
+            first = len(self.tokens)
+            tokens = [token._replace(alternatives=self._alternatives[first + at]) for at, token in enumerate(tokens)]
         self.content += text
         self.tokens += tokens
         self.forwards = update.forwards

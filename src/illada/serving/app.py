@@ -1,6 +1,6 @@
 """The HTTP application: its routes, its errors and its middleware."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,15 @@ from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.handlers import Handlers
 from illada.serving.middleware import LimitsMiddleware, read_keys
 from illada.serving.options import ServerSettings
-from illada.serving.protocol import ApiError, ChatRequest, CompletionRequest, validation_error
+from illada.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    validation_error,
+)
 
 with needs("serve", "serving"):
     from fastapi import FastAPI
@@ -23,8 +31,23 @@ with needs("serve", "serving"):
     from pydantic import BaseModel
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
+    from starlette.types import Scope
 
 PAGE = Path(__file__).parent / "page"
+
+
+class PageFiles(StaticFiles):
+    """Serves the page's files under their own names only: Starlette finds a file under its name and a slash too."""
+
+    def get_path(self, scope: Scope) -> str:
+        """Return where the file of a request lies.
+
+        Raises:
+            HTTPException: 404 when the path ends in a slash.
+        """
+        if scope["path"].endswith("/"):
+            raise HTTPException(404)
+        return super().get_path(scope)
 
 
 class ErrorBody(BaseModel):
@@ -51,7 +74,12 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    model: IlladaForMaskedLM, tokenizer: Any, name: str, server: ServerSettings, defaults: GenerationSettings
+    model: IlladaForMaskedLM,
+    tokenizer: Any,
+    name: str,
+    server: ServerSettings,
+    defaults: GenerationSettings,
+    about: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """Return the application; its lifespan starts and ends the engine's thread.
 
@@ -61,12 +89,13 @@ def create_app(
         name: name of the model in the API.
         server: limits, keys and names.
         defaults: how to generate where a request does not say.
+        about: what the page says about the model (`about.py`).
 
     Raises:
         IlladaError: when the API keys cannot be read.
     """
     keys = read_keys(server)
-    handlers = Handlers(model, tokenizer, name, server, defaults)
+    handlers = Handlers(model, tokenizer, name, server, defaults, about)
     worker = handlers.worker
 
     @asynccontextmanager
@@ -86,6 +115,7 @@ def create_app(
         responses=ERRORS,
     )
     app.state.worker = worker
+    _add_answers(app, handlers)
     _add_routes(app, handlers)
     _add_error_handlers(app)
     app.add_middleware(LimitsMiddleware, server=server, keys=keys, metrics=worker.metrics)
@@ -99,8 +129,8 @@ def create_app(
     return app
 
 
-def _add_routes(app: FastAPI, handlers: Handlers) -> None:
-    worker = handlers.worker
+def _add_answers(app: FastAPI, handlers: Handlers) -> None:
+    """Add the routes of what is asked in JSON."""
 
     @app.post("/v1/chat/completions", responses=ANSWER, response_model=None)
     async def chat_completions(request: HttpRequest, body: ChatRequest) -> Response:
@@ -112,16 +142,44 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
         """Go on with a text, or fill its gaps."""
         return await handlers.answer(request, body)
 
+    @app.post("/v1/responses", responses=ANSWER, response_model=None)
+    async def responses(request: HttpRequest, body: ResponseRequest) -> Response:
+        """Answer a conversation in the form of the Responses API; nothing is stored."""
+        return await handlers.answer(request, body)
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        message = (
+            "this server has no embeddings: the model was trained to fill masked tokens, not to give texts one vector; "
+            "use an embedding model"
+        )
+        raise ApiError(404, message, code="unsupported")
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Return the ids of a text or of a conversation."""
+        return await handlers.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """Return the text of ids."""
+        return await handlers.detokenize(body)
+
+
+def _add_routes(app: FastAPI, handlers: Handlers) -> None:
+    """Add the routes of what can only be read."""
+    worker = handlers.worker
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the one model."""
-        return {"object": "list", "data": [handlers.describe()]}
+        """List the one model, under each of its names."""
+        return {"object": "list", "data": [handlers.describe(name) for name in handlers.names]}
 
     @app.get("/v1/models/{model_id:path}")
     async def one_model(model_id: str) -> dict[str, Any]:
         """Describe a model."""
         handlers.check_name(model_id)
-        return handlers.describe()
+        return handlers.describe(model_id)
 
     @app.get("/health")
     async def health() -> Response:
@@ -138,7 +196,7 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
     async def page() -> Response:
         return FileResponse(PAGE / "index.html")
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", PageFiles(directory=PAGE), name="page")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

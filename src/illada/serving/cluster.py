@@ -17,6 +17,7 @@ from typing import Any
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.hub import ban_network, quiet_libraries
+from illada.serving.about import read_about
 from illada.serving.app import create_app
 from illada.serving.middleware import read_keys
 from illada.serving.options import Copies, ServerSettings
@@ -42,7 +43,7 @@ class Replica:
         quiet_libraries()
         network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
         # The application is made here and not in the caller: threads and locks cannot be sent to another process.
-        self.application = create_app(network, tokenizer, name, server, defaults)
+        self.application = create_app(network, tokenizer, name, server, defaults, read_about(model.model))
         self.gauges: dict[str, Any] = {}
 
     def __serve_build_asgi_app__(self) -> Any:

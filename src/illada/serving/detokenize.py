@@ -22,6 +22,8 @@ class Token(NamedTuple):
     """Its visible text."""
     offset: int
     """Where its visible text begins in the visible text of the answer."""
+    alternatives: Sequence[tuple[int, float]] = ()
+    """The most probable ids at its place, with their log-probabilities, best first."""
 
 
 class Detokenizer:

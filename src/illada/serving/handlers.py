@@ -6,10 +6,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from illada.errors import IlladaError, needs
 from illada.generation.request import Request
@@ -18,18 +18,43 @@ from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
 from illada.serving.options import ServerSettings
-from illada.serving.protocol import ApiError, ChatRequest, CompletionRequest
-from illada.serving.responses import ChatResponses, CompletionResponses, Responses, diffusion_step
+from illada.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    named_field,
+)
+from illada.serving.responses import (
+    Body,
+    ChatResponses,
+    CompletionResponses,
+    ItemResponses,
+    Responses,
+    diffusion_step,
+)
 from illada.serving.streams import READING, Call, EventStream, unless_disconnected
 from illada.serving.worker import Worker
 from illada.text.chat import encode_prompt
 from illada.text.prompts import SLOT_SIGN, encode_plain, encode_template
+from illada.text.tokenizer import encode_texts
 
 with needs("serve", "serving"):
+    from pydantic import BaseModel
     from starlette.requests import Request as HttpRequest
     from starlette.responses import JSONResponse, Response
 
+KINDS: dict[type[Body], type[Responses]] = {
+    ChatRequest: ChatResponses,
+    CompletionRequest: CompletionResponses,
+    ResponseRequest: ItemResponses,
+}
 log = logging.getLogger("illada.serving")
+
+
+T = TypeVar("T")
 
 
 class EncodedPrompt(NamedTuple):
@@ -52,9 +77,11 @@ class Handlers:
         name: str,
         server: ServerSettings,
         defaults: GenerationSettings,
+        about: Mapping[str, Any] | None = None,
     ):
         self.worker = Worker(model, tokenizer, server)
-        self.name, self._server, self._defaults = name, server, defaults
+        self.names, self._server, self._defaults = (name, *server.alias), server, defaults
+        self._about = about or {}
         self._tokenizer, self._token_texts = tokenizer, TokenTexts(tokenizer)
         # Encoding changes a tokenizer's state for a moment, so the encoding thread has its own copy.
         self._encoding = copy.deepcopy(tokenizer)
@@ -68,46 +95,95 @@ class Handlers:
         Raises:
             ApiError: 404 when it names another.
         """
-        if name != self.name:
-            message = f"there is no model {name[:80]!r} here, only {self.name!r}"
+        if name not in self.names:
+            message = f"there is no model {name[:80]!r} here, only {' and '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def describe(self) -> dict[str, Any]:
-        """Return the model as `/v1/models` shows it."""
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return the model as `/v1/models` shows it under one of its names."""
         defaults = {name: value for name, value in asdict(self._defaults).items() if name != "eos_token_id"}
         return {
-            "id": self.name,
+            "id": name,
+            "root": self.names[0],
             "object": "model",
             "created": self._created,
             "owned_by": "illada",
             "context_length": self._context,
             "chat": bool(self._tokenizer.chat_template),
+            "causal": bool(self._model.config.causal),
+            "parameters": self._model.num_parameters(),
             "defaults": defaults,
+            **self._about,
         }
 
-    async def answer(self, request: HttpRequest, body: ChatRequest | CompletionRequest) -> Response:
-        """Answer a request of either kind."""
-        if body.model is not None:
-            self.check_name(body.model)
+    async def answer(self, request: HttpRequest, body: Body) -> Response:
+        """Answer a request of any kind."""
+        call, responses, seconds = await self._begin(body)
+        ignored = body.without_effect()
+        headers = {"warning": f'299 illada "without effect here: {", ".join(ignored)}"'} if ignored else {}
+        if body.stream:
+            return EventStream(self._events(call, responses), call, seconds + READING, headers)
+        if not await unless_disconnected(request, call.finish()):
+            return Response(status_code=499)  # nobody reads it
+        self._log_answers(call.answers)
+        return JSONResponse(responses.whole(call.answers), headers=headers)
+
+    async def complete(self, body: Body) -> dict[str, Any]:
+        """Answer a request that came by no connection; errors as in `Call`."""
+        call, responses, _ = await self._begin(body)
+        await call.finish()
+        return responses.whole(call.answers)
+
+    async def _begin(self, body: Body) -> tuple[Call, Responses, float]:
+        """Check a request and begin its answers; return them, what writes them, and the seconds that they have."""
+        name = self.names[0] if body.model is None else body.model
+        self.check_name(name)
         end = time.monotonic() + min(body.timeout or self._server.request_timeout, self._server.request_timeout)
         with self.worker.reserved_place():
             loop = asyncio.get_running_loop()
-            answers, prompt_tokens = await loop.run_in_executor(self._thread, self._answers, body)
+            try:
+                answers, prompt_tokens = await loop.run_in_executor(self._thread, self._answers, body)
+            except IlladaError as error:
+                raise ApiError(400, str(error), param=_field_of(str(error), body)) from error
         seconds = end - time.monotonic()
         if self._server.log_prompts:
             log.info("asked %s", body.model_dump_json(exclude_none=True))
-        kind = ChatResponses if isinstance(body, ChatRequest) else CompletionResponses
-        responses = kind(self.name, body.logprobs not in (None, False), prompt_tokens)
-        call = Call(self.worker, answers, seconds)
-        if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(self._events(call, responses, include_usage), call, seconds + READING)
-        if not await unless_disconnected(request, call.finish()):
-            return Response(status_code=499)  # nobody reads it
-        self._log_answers(answers)
-        return JSONResponse(responses.whole(answers))
+        responses = KINDS[type(body)](name, body, prompt_tokens, self._show)
+        return Call(self.worker, answers, seconds), responses, seconds
 
-    def _answers(self, body: ChatRequest | CompletionRequest) -> tuple[list[Answer], int]:
+    def _show(self, token_id: int) -> str:
+        return self._token_texts([token_id])[0]
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """Return the ids of a text or of a conversation, as a prompt of either kind has them."""
+
+        def encode() -> list[int]:
+            if body.messages is not None:
+                return self._encode_chat([message.plain() for message in body.messages])
+            text = body.prompt or ""
+            if body.add_special_tokens:
+                return encode_plain(self._encoding, text)
+            return [*self._encoding.encode(text, add_special_tokens=False)]
+
+        ids = await self._in_encoding_thread(body, encode)
+        texts = [self._tokenizer.decode([token]) for token in ids]
+        return {"count": len(ids), "max_model_len": self._context, "tokens": ids, "token_strs": texts}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        """Return the text of ids, special tokens included."""
+        if (most := max(body.tokens, default=0)) >= len(self._tokenizer):
+            raise ApiError(400, f"tokens: {most} is outside the vocabulary", param="tokens")
+        return {"prompt": await self._in_encoding_thread(body, lambda: self._encoding.decode(body.tokens))}
+
+    async def _in_encoding_thread(self, body: TokenizeRequest | DetokenizeRequest, work: Callable[[], T]) -> T:
+        if body.model is not None:
+            self.check_name(body.model)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except IlladaError as error:
+            raise ApiError(400, str(error), param=_field_of(str(error), body)) from error
+
+    def _answers(self, body: Body) -> tuple[list[Answer], int]:
         """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in its own thread."""
         settings = settings_for(self._model, body.settings(self._defaults))
         count = body.n or 1
@@ -118,7 +194,9 @@ class Handlers:
             seed = body.seed % 2**63
         elif settings.temperature or settings.remasking == "random":
             seed = secrets.randbits(63)
-        prompts: Sequence[Any] = [None] if isinstance(body, ChatRequest) else body.prompts()
+        prompts: Sequence[Any] = body.prompts() if isinstance(body, CompletionRequest) else [None]
+        # The most probable token of a draw without chance is the token itself.
+        alternatives = 0 if body.alternatives == 1 and not settings.temperature else body.alternatives
         if len(prompts) * count > self._server.max_requests:
             raise IlladaError(f"{len(prompts) * count} answers asked for: at most {self._server.max_requests} at once")
         answers: list[Answer] = []
@@ -128,14 +206,30 @@ class Handlers:
             for number in range(count):
                 answer = self._answer(encoded, replace(settings, seed=(seed + number) % 2**63), len(answers))
                 answer.stream, answer.request.watched = bool(body.stream), body.diffusion
+                answer.request.alternatives = alternatives
+                if isinstance(body, CompletionRequest) and body.echo:
+                    answer.echo = True
+                    self._check_echo(encoded, settings)
                 answers.append(answer)
             prompt_tokens += sum(token is not None for token in encoded.ids)
         return answers, prompt_tokens
 
-    def _encode(self, body: ChatRequest | CompletionRequest, prompt: Any) -> EncodedPrompt:
+    def _check_echo(self, prompt: EncodedPrompt, settings: GenerationSettings) -> None:
+        text = self._tokenizer.decode([token for token in prompt.ids if token is not None])
+        if any(stop in text for stop in settings.stop):
+            raise IlladaError("echo cannot repeat a prompt that holds a stop text: leave one of them out")
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of a conversation; the answer goes on with the assistant's last message, if it is the last."""
+        if messages[-1]["role"] != "assistant" or len(messages) == 1:
+            return encode_prompt(self._encoding, messages)
+        (begun,) = encode_texts(self._encoding, [messages[-1]["content"]])
+        return [*encode_prompt(self._encoding, messages[:-1]), *begun]
+
+    def _encode(self, body: Body, prompt: Any) -> EncodedPrompt:
         """Encode one prompt; `prompt` means nothing for a conversation."""
-        if isinstance(body, ChatRequest):
-            return EncodedPrompt([*encode_prompt(self._encoding, [message.plain() for message in body.messages])])
+        if not isinstance(body, CompletionRequest):
+            return EncodedPrompt([*self._encode_chat(body.conversation())])
         if not (body.slot_tokens or body.suffix):
             return EncodedPrompt([*(encode_plain(self._encoding, prompt) if isinstance(prompt, str) else prompt)])
         if not isinstance(prompt, str):
@@ -182,12 +276,12 @@ class Handlers:
         settings = replace(settings, max_new_tokens=budget, block_length=block, steps_per_block=steps)
         return Answer(index, engine.request(ids, settings), Detokenizer(self._tokenizer, settings.stop), limit)
 
-    async def _events(self, call: Call, responses: Responses, include_usage: bool) -> AsyncIterator[str]:
+    async def _events(self, call: Call, responses: Responses) -> AsyncIterator[str]:
         """Yield the server-sent events of a stream."""
         try:
             for answer in call.answers:
-                if (opening := responses.opening(answer)) is not None:
-                    yield _event(opening)
+                for event in responses.opening(answer):
+                    yield _event(event)
             async for progress in call.follow():
                 if progress is None:
                     yield ": wait\n\n"
@@ -196,20 +290,33 @@ class Handlers:
                 for step in steps:
                     yield f"event: diffusion\n{_event(diffusion_step(answer, step, self._token_texts))}"
                 if text or (tokens and responses.log_probs):
-                    yield _event(responses.chunk(answer, text, tokens))
+                    for event in responses.chunks(answer, text, tokens):
+                        yield _event(event)
                 if answer.finish is not None:
-                    yield _event(responses.chunk(answer, "", [], last=True))
-            if include_usage:
-                yield _event(responses.usage_chunk(call.answers))
+                    for event in responses.ending(answer):
+                        yield _event(event)
+            for event in responses.closing(call.answers):
+                yield _event(event)
             self._log_answers(call.answers)
-            yield "data: [DONE]\n\n"
+            if responses.end is not None:
+                yield f"data: {responses.end}\n\n"
         except ApiError as error:
-            yield _event(error.body)
+            yield _event(responses.failure(error))
 
     def _log_answers(self, answers: Sequence[Answer]) -> None:
         if self._server.log_prompts:
             log.info("answered %s", json.dumps([answer.content for answer in answers], ensure_ascii=False))
 
 
+def _field_of(message: str, body: BaseModel) -> str:
+    """Return the field that an error is about: one that its message names, or else what is to be answered."""
+    fields = type(body).model_fields
+    if (name := named_field(message)) in fields:
+        return str(name)
+    return next(name for name in ("messages", "input", "prompt", "tokens") if name in fields)
+
+
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+    """Return a server-sent event; what has a type is named after it."""
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{name}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from illada.errors import IlladaError, needs
 from illada.serving.metrics import Metrics
 from illada.serving.options import ServerSettings
-from illada.serving.protocol import ApiError, FailedError
+from illada.serving.protocol import ApiError, FailedError, named_field
 
 with needs("serve", "serving"):
     from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +20,8 @@ with needs("serve", "serving"):
 
 log = logging.getLogger("illada.serving")
 KEYS_VARIABLE = "ILLADA_API_KEYS"
+OPEN = ("/", "/health", "/openapi.json")
+"""Paths that need no key, beside the page's files."""
 BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
 
@@ -113,7 +115,8 @@ class LimitsMiddleware:
             text = f"this server is not called {name[:80]!r}: start it with --allowed_hosts to give it other names"
             raise ApiError(400, text)
         path = scope["path"]
-        if self._digests and (path.startswith("/v1/") or path == "/metrics") and scope["method"] != "OPTIONS":
+        is_open = path in OPEN or path.startswith("/page/") or scope["method"] == "OPTIONS"
+        if self._digests and not is_open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256((key if scheme.lower() == "bearer" else "").encode("latin-1")).digest()
             if not sum(hmac.compare_digest(digest, known) for known in self._digests):  # always compares all
@@ -121,7 +124,7 @@ class LimitsMiddleware:
                 challenge = {"www-authenticate": "Bearer"}
                 raise ApiError(401, text, "authentication_error", code="invalid_api_key", headers=challenge)
         content_type = headers.get("content-type", "").split(";")[0].strip().lower()
-        if scope["method"] == "POST" and path.startswith("/v1/") and content_type != "application/json":
+        if scope["method"] == "POST" and content_type != "application/json":
             # This also keeps other sites' pages out: a browser asks before it sends JSON to another origin.
             raise ApiError(415, "send JSON, with the header `Content-Type: application/json`")
 
@@ -149,7 +152,7 @@ class LimitsMiddleware:
 
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, IlladaError):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), param=named_field(str(error)))
     if isinstance(error, ApiError):
         return error
     log.exception("a request failed")

@@ -13,12 +13,14 @@ class ServerSettings:
         host: address to listen on; 127.0.0.1 is reachable from this machine only.
         port: port to listen on; 0 takes a free one.
         name: name of the model in the API; null takes the name of its folder.
+        alias: more names under which requests may ask for the model.
         api_key_file: file with an API key on each line; null takes the keys from the environment variable
             ILLADA_API_KEYS, separated by commas. Without keys everyone who reaches the address may ask.
         cors_origins: web origins whose pages may ask, such as https://example.org; none by default.
         allowed_hosts: names by which requests may call this server. By default any name will do, but on a loopback
             address only the loopback names, so that other sites' pages cannot reach it under a name of theirs (DNS
             rebinding).
+        max_connections: most connections; beyond it those are closed that are slow to send a request, the oldest first.
         max_requests: most answers under way and waiting; more are refused with 429.
         max_choices: most answers to one prompt (`n`).
         max_body_bytes: size of the largest request.
@@ -35,9 +37,11 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
+    alias: tuple[str, ...] = ()
     api_key_file: str | None = None
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 512
     max_requests: int = 256
     max_choices: int = 8
     max_body_bytes: int = 1_000_000
@@ -49,11 +53,18 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Check every value and turn lists into tuples."""
-        for name in ("cors_origins", "allowed_hosts"):
+        for name in ("alias", "cors_origins", "allowed_hosts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 0 <= self.port < 2**16:
             raise IlladaError(f"port is {self.port}: it must be between 0 and 65535")
-        for name in ("max_requests", "max_choices", "max_body_bytes", "max_batch_tokens", "max_past_tokens"):
+        for name in (
+            "max_connections",
+            "max_requests",
+            "max_choices",
+            "max_body_bytes",
+            "max_batch_tokens",
+            "max_past_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise IlladaError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("request_timeout", "drain_timeout"):

@@ -1,6 +1,7 @@
 """What a request may say, and errors: OpenAI's fields and a few of ours; every other field is refused by name."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -9,40 +10,59 @@ from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 
 with needs("serve", "serving"):
-    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
     from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "audio": (),
+    "background": (False,),
+    "background_options": (),
     "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
+    "context_management": ([],),
+    "conversation": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "image": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
+    "moderation": (),
+    "previous_response_id": (),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
+    "truncation": ("disabled",),
     "web_search_options": (),
 }
 """OpenAI's fields that this server cannot serve, and the values besides null that ask for nothing."""
 
 REASONS = {
     "response_format": "use text: no slots of fixed length hold every JSON value, so it cannot be forced soundly",
-    "top_logprobs": "only the chosen token's confidence is known",
-    "echo": "score texts with `illada score` or `illada eval`",
-    "frequency_penalty": "use decoding.repetition_penalty",
-    "presence_penalty": "use decoding.repetition_penalty",
+    "tools": "this model calls none; with tool_choice none they are accepted",
+    "background": "ask for a stream, or use `illada batch`",
+    "conversation": "this server keeps nothing: send the whole conversation as input",
+    "previous_response_id": "this server keeps nothing: send the whole conversation as input",
+    "truncation": "nothing is cut in silence: send what fits the context",
 }
+
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "max_tool_calls": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning": ({},),
+    "reasoning_effort": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": (),
+}
+"""OpenAI's fields that change no answer here, and the values besides null that ask for nothing. A header names those
+that asked for something."""
+
+MOST_FIELDS = 100
+"""Most fields of one object of a request: each unknown one would be an error of its own."""
+MOST_BIASES = 1024
 
 EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 """Fields of an answer that clients send back unchanged: null, or an empty list."""
@@ -55,6 +75,13 @@ class Strict(BaseModel):
     """Takes nothing that it does not know, and converts nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MOST_FIELDS:
+            raise ValueError(f"an object has {len(data)} fields: at most {MOST_FIELDS} are read")
+        return data
 
 
 class Decoding(Strict):
@@ -82,16 +109,46 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(Strict):
-    """The fields that chat and completion requests share."""
+def _check_biases(biases: Any) -> Any:
+    if isinstance(biases, dict):
+        if len(biases) > MOST_BIASES:
+            raise ValueError(f"it names {len(biases)} ids: at most {MOST_BIASES} are read")
+        if not all(re.fullmatch("[0-9]{1,9}", token) for token in biases):
+            raise ValueError("its keys must be token ids (`/tokenize` gives them)")
+    return biases
 
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_biases)]
+
+
+class GenerationRequest(Strict):
+    """The fields that all requests for answers share."""
+
+    max_tool_calls: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning: Any = None
+    reasoning_effort: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+    safety_identifier: str | None = None
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -112,6 +169,8 @@ class GenerationRequest(Strict):
             raise ValueError("it holds half of a surrogate pair, which is no character") from None
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
+        if data.get("tool_choice") == "none":
+            data = {name: value for name, value in data.items() if name != "tools"}
         for name, neutral in NEUTRAL.items():
             if name in data and data[name] is not None and data[name] not in neutral:
                 raise ValueError(f"{name} is not supported: {REASONS.get(name, 'leave it out')}")
@@ -126,6 +185,24 @@ class GenerationRequest(Strict):
         if self.stop is not None and any(not 0 < len(text) <= 256 for text in self.stops() or ()):
             raise ValueError("stop must hold texts of 1 to 256 characters")
         return self
+
+    def without_effect(self) -> list[str]:
+        """Return the fields of the request that asked for something and change nothing."""
+        return [
+            name
+            for name, neutral in NO_EFFECT.items()
+            if (value := getattr(self, name)) is not None and value not in neutral
+        ]
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the most probable tokens are wanted beside each token."""
+        raise NotImplementedError
 
     def stops(self) -> tuple[str, ...] | None:
         """Return the stop strings, or None when the request has none."""
@@ -154,11 +231,14 @@ class GenerationRequest(Strict):
                 if changes.get("cache", values["cache"]) != "adaptive":
                     values["refresh_below"] = ours["refresh_below"]
                 values |= changes
-        plain = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": self.stops()}
+        same = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+        plain = {name: getattr(self, name) for name in same} | {"stop": self.stops()}
+        if self.logit_bias is not None:
+            plain["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()} or None
         values |= {name: value for name, value in plain.items() if value is not None}
         if not values["temperature"]:
             # Clients often send them beside temperature 0; without a draw there is nothing for them to limit.
-            values |= {"top_p": 1.0, "top_k": None}
+            values |= {"top_p": 1.0, "top_k": None, "min_p": 0.0}
         if self.max_tokens is not None:
             values["max_new_tokens"] = self.max_tokens
         if values["steps_per_block"] is not None and values["steps_per_block"] > values["block_length"]:
@@ -195,16 +275,31 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(GenerationRequest):
-    """A conversation whose next message the model writes."""
+    """A conversation whose next message the model writes; a last message of the assistant is gone on with."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    top_logprobs: Alternatives | None = None
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return bool(self.logprobs)
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the most probable tokens are wanted beside each token."""
+        return self.top_logprobs or 0
+
+    def conversation(self) -> list[dict[str, str]]:
+        """Return the messages as chat templates know them."""
+        return [message.plain() for message in self.messages]
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
@@ -212,16 +307,134 @@ class ChatRequest(GenerationRequest):
         return self
 
 
+class ItemPart(Strict):
+    """A part of an item of a response's input."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Any = None
+    logprobs: Any = None
+
+
+class Item(Strict):
+    """A message among a response's input."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ItemPart], Field(fail_fast=True)]
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return the role and content that chat templates know."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class TextFormat(Strict):
+    """What a response's text is like: plain."""
+
+    type: Literal["text"]
+
+
+class TextOptions(Strict):
+    """Options of a response's text."""
+
+    format: TextFormat | None = None
+    verbosity: Any = None
+
+
+class ResponseRequest(GenerationRequest):
+    """A conversation in the form of OpenAI's Responses API; nothing of it is stored."""
+
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    text: TextOptions | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
+    top_logprobs: Alternatives | None = None
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return bool(self.include)
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the most probable tokens are wanted beside each token."""
+        return self.top_logprobs or 0 if self.include else 0
+
+    def conversation(self) -> list[dict[str, str]]:
+        """Return the messages as chat templates know them; the instructions come first."""
+        given = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        messages = [item.plain() for item in given]
+        if self.instructions is None:
+            return messages
+        if messages[0]["role"] == "system":
+            return [{"role": "system", "content": f"{self.instructions}\n\n{messages[0]['content']}"}, *messages[1:]]
+        return [{"role": "system", "content": self.instructions}, *messages]
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ResponseRequest":
+        if self.diffusion:
+            raise ValueError("diffusion is for chat and completions: ask /v1/chat/completions")
+        if self.max_output_tokens is not None:
+            if self.max_tokens not in (None, self.max_output_tokens):
+                raise ValueError("max_tokens and max_output_tokens differ: give one of them")
+            self.max_tokens = self.max_output_tokens
+        return self
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class TokenizeRequest(Strict):
+    """A text or a conversation whose ids are wanted."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give a prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """Ids whose text is wanted."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class CompletionRequest(GenerationRequest):
     """A text to continue, or a text with gaps to fill."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenId], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     suffix: str | None = None
     slot_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    logprobs: Alternatives | None = None
+    echo: bool | None = None
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return self.logprobs is not None
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the most probable tokens are wanted beside each token."""
+        return self.logprobs or 0
 
     @model_validator(mode="after")
     def _one_gap(self) -> "CompletionRequest":
@@ -229,6 +442,8 @@ class CompletionRequest(GenerationRequest):
             raise ValueError(
                 "suffix and slot_tokens exclude each other: write ___ where something is missing, or a suffix"
             )
+        if self.suffix is not None and self.echo:
+            raise ValueError("echo and suffix exclude each other: the answer stands between two texts")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -268,7 +483,11 @@ class FailedError(ApiError):
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """Return pydantic's first error in one line; where several types were tried, the error that lies deepest."""
-    error = max(errors, key=lambda error: (error["loc"][:2] == errors[0]["loc"][:2], len(error["loc"])))
+
+    def rank(error: Any) -> tuple[bool, int, bool]:
+        return error["loc"][:2] == errors[0]["loc"][:2], len(error["loc"]), error["type"] == "value_error"
+
+    error = max(errors, key=rank)
     # The names of the tried types say nothing to a client.
     place = [str(part) for part in error["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
     place = [part for part in place if part not in ("str", "Decoding")]
@@ -281,4 +500,27 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         text, place = f"the body is not JSON: {error.get('ctx', {}).get('error', 'it cannot be read')}", []
     elif place:
         text = f"{'.'.join(place)}: {text}"
-    return ApiError(400, " ".join(text.split())[:400], param=place[0] if place else None)
+    if error["type"] == "extra_forbidden":
+        param: str | None = str(error["loc"][1])[:80]
+    else:
+        param = place[0] if place else named_field(text)
+    return ApiError(400, " ".join(text.split())[:400], param=param)
+
+
+FIELDS = {
+    *NEUTRAL,
+    *(
+        name
+        for kind in (ChatRequest, CompletionRequest, ResponseRequest, TokenizeRequest)
+        for name in kind.model_fields
+    ),
+    *DetokenizeRequest.model_fields,
+}
+"""Every field of the first level that some request may have."""
+
+
+def named_field(message: str) -> str | None:
+    """Return the field of a request that an error's message is about: the first that it names, if any."""
+    words = (word for word in re.findall(r"[a-z_]+", message) if word in FIELDS or word in Decoding.model_fields)
+    word = next(words, None)
+    return "decoding" if word in Decoding.model_fields else word

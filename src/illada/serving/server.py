@@ -1,21 +1,27 @@
 """`illada serve`: one process, one model, one address."""
 
 import logging
+import math
 import signal
 import socket
+import time
 from pathlib import Path
 from types import FrameType
 
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
+from illada.serving.about import read_about
 from illada.serving.app import create_app
+from illada.serving.connections import Connections
 from illada.serving.middleware import read_keys
 from illada.serving.options import ServerSettings
+from illada.serving.worker import Worker
 from illada.weights.load import load_model
 from illada.weights.options import ModelOptions
 
 with needs("serve", "serving"):
     import uvicorn
+    from fastapi import FastAPI
 
 
 def model_name(path: str) -> str:
@@ -58,6 +64,59 @@ def show_log() -> None:
     log.addHandler(handler)
 
 
+class Server(uvicorn.Server):
+    """Serves an application until the process is asked to end and the answers under way are out.
+
+    Until then new requests for answers get 503, and so does /health; a second signal ends the waiting. Connections
+    that wait too long for their client are closed.
+
+    Args:
+        app: the application of `create_app`.
+        server: its settings.
+        log_level: of uvicorn.
+    """
+
+    def __init__(self, app: FastAPI, server: ServerSettings, log_level: str = "info") -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",  # bounds the size of a header, and is there with every uvicorn
+            ws="none",
+            log_level=log_level,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,  # after a second signal
+            limit_concurrency=server.max_connections + 1,
+        )
+        super().__init__(config)
+        self._worker: Worker = app.state.worker
+        self._settings = server
+        self._deadline = math.inf
+        self.connections = Connections(server.max_connections)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or end at once if this is not the first signal."""
+        if self._deadline < math.inf:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self.drain()
+
+    def drain(self) -> None:
+        """Take no new requests for answers; end as soon as those under way are out."""
+        self._worker.draining = True
+        self._deadline = time.monotonic() + self._settings.drain_timeout
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether the server is to end; uvicorn asks ten times a second."""
+        now = time.monotonic()
+        self.connections.check(self.server_state.connections, now)
+        if self._deadline < math.inf and (not self.server_state.tasks or now >= self._deadline):
+            # What is written may still be on its way.
+            self.config.timeout_graceful_shutdown = max(1, int(self._deadline - now))
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
 def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSettings) -> None:
     """Serve a model until the process is asked to end; answers under way are finished first.
 
@@ -73,28 +132,18 @@ def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSetti
     show_log()
     listening = open_socket(server.host, server.port)
     network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
-    app = create_app(network, tokenizer, server.name or model_name(model.model), server, defaults)
-    config = uvicorn.Config(
-        app,
-        log_level="info",
-        server_header=False,
-        timeout_graceful_shutdown=int(server.drain_timeout) or 1,
-        timeout_keep_alive=30,
-    )
+    name = server.name or model_name(model.model)
+    app = create_app(network, tokenizer, name, server, defaults, read_about(model.model))
 
-    class Server(uvicorn.Server):
-        """Tells the worker to take nothing new as soon as the process is asked to end; says when it is ready."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            app.state.worker.draining = True
-            super().handle_exit(sig, frame)
+    class Announced(Server):
+        """Says when it is ready."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             url = url_of(*listening.getsockname()[:2])
             print(f"ready: {url} (page, API under /v1; Ctrl-C ends)", flush=True)
 
-    running = Server(config)
+    running = Announced(app, server)
     running.run(sockets=[listening])
     if signal.SIGINT in running._captured_signals:
         raise KeyboardInterrupt

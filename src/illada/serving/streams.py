@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from illada.errors import needs
@@ -22,6 +23,10 @@ SIGN_OF_LIFE = 10.0
 """Seconds of silence after which a stream says that it is still there."""
 READING = 30.0
 """Seconds beyond an answer's time in which a client may read the rest of its stream."""
+MOST_UNREAD = 200_000
+"""Most tokens of steps and of text that wait for a client that reads slowly."""
+UNREAD = Update([], [], 0, [], finish="error")
+"""Takes the place of updates that nobody read."""
 
 
 class Call:
@@ -39,8 +44,19 @@ class Call:
     def __init__(self, worker: Worker, answers: Sequence[Answer], seconds: float):
         self._worker, self.answers = worker, answers
         self._updates: asyncio.Queue[tuple[Answer, Update]] = asyncio.Queue()
+        self._unread = 0
         self._end = time.monotonic() + seconds
-        worker.submit(answers, self._updates.put_nowait)
+        worker.submit(answers, self._take)
+
+    def _take(self, update: tuple[Answer, Update]) -> None:
+        """Keep an update until it is read; once too many wait, give up the answers and what waits."""
+        self._unread += update[1].size
+        self._updates.put_nowait(update)
+        if update[0].stream and self._unread > MOST_UNREAD:
+            self.cancel()
+            while not self._updates.empty():
+                self._updates.get_nowait()
+            self._updates.put_nowait((update[0], UNREAD))
 
     def cancel(self) -> None:
         """Forget the answers that are still under way."""
@@ -65,6 +81,9 @@ class Call:
                     message = "the answer was not finished in time: ask for fewer tokens"
                     # The same request would take as long again, so clients should not repeat it by themselves.
                     raise ApiError(504, message, "timeout", headers={"x-should-retry": "false"}) from None
+                self._unread -= update.size
+                if update is UNREAD:
+                    raise ApiError(408, "the stream was not read while it grew: read faster, or ask for less")
                 if update.finish == "error":
                     raise FailedError
                 if answer.finish is None:
@@ -87,8 +106,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], call: Call, seconds: float):
-        super().__init__(events, headers={"x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncIterator[str], call: Call, seconds: float, headers: Mapping[str, str] = MappingProxyType({})
+    ):
+        super().__init__(events, headers={"x-accel-buffering": "no", **headers})
         self._call, self._seconds = call, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -225,11 +225,21 @@ class Worker:
         size = len(ids)
         generated = zip(request.log_prob_G[new][:size].tolist(), request.slot_G[new][:size], strict=True)
         log_probs = [value if slot else None for value, slot in generated]
+        alternatives: list[list[tuple[int, float]]] = []
+        if request.best_2KG is not None:
+            best_2KS = request.best_2KG[..., new][..., :size]
+            best_ids, best_log_probs = best_2KS[0].T.tolist(), best_2KS[1].view("float32").T.tolist()
+            alternatives = [
+                [(token, value) for token, value in zip(*best, strict=True) if value > -math.inf]  # MASK has -inf
+                for best in zip(best_ids, best_log_probs, strict=True)
+            ]
         answer.reported += count
-        return Update(ids, log_probs, request.forwards, steps, finish)
+        return Update(ids, log_probs, request.forwards, steps, alternatives, finish)
 
     def _fail(self) -> None:
-        updates = [(answer, Update([], [], answer.request.forwards, [], "error")) for answer in self._live.values()]
+        updates = [
+            (answer, Update([], [], answer.request.forwards, [], finish="error")) for answer in self._live.values()
+        ]
         for answer, _ in updates:
             answer.request.release()
         self._live.clear()

@@ -1,18 +1,14 @@
 // The page: a conversation with the server, its settings, and what happens when something fails.
-// All text goes into the page as text, never as markup. Addresses are relative, so the page may live under any path.
+// All text goes into the page as text, never as markup, but for answers in Markdown, which format.js makes harmless.
+// Addresses are relative, so the page may live under any path.
 
+import { format, isFormatted } from "./format.js";
 import { ask, events } from "./stream.js";
 import { adopt, fields, fill, remember, remembered, setting, wanted } from "./settings.js";
 import { grain, noise, Tokens } from "./tokens.js";
 
 const SLOT = "___";
-const EXAMPLES = [
-  ["Sort 528391.", "Sort 528391."],
-  ["Reverse: l a m p", "Reverse: l a m p"],
-  ["Add 27 and 58.", "Add 27 and 58."],
-  ["A 4 × 4 sudoku", "Solve\n1030\n0012\n2000\n0320"],
-  ["Fill a gap", "1234\n___\n2143\n3421"],
-];
+const KEPT = "illada.talk";
 
 const $ = (id) => document.getElementById(id);
 const [main, talk, message] = [document.querySelector("main"), $("talk"), $("message")];
@@ -27,7 +23,37 @@ async function meet() {
   model = (await response.json()).data[0];
   $("model").textContent = model.id;
   for (const chat of document.querySelectorAll(".chat")) chat.hidden = !model.chat;
+  for (const one of document.querySelectorAll(".diffusion")) one.hidden = model.causal;
   adopt(model.defaults);
+  $("kind").textContent = `${kind()} ${model.about ?? ""}`;
+  suggest();
+}
+
+// Say what kind of model this is, in a line.
+function kind() {
+  const size = Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 2 }).format(model.parameters);
+  const how = model.causal ? "an autoregressive model, which writes from left to right" : "a masked diffusion model";
+  const what = model.chat ? "It answers messages." : "It goes on with a text; it was not taught to answer messages.";
+  return `${model.id}: ${how}, ${size} parameters. ${what}`;
+}
+
+// Offer what the model's folder says that it can do; without that, what can be tried with any model.
+function suggest() {
+  const any = [
+    { label: model.chat ? "Say hello" : "Begin a text", text: model.chat ? "Hello" : "Once upon a time" },
+    ...(model.causal ? [] : [{ label: "Fill a gap", text: "one, two, ___, four" }]),
+  ];
+  const buttons = (model.suggestions ?? any).map(({ label, text }) => {
+    const button = document.createElement("button");
+    [button.textContent, button.title] = [label, text];
+    button.onclick = () => {
+      message.value = text;
+      typed();
+      submit();
+    };
+    return button;
+  });
+  $("examples").replaceChildren(...buttons);
 }
 
 function begin() {
@@ -67,7 +93,8 @@ function part(exchange, selector) {
   return exchange.item.querySelector(selector);
 }
 
-function say(text) {
+// Show a message, with room for its answer.
+function place(text) {
   $("welcome").hidden = true;
   const item = $("exchange").content.cloneNode(true).firstElementChild;
   const exchange = { user: text, answer: "", item, gaps: text.includes(SLOT) };
@@ -78,10 +105,65 @@ function say(text) {
   part(exchange, ".again").onclick = part(exchange, ".retry").onclick = () => answer(exchange);
   part(exchange, ".afresh").onclick = renew;
   part(exchange, ".copy").onclick = (event) => copy(exchange, event.target);
+  part(exchange, ".view").onclick = () => view(exchange, part(exchange, ".formatted").hidden);
   part(exchange, ".tokens").onpointerover = ({ target }) => (target.title = exchange.tokens?.describe(target) ?? "");
   replayed(exchange);
   following = true;
+  return exchange;
+}
+
+function say(text) {
+  const exchange = place(text);
+  keep();
   return answer(exchange);
+}
+
+// Show an answer formatted or as the tokens that it came as.
+function view(exchange, formatted) {
+  part(exchange, ".formatted").hidden = !formatted;
+  part(exchange, ".tokens").hidden = formatted;
+  part(exchange, ".view").textContent = formatted ? "Show tokens" : "Show formatted";
+}
+
+function offerFormatted(exchange) {
+  const has = !exchange.gaps && isFormatted(exchange.answer);
+  if (has) format(part(exchange, ".formatted"), exchange.answer);
+  part(exchange, ".view").hidden = !has;
+  view(exchange, has);
+}
+
+// Keep the conversation for a reload of this tab: what was said and the last step of each answer.
+function keep() {
+  const talk = exchanges.map(({ user, answer, tokens, item }) => ({
+    user,
+    answer,
+    counts: item.querySelector(".counts").textContent,
+    frame: answer && tokens ? tokens.frame : null,
+  }));
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify(talk));
+  } catch {
+    sessionStorage.removeItem(KEPT); // it has become too long
+  }
+}
+
+function restore() {
+  let talk = [];
+  try {
+    talk = JSON.parse(sessionStorage.getItem(KEPT)) ?? [];
+  } catch {} // eslint-disable-line no-empty
+  for (const { user, answer, counts, frame } of talk) {
+    const exchange = place(user);
+    if (!frame) {
+      exchange.item.classList.add("failed");
+      trouble(exchange, new Error("The page was loaded anew before this answer was finished."));
+      continue;
+    }
+    exchange.answer = answer;
+    exchange.tokens = new Tokens(part(exchange, ".tokens"), frame);
+    part(exchange, ".counts").textContent = counts;
+    offerFormatted(exchange);
+  }
 }
 
 async function answer(exchange) {
@@ -89,7 +171,8 @@ async function answer(exchange) {
   const { item } = exchange;
   const [line, counts] = [part(exchange, ".tokens"), part(exchange, ".counts")];
   exchange.end?.();
-  part(exchange, ".trouble").hidden = part(exchange, ".replay").hidden = true;
+  part(exchange, ".trouble").hidden = part(exchange, ".replay").hidden = part(exchange, ".view").hidden = true;
+  view(exchange, false);
   try {
     if (!model) await meet();
   } catch (error) {
@@ -143,15 +226,18 @@ async function answer(exchange) {
   exchange.answer = exchange.gaps ? tokens.text : text;
   count();
   if (complete) $("spoken").textContent = `Answer: ${exchange.answer}`;
+  if (complete) offerFormatted(exchange);
   running = null;
   busy(exchange, false);
   if (tokens.last) {
     const track = part(exchange, ".track input");
     part(exchange, ".replay").hidden = false;
     track.max = tokens.last;
+    part(exchange, ".most").textContent = `pass ${tokens.last}`;
     tokens.draw(part(exchange, "canvas"));
     mark(exchange);
   }
+  keep();
 }
 
 function counted(tokens, forwards, seconds, reason) {
@@ -191,6 +277,7 @@ function edit(exchange) {
     end?.();
     item.remove();
   }
+  keep();
   message.value = exchange.user;
   message.focus();
   typed();
@@ -200,6 +287,7 @@ function renew() {
   running?.abort();
   for (const { end } of exchanges.splice(0)) end?.();
   talk.replaceChildren();
+  keep();
   $("welcome").hidden = false;
   message.focus();
 }
@@ -235,6 +323,7 @@ function replayed(exchange) {
   const go = (step) => {
     exchange.end();
     const line = part(exchange, ".tokens");
+    view(exchange, false);
     // Earlier steps may have fewer lines; the slider must stay where the user holds it.
     if (exchange.tokens.shown === exchange.tokens.last) line.style.minHeight = `${line.offsetHeight}px`;
     exchange.playing = false;
@@ -355,17 +444,6 @@ main.onscroll = () => {
 };
 new ResizeObserver(() => following && main.scrollTo(0, main.scrollHeight)).observe(talk);
 
-for (const [label, text] of EXAMPLES) {
-  const button = document.createElement("button");
-  button.textContent = label;
-  button.onclick = () => {
-    message.value = text;
-    typed();
-    submit();
-  };
-  $("examples").append(button);
-}
-
 // The title appears as answers do: the surest words first.
 function title() {
   const words = ["Text", ", ", "out", " of", " noise", "."];
@@ -387,4 +465,6 @@ paint(localStorage.getItem("illada.theme"));
 fill(remembered());
 typed();
 title();
+restore();
+if (matchMedia("(hover: hover)").matches) message.focus();
 begin();

@@ -1,5 +1,10 @@
 // Requests to the server, and their responses as server-sent events over fetch.
 
+const LOST =
+  "The connection to the server was lost before the answer was finished. What came until then is kept above. Try again; " +
+  "if it happens again, see whether the server is still running.";
+const DAMAGED = "Something between this page and the server damaged the answer. Try again.";
+
 // A request that failed. `status` is 0 when the server could not be reached.
 export class Refusal extends Error {
   constructor(message, status, retryAfter = null) {
@@ -33,7 +38,7 @@ export async function* events(response, signal) {
   for (;;) {
     const piece = await reader.read().catch(() => ({ done: true }));
     signal.throwIfAborted();
-    if (piece.done) throw new Refusal("The connection was lost before the answer was finished.", 0);
+    if (piece.done) throw new Refusal(LOST, 0);
     const parts = (rest + piece.value.replaceAll("\r", "")).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -45,7 +50,13 @@ export async function* events(response, signal) {
         else if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
       }
       if (data[0] === "[DONE]") return;
-      yield { event, data: data.length ? JSON.parse(data.join("\n")) : null };
+      let content = null;
+      try {
+        if (data.length) content = JSON.parse(data.join("\n"));
+      } catch {
+        throw new Refusal(DAMAGED, 0);
+      }
+      yield { event, data: content };
     }
   }
 }

@@ -90,6 +90,18 @@ export class Tokens {
     return this.#final().map(([text, state]) => ("cf".includes(state) ? text : "")).join("");
   }
 
+  // Return the answer after the latest step as one frame.
+  get frame() {
+    const frame = { start: 0, texts: [], states: "", confidences: [] };
+    for (const end of this.ends.values()) {
+      const { start, texts, states, confidences } = this.frames[end];
+      frame.texts.splice(start, Infinity, ...texts);
+      frame.states = frame.states.slice(0, start) + states;
+      frame.confidences.splice(start, Infinity, ...texts.map((_, i) => confidences[i] ?? null));
+    }
+    return frame;
+  }
+
   #put({ start, texts, states, confidences }) {
     texts.forEach((text, i) => {
       const at = start + i;
