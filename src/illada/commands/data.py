@@ -14,12 +14,13 @@ def tokenizer(
         output: folder to write the tokenizer to.
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
-        text_field: the field that holds the text of a record, e.g. prompt for instructions.
+        text_field: the field that holds the text of a record; of conversations ({"messages": [...]} or {"prompt",
+            "response"}) without it everything said in them counts.
     """
-    heavy.train_tokenizer.train_tokenizer_from_files(
+    trained = heavy.train_tokenizer.train_tokenizer_from_files(
         sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes, text_field=text_field
     )
-    print(f"tokenizer of {vocab_size} tokens written to {output}")
+    print(f"tokenizer of {len(trained)} tokens written to {output}")
 
 
 def prepare(settings: PrepareSettings) -> None:
