@@ -35,7 +35,13 @@ def work(tmp_path_factory):
             {
                 "model": {"preset": "1m", "max_position_embeddings": 64},
                 "data": {"train": data, "window": 32},
-                "training": {"steps": 9, "samples_per_step": 2, "device": "cpu", "learning_rate": 0.001},
+                "training": {
+                    "steps": 9,
+                    "samples_per_step": 2,
+                    "device": "cpu",
+                    "learning_rate": 0.001,
+                    "warmup_steps": 1,
+                },
             }
         )
     )

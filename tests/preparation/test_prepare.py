@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from illada.data.shards import Shards
 from illada.errors import IlladaError
+from illada.preparation import executors
 from illada.preparation import prepare as preparing
 from illada.preparation import readers as reading
 from illada.preparation.options import PATTERNS, PrepareSettings
@@ -421,3 +422,13 @@ def test_finished_tasks_survive_an_error(tmp_path, tokenizer_folder, monkeypatch
         prepare(*arguments, task_bytes=50)
     monkeypatch.setattr(reading, "_open", lambda path: real(path if path.endswith("b.txt") else "/nowhere"))
     assert prepare(*arguments, task_bytes=50).documents == 2  # a.txt is not read again
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(executors, "PLAIN_EVERY", 0.001)
+    (tmp_path / "progress-0").write_text("3000000")
+    with executors.progress(tmp_path, 12_000_000):
+        said = ""
+        while not said:
+            said = capsys.readouterr().err
+    assert said.startswith("preparing: 3 of 12 MB (25%), 0:00:00 elapsed\n")

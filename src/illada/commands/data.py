@@ -1,6 +1,7 @@
 """`illada tokenizer` and `illada prepare`."""
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.preparation.options import PrepareSettings
 
 
@@ -21,6 +22,7 @@ def tokenizer(
         sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes, text_field=text_field
     )
     print(f"tokenizer of {len(trained)} tokens written to {output}")
+    next_commands(f"illada prepare {' '.join(sources)} --tokenizer {output} --output DATA")
 
 
 def prepare(settings: PrepareSettings) -> None:
@@ -34,3 +36,7 @@ def prepare(settings: PrepareSettings) -> None:
         f"{result.documents:,} documents, {result.tokens:,} tokens, {result.bytes:,} bytes of text in {result.path}"
         + (f" ({odd})" if odd else "")
     )
+    if result.kind == "chat":
+        next_commands(f"illada sft tiny-cpu-sft --model.start MODEL --data.train {settings.output} --output RUN")
+    else:
+        next_commands(f"illada pretrain tiny-cpu-pretrain --data.train {settings.output} --output RUN")

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.errors import IlladaError
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
@@ -23,12 +24,18 @@ def sft(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, title: str) -> None:
+    """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
     result = heavy.training.train(recipe, title=title)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks
         print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+        use = f"illada chat --model {result.model}"
+        if title == "pretrain":
+            use = f"illada generate --model {result.model} --prompt 'Once upon a time'"
+            use += f"\nillada sft tiny-cpu-sft --model.start {result.model} --data.train CHATS --output RUN"
+        next_commands(use, f"illada report {recipe.output}")
 
 
 def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:  # noqa: ARG001 (the parser reads sft)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.weights.options import Dtype
 
 
@@ -24,6 +25,7 @@ def export(
     """
     heavy.export.export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
+    next_commands(f"illada chat --model {output}", f"illada serve --model {output}")
 
 
 def convert(
@@ -47,3 +49,11 @@ def convert(
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
     print(heavy.convert.convert_model(from_, output, objective, mask_token, dtype, max_shard_size))
+    if objective == "causal":
+        next_commands(f"illada generate --model {output} --prompt 'Once upon a time'")
+    else:
+        next_commands(
+            f"illada prepare TEXTS --tokenizer {output} --output DATA",
+            f"illada pretrain --model.start {output} --data.train DATA --data.window 512 --training.steps 1000 "
+            "--training.samples_per_step 32 --training.warmup_steps 100 --output RUN",
+        )

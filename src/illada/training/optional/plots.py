@@ -54,7 +54,7 @@ def draw_run(run: str, output: str | None = None) -> Path:
     norm.set_yscale("log")
     norm.set_title("gradient norm (left), learning rate (right)")
     curve(norm.twinx(), column("learning_rate"), "learning rate", color="tab:orange")
-    curve(speed, column("tokens_per_second"), "mean since the start", linewidth=0.8)
+    curve(speed, column("tokens_per_second"), "speed of the last ten seconds", linewidth=0.8)
     speed.set_ylim(bottom=0)
     speed.set_title("tokens a second")
     for axes in (loss, ratio, norm, speed):
