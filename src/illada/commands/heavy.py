@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import illada.generation.engine as generation
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
-    import illada.scoring.candidates as scoring
+    import illada.scoring.optional.candidates as scoring
     import illada.serving.cluster as cluster
     import illada.serving.server as server
     import illada.text.chat as chat
@@ -46,7 +46,7 @@ MODULES = {
     "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
     "preparation": "illada.preparation.prepare",
-    "scoring": "illada.scoring.candidates",
+    "scoring": "illada.scoring.optional.candidates",
     "server": "illada.serving.server",
     "terminal": "illada.commands.terminal",
     "train_tokenizer": "illada.preparation.train_tokenizer",

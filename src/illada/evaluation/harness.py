@@ -430,7 +430,8 @@ class IlladaLM(LM):
 
     def _generate(self, jobs: list[tuple[str, list[int], GenerationSettings]]) -> Iterator[list[Entry]]:
         """Answer all prompts in one engine, the longest first, so that neighbours are of similar length."""
-        engine = Engine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
+        limit = self.generation_batch_tokens
+        engine = Engine(self.model, self.tokenizer, max_batch_tokens=limit, keep_special_tokens=True)
         todo = sorted((job for job in jobs if job[0] not in self.journal.entries), key=lambda job: -len(job[1]))
         keys = {engine.submit(ids, settings): key for key, ids, settings in todo}
         start = time.perf_counter()
