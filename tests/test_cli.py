@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from illada import cli
+from illada.commands.shown import SHOWN, TAKES_MODEL
 from illada.errors import DivergedError
 from illada.text.prompts import encode_plain
 from illada.text.tokenizer import load_tokenizer
@@ -79,6 +81,79 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     assert said.startswith("usage: illada")
     assert "ArgumentParser" not in said
+
+
+def said_by(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words))
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_help_shows_what_matters_first_and_all_on_request(command, capsys):
+    short, full = said_by(capsys, command, "--help"), said_by(capsys, command, "--help_all")
+    assert full == said_by(capsys, command, "--help-all")
+    assert short.count("\n") <= 80
+    options = re.compile(r"^  (--[\w.]+)", flags=re.MULTILINE)
+    shown, known = set(options.findall(short)), set(options.findall(full))
+    positional = {"sources"} if command == "prepare" else set()
+    assert shown == {f"--{name}" for name in SHOWN[command].split() if name not in positional}
+    assert shown < known
+    assert f"illada {command} --help_all" in short
+    assert short.startswith(f"usage: illada {command} ")
+
+
+def test_print_config_prints_a_recipe_that_is_read(work, capsys, tmp_path):
+    printed = said_by(capsys, "pretrain", work.recipe, "--training.steps", "3", "--print_config")
+    (tmp_path / "whole.yaml").write_text(printed)
+    assert yaml.safe_load(printed)["training"]["steps"] == 3
+    assert said_by(capsys, "pretrain", str(tmp_path / "whole.yaml"), "--print_config") == printed
+
+
+def test_hyphens_are_underscores(work, capsys):
+    words = ["generate", work.run, "--prompt", "a-b", "--json"]
+    cli.main([*words, "--max-new-tokens", "8", "--block-length=4"])
+    hyphens = capsys.readouterr().out
+    cli.main([*words, "--max_new_tokens", "8", "--block_length=4"])
+    assert capsys.readouterr().out == hyphens
+    assert json.loads(hyphens)["prompt"] == "a-b"
+
+
+def test_the_model_may_come_first(work, fails, capsys):
+    for command in TAKES_MODEL:
+        assert "the model is given twice: as m and as --model" in fails(command, "m", "--model", "other")
+    assert "no model at missing" in fails("chat", "missing")
+    assert "no model at missing" in fails("serve", "missing")
+    assert "no model at missing" in fails("export", "missing", "--output", "o")
+    cli.main(["score", work.run, "--context", "one two", "--candidates", " three"])
+    first = capsys.readouterr().out
+    cli.main(["score", "--model", work.run, "--context", "one two", "--candidates", " three"])
+    assert capsys.readouterr().out == first
+
+
+def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    for shell in ("zsh", "fish"):
+        cli.main(["completion", shell])
+        assert "--training.samples_per_step" in capsys.readouterr().out.replace("\\", "")
+    cli.main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    cases = {
+        "pretrain --training.spike": "--training.spike_deviations",
+        "pretrain --training.decay,": "cosine linear",
+        "bench ge": "generate",
+        "compl": "completion",
+        "generate --chat,": "true false",
+    }
+    for typed, wanted in cases.items():
+        words = ["illada", *typed.replace(",", " ,").split()]
+        line = " ".join(f"'{word}'" for word in words).replace("','", "''")
+        script = f"source {tmp_path}/script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        done = subprocess.run(
+            ["bash", "-c", script + '_shtab_illada; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == wanted, typed
 
 
 def test_no_command_is_a_call_for_help(capsys):
