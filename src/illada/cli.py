@@ -27,6 +27,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from wrapt import register_post_import_hook
 
 from illada.commands import bench, data, demo, evaluation, generation, scoring, serving, training, weights
+from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, needs
 from illada.training.recipe import SFT_DEFAULTS, Recipe
@@ -124,7 +125,9 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
     """Give a command's parser its options; `defaults` are those of the recipe."""
     for option in _options(command):
         if option.kind is Recipe:
-            text = "recipe (YAML); may come first, without the flag"
+            text = (
+                "recipe: a YAML file, or one of ours by name (tiny-cpu-pretrain); may come first, without the flag"
+            )
             parser.add_argument("--config", action=ActionConfigFile, help=text)
             parser.add_class_arguments(Recipe)
             parser.set_defaults(dict(defaults))
@@ -288,7 +291,7 @@ def _normalise(words: list[str], parser: "_Parser") -> list[str]:
     """
     if len(words) > 1 and not words[1].startswith("-"):
         if words[0] in TAKES_RECIPE:
-            words = [words[0], "--config", *words[1:]]
+            words = [words[0], "--config", recipe_file(words[1]), *words[2:]]
         elif words[0] in TAKES_MODEL:
             if any(word.partition("=")[0] == "--model" for word in words):
                 raise IlladaError(f"the model is given twice: as {words[1]} and as --model")
