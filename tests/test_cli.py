@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +155,29 @@ def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
             ["bash", "-c", script + '_shtab_illada; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == wanted, typed
+
+
+def test_the_doctor_says_what_is_here(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    real = metadata.version
+    versions = {"peft": "0.1", "torch": "2.99.0"}
+
+    def version(name):
+        if name == "matplotlib":
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name) or real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    lines = {line[2:20].strip(): line[20:].strip() for line in said.splitlines()}
+    assert lines["torch"] == "2.99.0"
+    assert "matplotlib missing" in lines["report"]
+    assert lines["report"].endswith("pip install 'illada[report]'")
+    assert re.fullmatch(r"peft 0.1, but >=0.\d+ is needed: pip install 'illada\[tune\]'", lines["tune"])
+    assert lines["HF_HUB_OFFLINE"] == "1"
+    assert lines["device"]
+    assert "dev" not in lines
 
 
 def test_no_command_is_a_call_for_help(capsys):

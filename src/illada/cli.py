@@ -26,7 +26,7 @@ from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from wrapt import register_post_import_hook
 
-from illada.commands import bench, data, demo, evaluation, generation, scoring, serving, training, weights
+from illada.commands import bench, data, demo, doctor, evaluation, generation, scoring, serving, training, weights
 from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, needs
@@ -76,6 +76,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "compare": evaluation.compare,
     "export": weights.export,
     "convert": weights.convert,
+    "doctor": doctor.doctor,
     "completion": completion,
     "bench": {"generate": bench.generate, "serve": bench.serve},
 }
@@ -125,9 +126,7 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
     """Give a command's parser its options; `defaults` are those of the recipe."""
     for option in _options(command):
         if option.kind is Recipe:
-            text = (
-                "recipe: a YAML file, or one of ours by name (tiny-cpu-pretrain); may come first, without the flag"
-            )
+            text = "recipe: a YAML file, or one of ours by name (tiny-cpu-pretrain); may come first, without the flag"
             parser.add_argument("--config", action=ActionConfigFile, help=text)
             parser.add_class_arguments(Recipe)
             parser.set_defaults(dict(defaults))

@@ -41,7 +41,7 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("illada", "torch", "transformers", "numpy")},
         },
-        "commit": _commit(),
+        "commit": commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -56,7 +56,7 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of this package's checkout, with "-dirty" if files have changed; None outside a checkout."""
 
     def git(*words: str) -> str:

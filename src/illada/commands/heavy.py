@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import illada.bench.generation as bench_generation
     import illada.bench.serving as bench_serving
+    import illada.commands.checkup as checkup
     import illada.commands.terminal as terminal
     import illada.demo.stages as demo
     import illada.evaluation.compare as comparison
@@ -35,6 +36,7 @@ MODULES = {
     "bench_generation": "illada.bench.generation",
     "bench_serving": "illada.bench.serving",
     "chat": "illada.text.chat",
+    "checkup": "illada.commands.checkup",
     "cluster": "illada.serving.cluster",
     "comparison": "illada.evaluation.compare",
     "convert": "illada.weights.convert",
