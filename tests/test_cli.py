@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -17,7 +18,7 @@ from illada.commands.shown import SHOWN, TAKES_MODEL
 from illada.errors import DivergedError
 from illada.text.prompts import encode_plain
 from illada.text.tokenizer import load_tokenizer
-from illada.weights.runs import read_metrics
+from illada.weights.runs import NOT_A_MODEL, read_metrics
 
 TEXT = "one two three four five six seven\n"
 SHAPE = ["--model.hidden_size", "32", "--model.intermediate_size", "48", "--model.num_hidden_layers", "2"]
@@ -407,6 +408,43 @@ def test_generate(work, capsys):
     log_probs = [r.pop("log_probs") for r in (records[1], record)]
     assert records[1] == record  # company changes nothing
     assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-5)
+
+
+def test_generate_says_what_a_plain_prompt_gets_wrong(work, capsys, tmp_path):
+    def notes(model, *prompts, more=()):
+        cli.main(["generate", str(model), "--prompt", *prompts, *GENERATE, *more])
+        return capsys.readouterr().err
+
+    assert notes(work.run, "one", "one\n") == ""
+    assert "note: the space that ends 'one two ' belongs to the next word" in notes(work.run, "one", "one two ")
+    assert notes(work.run, "one ", more=["--chat"]) == ""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "index.json").write_text('{"kind": "chat"}')
+    shutil.copytree(work.run, tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["data"]["train"] = str(tmp_path / "data")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for model in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert f"note: {model} was tuned on conversations" in notes(model, "one")
+        assert notes(model, "one", more=["--chat"]) == ""
+    (tmp_path / "data" / "index.json").unlink()
+    assert notes(tmp_path / "run", "one") == ""
+
+
+def test_a_model_that_writes_nothing_says_why(work, capsys, tmp_path, monkeypatch):
+    from illada.generation import engine
+
+    nothing = engine.Generation([], "stop", 1, [], "")
+    monkeypatch.setattr(engine, "generate", lambda *_, **__: [nothing])
+    shutil.copytree(f"{work.run}/model", tmp_path / "start")
+    cli.main(["generate", str(tmp_path / "start"), "--prompt", "one"])
+    assert "nothing was written: the model ends at once" in capsys.readouterr().err
+    (tmp_path / "start" / "README.md").write_text(f"**{NOT_A_MODEL}: its weights ...**")
+    cli.main(["generate", str(tmp_path / "start"), "--prompt", "one"])
+    assert (
+        f"start was converted and not trained yet, it is no model before: illada pretrain --model.start {tmp_path}"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):

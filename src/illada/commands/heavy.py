@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import illada.weights.convert as convert
     import illada.weights.export as export
     import illada.weights.load as weights
+    import illada.weights.runs as runs
 
 MODULES = {
     "bench_generation": "illada.bench.generation",
@@ -48,6 +49,7 @@ MODULES = {
     "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
     "preparation": "illada.preparation.prepare",
+    "runs": "illada.weights.runs",
     "scoring": "illada.scoring.optional.candidates",
     "server": "illada.serving.server",
     "terminal": "illada.commands.terminal",

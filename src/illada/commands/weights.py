@@ -49,11 +49,3 @@ def convert(
         max_shard_size: largest file of weights; more are written in several, with an index.
     """
     print(heavy.convert.convert_model(from_, output, objective, mask_token, dtype, max_shard_size))
-    if objective == "causal":
-        next_commands(f"illada generate --model {output} --prompt 'Once upon a time'")
-    else:
-        next_commands(
-            f"illada prepare TEXTS --tokenizer {output} --output DATA",
-            f"illada pretrain --model.start {output} --data.train DATA --data.window 512 --training.steps 1000 "
-            "--training.samples_per_step 32 --training.warmup_steps 100 --output RUN",
-        )

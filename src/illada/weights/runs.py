@@ -1,11 +1,13 @@
 """What a run folder holds: checkpoints, the finished model or adapter, the log of its steps."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,11 +15,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from illada.errors import IlladaError
-from illada.files import new_folder
+from illada.files import new_folder, read_json
 from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.weights import adapters
 
 STATE, ABOUT = "state.json", "about"
+NOT_A_MODEL = "a starting point for training, not a model"
+"""What the card of a converted model says until it is trained."""
+
 AVERAGE = "/average"
 """Ends the name of a weight's average in a checkpoint (training.average)."""
 
@@ -55,6 +60,30 @@ def assemble(checkpoint: Path, parent: Path) -> Path:
         for path in folder.glob("*.safetensors"):
             path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
     return target
+
+
+def tuned_on_chats(path: str) -> bool:
+    """Say whether a model was tuned on conversations, as far as its name, or its run and the run's data, tell."""
+    if re.search("instruct|chat", Path(path).name, re.IGNORECASE):
+        return True
+    recipe = next((p / "recipe.yaml" for p in (Path(path), *Path(path).absolute().parents[:3]) if is_run(p)), None)
+    try:
+        train = yaml.safe_load(recipe.read_text())["data"]["train"] if recipe else []
+        names = [train] if isinstance(train, str) else list(train)
+        return bool(names) and all(read_json(Path(name) / "index.json")["kind"] == "chat" for name in names)
+    except (IlladaError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return False  # the data are gone, or elsewhere
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder is that of a training run."""
+    return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def converted_only(path: str) -> bool:
+    """Say whether a folder holds a causal model made a starting point for diffusion, and not trained since."""
+    card = Path(path) / "README.md"
+    return card.is_file() and NOT_A_MODEL in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_folder(path: str) -> Path:
