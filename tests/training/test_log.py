@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from illada.data.collate import noisy_batches
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.training import log, trainer
-from illada.training.optional import pace
+from illada.training.optional import pace, plots
 from illada.training.recipe import LogRecipe
 from illada.training.trainer import train
 from illada.weights.load import load_model
@@ -119,6 +120,33 @@ def test_a_missing_tracker_is_one_clear_line(make_recipe, monkeypatch, trackers)
     with pytest.raises(IlladaError, match=r"pip install 'illada\[track\]'") as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
+
+
+def test_a_smooth_curve_is_the_mean_of_neighbours():
+    values = np.random.default_rng(0).normal(size=300)
+    got = plots.smoothed(values)
+    for at in (0, 1, 2, 3, 150, 298, 299):
+        assert got[at] == pytest.approx(values[max(at - 7, 0) : at + 8].mean())
+    assert plots.smoothed(np.array([4.0])).tolist() == [4.0]
+
+
+@pytest.mark.slow
+def test_the_report_draws_several_runs(make_recipe, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    recipes = [make_recipe(name, validation="held_out", steps=4, validate_every=2) for name in ("first", "second")]
+    for recipe in recipes:
+        train(recipe)
+    svg = str(tmp_path / "x.svg")
+    cli.main(["report", *(recipe.output for recipe in recipes), "--output", svg])
+    cli.main(["report", recipes[0].output, "--output", str(tmp_path / "one.svg")])
+    both, one = ((tmp_path / name).read_text() for name in ("x.svg", "one.svg"))
+    for label in ("first, training", "second, held out", "bits per byte (upper bound)", "learning rate", "step"):
+        assert f"<!-- {label} -->" in both, label
+    for label in ("training", "held out", "80 to 100 % masked", "cross-entropy of masked tokens, nats"):
+        assert f"<!-- {label} -->" in one, label
+    with pytest.raises(SystemExit):
+        cli.main(["report", *(recipe.output for recipe in recipes), "--windows", "2"])
+    assert "--windows measures one run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

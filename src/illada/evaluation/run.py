@@ -65,8 +65,8 @@ def evaluate(options: EvalOptions) -> str | None:
     variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
     theirs = task_manager(str(folder)) if folder else None
     if theirs is not None:
-        known = {*theirs.all_groups, *theirs.all_subtasks}
-        if lacking := [row.task for row in rows if row.from_authors and row.task not in known]:
+        at_theirs = {*theirs.all_groups, *theirs.all_subtasks}
+        if lacking := [row.task for row in rows if row.from_authors and row.task not in at_theirs]:
             raise IlladaError(f"{options.authors_tasks} lacks the tasks {', '.join(lacking)}: check out all of it")
     return Evaluation(options, manager, rows, theirs).run(models, variants)
 
