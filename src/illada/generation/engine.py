@@ -14,7 +14,8 @@ from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.kv_cache import PagePool
 from illada.model.transformer import IlladaForMaskedLM
-from illada.text.prompts import Prompt, encode_any, encoded_ids, is_encoding, show_ids
+from illada.text.chat import Prompt, encode_any, encoded_ids, is_encoding
+from illada.text.prompts import show_ids
 
 MAX_BATCH_TOKENS = 2048
 """Most positions of one forward pass, by default."""

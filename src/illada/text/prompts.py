@@ -1,52 +1,13 @@
 """Prompts as token ids, plain or with slots to fill in, and ids as text again."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from illada.errors import IlladaError
 from illada.files import read_lines
-from illada.text.chat import Message, encode_prompt
 
 SLOT_SIGN = "___"
-
-Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
-"""A text, a chat, token ids, or what a tokenizer returns (a BatchEncoding of one row)."""
-
-
-def encode_any(prompt: Prompt, tokenizer: Any | None, name: str) -> Sequence[int]:
-    """Return the ids of a text, a chat or an encoding, and anything else as it is: the model checks that it is ids."""
-    if is_encoding(prompt):
-        rows = encoded_ids(prompt)
-        if len(rows) != 1:
-            raise IlladaError(f"{name} is an encoding of {len(rows)} rows: give it alone, or a list of single ones")
-        return rows[0]
-    is_chat = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
-    if not is_chat and not isinstance(prompt, str):
-        return prompt  # type: ignore[return-value]
-    if tokenizer is None:
-        raise IlladaError(
-            f"{name} is a {'chat' if is_chat else 'text'}: give a tokenizer, or one list of integers per prompt"
-        )
-    return encode_prompt(tokenizer, prompt, name) if is_chat else encode_plain(tokenizer, prompt)  # type: ignore
-
-
-def is_encoding(prompt: Any) -> bool:
-    """Say whether this is what a tokenizer returns."""
-    return isinstance(prompt, Mapping) and "input_ids" in prompt
-
-
-def encoded_ids(encoding: Any) -> list[list[int]]:
-    """Return the ids of each row of an encoding, of lists or tensors, without its padding."""
-    found = (encoding["input_ids"], encoding.get("attention_mask"))
-    ids, masks = (values.tolist() if hasattr(values, "tolist") else values for values in found)
-    if not ids or not isinstance(ids[0], Sequence):
-        ids, masks = [ids], [masks]
-    masks = masks or [None] * len(ids)
-    return [
-        row if mask is None else [token for token, seen in zip(row, mask, strict=True) if seen]
-        for row, mask in zip(ids, masks, strict=True)
-    ]
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:

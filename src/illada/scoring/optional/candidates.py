@@ -11,7 +11,7 @@ from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores
 from illada.scoring.path import path_log_likelihoods
-from illada.text.prompts import Prompt, encode_any
+from illada.text.chat import Prompt, encode_any
 
 Method = Literal["confidence", "likelihood", "path"]
 
