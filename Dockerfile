@@ -13,6 +13,7 @@ COPY constraints.txt ./
 RUN pip install --no-deps --constraint constraints.txt --index-url "${TORCH_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
+COPY recipes recipes
 RUN pip install --constraint constraints.txt ".[${EXTRAS}]"
 
 FROM python:${PYTHON}-slim-bookworm

@@ -24,7 +24,7 @@ import illada
 from illada.data.shards import Shards
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import environment_of
-from illada.scoring.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, score_candidates
 from illada.text.prompts import show_ids
 from illada.training.optional.likelihood import text_likelihood
 

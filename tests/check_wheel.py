@@ -22,17 +22,23 @@ for name in sys.argv[2:]:
     assert found.is_relative_to(target), f"{name} was imported from {found}, not from the wheel"
 import illada
 from illada.cli import main
+try:
+    main(["pretrain", "tiny-cpu-pretrain"])  # the recipe is found: it lacks the data
+except SystemExit as end:
+    assert end.code == 2, end.code
 """
+LACKS = "illada: error: output is missing"
 
 
 def fail(reason: str) -> None:
     sys.exit(f"check_wheel: {reason}")
 
 
-def run(words: list[str], cwd: Path, what: str) -> None:
+def run(words: list[str], cwd: Path, what: str) -> str:
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         fail(f"{what} failed: {((done.stderr or done.stdout).strip().splitlines() or ['no message'])[-1]}")
+    return done.stderr
 
 
 def check_contents(inside: set[str]) -> list[str]:
@@ -40,6 +46,7 @@ def check_contents(inside: set[str]) -> list[str]:
     source = ROOT / "src"
     files = (p.relative_to(source) for p in (source / "illada").rglob("*") if p.is_file())
     wanted = {str(p) for p in files if "__pycache__" not in p.parts}
+    wanted |= {f"illada/recipes/{p.name}" for p in (ROOT / "recipes").iterdir()}
     info = {name for name in inside if name.split("/")[0].endswith(".dist-info")}
     package = inside - info
     if missing := sorted(wanted - package):
@@ -69,7 +76,9 @@ def main() -> None:
             modules = check_contents({name for name in wheel.namelist() if not name.endswith("/")})
             wheel.extractall(target)
         # -I: neither the current folder nor PYTHON* variables; the editable install comes after the wheel.
-        run([sys.executable, "-I", "-c", IMPORT_ALL, str(target), *modules], Path(folder), "importing the wheel")
+        said = run([sys.executable, "-I", "-c", IMPORT_ALL, str(target), *modules], Path(folder), "importing the wheel")
+        if LACKS not in said:
+            fail(f"a recipe was not found by its name in the wheel: {said.strip()}")
         size = wheels[0].stat().st_size
         print(f"check_wheel: {wheels[0].name}, {size / 1000:.0f} kB, {len(modules)} modules import from it")
 

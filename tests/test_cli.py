@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +14,11 @@ import pytest
 import yaml
 
 from illada import cli
+from illada.commands.shown import SHOWN, TAKES_MODEL
 from illada.errors import DivergedError
 from illada.text.prompts import encode_plain
 from illada.text.tokenizer import load_tokenizer
-from illada.weights.runs import read_metrics
+from illada.weights.runs import NOT_A_MODEL, read_metrics
 
 TEXT = "one two three four five six seven\n"
 SHAPE = ["--model.hidden_size", "32", "--model.intermediate_size", "48", "--model.num_hidden_layers", "2"]
@@ -35,7 +39,13 @@ def work(tmp_path_factory):
             {
                 "model": {"preset": "1m", "max_position_embeddings": 64},
                 "data": {"train": data, "window": 32},
-                "training": {"steps": 9, "samples_per_step": 2, "device": "cpu", "learning_rate": 0.001},
+                "training": {
+                    "steps": 9,
+                    "samples_per_step": 2,
+                    "device": "cpu",
+                    "learning_rate": 0.001,
+                    "warmup_steps": 1,
+                },
             }
         )
     )
@@ -73,6 +83,102 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     assert said.startswith("usage: illada")
     assert "ArgumentParser" not in said
+
+
+def said_by(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words))
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_help_shows_what_matters_first_and_all_on_request(command, capsys):
+    short, full = said_by(capsys, command, "--help"), said_by(capsys, command, "--help_all")
+    assert full == said_by(capsys, command, "--help-all")
+    assert short.count("\n") <= 80
+    options = re.compile(r"^  (--[\w.]+)", flags=re.MULTILINE)
+    shown, known = set(options.findall(short)), set(options.findall(full))
+    positional = {"sources"} if command == "prepare" else set()
+    assert shown == {f"--{name}" for name in SHOWN[command].split() if name not in positional}
+    assert shown < known
+    assert f"illada {command} --help_all" in short
+    assert short.startswith(f"usage: illada {command} ")
+
+
+def test_print_config_prints_a_recipe_that_is_read(work, capsys, tmp_path):
+    printed = said_by(capsys, "pretrain", work.recipe, "--training.steps", "3", "--print_config")
+    (tmp_path / "whole.yaml").write_text(printed)
+    assert yaml.safe_load(printed)["training"]["steps"] == 3
+    assert said_by(capsys, "pretrain", str(tmp_path / "whole.yaml"), "--print_config") == printed
+
+
+def test_hyphens_are_underscores(work, capsys):
+    words = ["generate", work.run, "--prompt", "a-b", "--json"]
+    cli.main([*words, "--max-new-tokens", "8", "--block-length=4"])
+    hyphens = capsys.readouterr().out
+    cli.main([*words, "--max_new_tokens", "8", "--block_length=4"])
+    assert capsys.readouterr().out == hyphens
+    assert json.loads(hyphens)["prompt"] == "a-b"
+
+
+def test_the_model_may_come_first(work, fails, capsys):
+    for command in TAKES_MODEL:
+        assert "the model is given twice: as m and as --model" in fails(command, "m", "--model", "other")
+    assert "no model at missing" in fails("chat", "missing")
+    assert "no model at missing" in fails("serve", "missing")
+    assert "no model at missing" in fails("export", "missing", "--output", "o")
+    cli.main(["score", work.run, "--context", "one two", "--candidates", " three"])
+    first = capsys.readouterr().out
+    cli.main(["score", "--model", work.run, "--context", "one two", "--candidates", " three"])
+    assert capsys.readouterr().out == first
+
+
+def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    for shell in ("zsh", "fish"):
+        cli.main(["completion", shell])
+        assert "--training.samples_per_step" in capsys.readouterr().out.replace("\\", "")
+    cli.main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    cases = {
+        "pretrain --training.spike": "--training.spike_deviations",
+        "pretrain --training.decay,": "cosine linear",
+        "bench ge": "generate",
+        "compl": "completion",
+        "generate --chat,": "true false",
+    }
+    for typed, wanted in cases.items():
+        words = ["illada", *typed.replace(",", " ,").split()]
+        line = " ".join(f"'{word}'" for word in words).replace("','", "''")
+        script = f"source {tmp_path}/script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        done = subprocess.run(
+            ["bash", "-c", script + '_shtab_illada; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == wanted, typed
+
+
+def test_the_doctor_says_what_is_here(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    real = metadata.version
+    versions = {"peft": "0.1", "torch": "2.99.0"}
+
+    def version(name):
+        if name == "matplotlib":
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name) or real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    lines = {line[2:20].strip(): line[20:].strip() for line in said.splitlines()}
+    assert lines["torch"] == "2.99.0"
+    assert "matplotlib missing" in lines["report"]
+    assert lines["report"].endswith("pip install 'illada[report]'")
+    assert re.fullmatch(r"peft 0.1, but >=0.\d+ is needed: pip install 'illada\[tune\]'", lines["tune"])
+    assert lines["HF_HUB_OFFLINE"] == "1"
+    assert lines["device"]
+    assert "dev" not in lines
 
 
 def test_no_command_is_a_call_for_help(capsys):
@@ -302,6 +408,43 @@ def test_generate(work, capsys):
     log_probs = [r.pop("log_probs") for r in (records[1], record)]
     assert records[1] == record  # company changes nothing
     assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-5)
+
+
+def test_generate_says_what_a_plain_prompt_gets_wrong(work, capsys, tmp_path):
+    def notes(model, *prompts, more=()):
+        cli.main(["generate", str(model), "--prompt", *prompts, *GENERATE, *more])
+        return capsys.readouterr().err
+
+    assert notes(work.run, "one", "one\n") == ""
+    assert "note: the space that ends 'one two ' belongs to the next word" in notes(work.run, "one", "one two ")
+    assert notes(work.run, "one ", more=["--chat"]) == ""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "index.json").write_text('{"kind": "chat"}')
+    shutil.copytree(work.run, tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["data"]["train"] = str(tmp_path / "data")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for model in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert f"note: {model} was tuned on conversations" in notes(model, "one")
+        assert notes(model, "one", more=["--chat"]) == ""
+    (tmp_path / "data" / "index.json").unlink()
+    assert notes(tmp_path / "run", "one") == ""
+
+
+def test_a_model_that_writes_nothing_says_why(work, capsys, tmp_path, monkeypatch):
+    from illada.generation import engine
+
+    nothing = engine.Generation([], "stop", 1, [], "")
+    monkeypatch.setattr(engine, "generate", lambda *_, **__: [nothing])
+    shutil.copytree(f"{work.run}/model", tmp_path / "start")
+    cli.main(["generate", str(tmp_path / "start"), "--prompt", "one"])
+    assert "nothing was written: the model ends at once" in capsys.readouterr().err
+    (tmp_path / "start" / "README.md").write_text(f"**{NOT_A_MODEL}: its weights ...**")
+    cli.main(["generate", str(tmp_path / "start"), "--prompt", "one"])
+    assert (
+        f"start was converted and not trained yet, it is no model before: illada pretrain --model.start {tmp_path}"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):

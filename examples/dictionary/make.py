@@ -22,7 +22,7 @@ from illada.demo.report import plot_denoising
 from illada.files import write_json
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import accuracy, aligned
-from illada.scoring.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, score_candidates
 from illada.text.prompts import show_ids
 from illada.training.optional.likelihood import text_likelihood
 from illada.training.optional.ngrams import ngram_baselines

@@ -1,7 +1,8 @@
 """illada: pre-train, tune, run and score masked diffusion language models of the iLLaDA kind (arXiv 2606.25331).
 
     model, tokenizer = illada.load_model("runs/demo/model")
-    illada.generate(model, ["Shift: k d a q m z"], tokenizer=tokenizer)[0].text
+    chat = [{"role": "user", "content": "Shift: k d a q m z"}]
+    illada.generate(model, [chat], tokenizer=tokenizer)[0].text
 
 Importing it takes no time: a name loads what it needs when it is first used, and the Auto classes of transformers learn
 of the models as soon as transformers loads its own list of them.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from illada.model.transformer import IlladaForMaskedLM, IlladaModel
     from illada.scoring.confidence import confidence_scores
     from illada.scoring.likelihood import likelihood_scores
+    from illada.scoring.optional.candidates import score
     from illada.scoring.path import path_log_likelihoods
     from illada.weights.load import load_model
 
@@ -46,6 +48,7 @@ __all__ = [
     "likelihood_scores",
     "load_model",
     "path_log_likelihoods",
+    "score",
 ]
 
 _HOMES = {
@@ -62,6 +65,7 @@ _HOMES = {
     "likelihood_scores": "scoring.likelihood",
     "load_model": "weights.load",
     "path_log_likelihoods": "scoring.path",
+    "score": "scoring.optional.candidates",
 }
 
 

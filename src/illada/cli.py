@@ -2,7 +2,8 @@
 
 A parameter of a command becomes an option of its name with its type, default and docstring. A dataclass gives one
 option for each of its fields. A list takes several words; one without a default stands without a flag, and so does a
-parameter before `/`. A `Recipe` may also come from a YAML file. Exit code 2 is bad input, 1 a run that failed.
+parameter before `/`. A `Recipe` may also come from a YAML file. Options may be written with hyphens. Exit code 2 is
+bad input, 1 a run that failed.
 """
 
 import dataclasses
@@ -12,10 +13,11 @@ import os
 import re
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Keeps tokenizers from advising about processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,11 +26,40 @@ from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from wrapt import register_post_import_hook
 
-from illada.commands import bench, data, demo, evaluation, generation, scoring, serving, training, weights
-from illada.errors import DivergedError, IlladaError
+from illada.commands import bench, data, demo, doctor, evaluation, generation, scoring, serving, training, weights
+from illada.commands.recipes import recipe_file
+from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
+from illada.errors import DivergedError, IlladaError, needs
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
 Command = Callable[..., None]
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print what makes a shell complete commands, options and their values.
+
+    Args:
+        shell: which shell. For bash or zsh, put this into .bashrc or .zshrc: eval "$(illada completion bash)". For
+            fish: illada completion fish > ~/.config/fish/completions/illada.fish.
+    """
+    with needs("completion", "completion"):
+        import shtab
+
+    parser = _build([])
+    commands = [*parser._commands().values()]
+    for command in [*commands, *commands[-1]._commands().values()]:  # the last is bench
+        for action in command._actions:
+            hint = getattr(action, "_typehint", None) or action.type
+            kinds = (hint, *get_args(hint))
+            if choices := [kind for kind in kinds if get_origin(kind) is Literal]:
+                action.choices = get_args(choices[0])
+            elif bool in kinds:
+                action.choices = ("true", "false")
+            elif str in kinds:
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, shell))
+
+
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "demo": demo.demo,
     "tokenizer": data.tokenizer,
@@ -47,6 +78,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "export": weights.export,
     "convert": weights.convert,
     "verify": weights.verify,
+    "doctor": doctor.doctor,
+    "completion": completion,
     "bench": {"generate": bench.generate, "serve": bench.serve},
 }
 FROM_THE_MODEL = {"eos_token_id"}
@@ -95,7 +128,7 @@ def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str
     """Give a command's parser its options; `defaults` are those of the recipe."""
     for option in _options(command):
         if option.kind is Recipe:
-            text = "recipe (YAML); may come first, without the flag"
+            text = "recipe: a YAML file, or one of ours by name (tiny-cpu-pretrain); may come first, without the flag"
             parser.add_argument("--config", action=ActionConfigFile, help=text)
             parser.add_class_arguments(Recipe)
             parser.set_defaults(dict(defaults))
@@ -133,6 +166,8 @@ def _build(words: Sequence[str]) -> "_Parser":
         for name, command in commands.items():
             text = "Measure this package." if isinstance(command, dict) else (command.__doc__ or "").partition("\n")[0]
             child = _Parser(description=text)
+            if "--help_all" not in words and parent is parser:
+                child.short = name if name in SHOWN else None
             subcommands.add_subcommand(name, child, help=text)
             if isinstance(command, dict):
                 add(child, command, "WHAT")
@@ -163,7 +198,27 @@ def _is_given(option: _Option, arguments: Namespace) -> bool:
 
 
 class _Parser(ArgumentParser):
-    """Turns what jsonargparse says about bad input into one line for people."""
+    """Turns what jsonargparse says about bad input into one line for people, and shortens the help of long commands."""
+
+    short: str | None = None
+    """The name of a command of which the help shows only the options in `SHOWN`."""
+
+    def format_help(self) -> str:
+        if self.short is None:
+            return super().format_help()
+        shown = {*SHOWN[self.short].split(), "help"}
+        hidden = [action for action in self._actions if action.dest not in shown]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = SUPPRESS
+        self.usage, self.epilog = usage(self.short), f"{len(hidden)} more: illada {self.short} --help_all"
+        if self.short in TAKES_RECIPE:
+            self.epilog += "; --print_config prints the recipe with every key"
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         line = " ".join(str(message).split())
@@ -227,12 +282,23 @@ def _wanted(types: str) -> str:
     return " or ".join(words + ["null"] * ("NoneType" in types))
 
 
+def _with_underscores(word: str) -> str:
+    """Let `--max-new-tokens` mean `--max_new_tokens`."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
 def _normalise(words: list[str], parser: "_Parser") -> list[str]:
-    """Let a recipe stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`), and a list
-    without brackets (`--lora.targets q_proj v_proj`).
+    """Let a recipe or a model stand without its flag (`pretrain recipe.yaml`), a switch without its value (`--quick`),
+    and a list without brackets (`--lora.targets q_proj v_proj`).
     """
-    if len(words) > 1 and words[0] in ("pretrain", "sft", "estimate") and not words[1].startswith("-"):
-        words = [words[0], "--config", *words[1:]]
+    if len(words) > 1 and not words[1].startswith("-"):
+        if words[0] in TAKES_RECIPE:
+            words = [words[0], "--config", recipe_file(words[1]), *words[2:]]
+        elif words[0] in TAKES_MODEL:
+            if any(word.partition("=")[0] == "--model" for word in words):
+                raise IlladaError(f"the model is given twice: as {words[1]} and as --model")
+            words = [words[0], "--model", *words[1:]]
     command = parser._commands().get(words[0], parser)
     hints = {option: action for action in command._actions for option in action.option_strings}
     switches = {option for option, action in hints.items() if getattr(action, "_typehint", None) is bool}
@@ -252,9 +318,10 @@ def _normalise(words: list[str], parser: "_Parser") -> list[str]:
 def main(words: list[str] | None = None) -> None:
     """Run the command line; exits with 2 on bad input and 1 on a failed run."""
     warnings.filterwarnings("ignore")
-    words = sys.argv[1:] if words is None else words
+    words = [_with_underscores(word) for word in (sys.argv[1:] if words is None else words)]
     try:
         parser = _build(words)
+        words = ["--help" if word == "--help_all" else word for word in words]
         arguments = parser.parse_args(_normalise(words or ["--help"], parser))
         try:
             arguments = parser.instantiate(arguments)

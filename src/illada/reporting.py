@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,15 @@ INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
 
 
+PLAIN_EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time as 1:02:03, with days where there are any."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
     """Return what a measurement depends on besides its settings: versions, commit, device and type of the weights.
 
@@ -31,7 +41,7 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("illada", "torch", "transformers", "numpy")},
         },
-        "commit": _commit(),
+        "commit": commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -46,7 +56,7 @@ def environment_of(network: IlladaForMaskedLM | None) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of this package's checkout, with "-dirty" if files have changed; None outside a checkout."""
 
     def git(*words: str) -> str:

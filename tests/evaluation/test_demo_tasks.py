@@ -8,7 +8,7 @@ import pytest
 from illada.demo import task_files
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
-from illada.scoring.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, score_candidates
 from illada.text.chat import encode_prompt
 from illada.toy_tasks import Choice, Example
 from illada.weights.load import load_model

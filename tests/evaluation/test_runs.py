@@ -264,6 +264,31 @@ def test_the_harness_has_the_tasks_and_metrics_of_the_papers_rows(ours, build_mo
         assert path.read_text().count('"doc_id"') == 1
 
 
+def test_a_task_file_is_taken_where_its_folder_is_and_samples_hold_the_question(model_folder, tmp_path, capsys):
+    words = ["eval", str(model_folder), "--task_files", str(TASKS / "letters.yaml"), "--output", str(tmp_path / "out")]
+    cli.main([*words, "--limit", "2", "--dtype", "fp32", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:3]] == ["letters"]
+    assert "tuned on conversations" not in said.err
+    (file,) = (tmp_path / "out" / "samples").iterdir()
+    questions = [json.loads(line)["question"] for line in file.read_text().splitlines()]
+    assert len(questions) == 2
+    assert all("Which comes after" in question for question in questions)
+    (tmp_path / "group.yaml").write_text("dataset_path: json\n")
+    with pytest.raises(IlladaError, match="names no task"):
+        run.evaluate(EvalOptions(str(tmp_path / "x"), str(model_folder), task_files=str(tmp_path / "group.yaml")))
+
+
+def test_a_tuned_model_without_the_template_is_asked_about(model_folder, tmp_path, capsys):
+    folder = tmp_path / "my-Instruct"
+    shutil.copytree(model_folder, folder)
+    words = ["eval", str(folder), "--task_files", str(TASKS / "letters.yaml"), "--limit", "1", "--device", "cpu"]
+    cli.main([*words, "--output", str(tmp_path / "plain")])
+    assert "my-Instruct was tuned on conversations" in capsys.readouterr().err
+    cli.main([*words, "--output", str(tmp_path / "chat"), "--chat"])
+    assert "tuned on conversations" not in capsys.readouterr().err
+
+
 def test_a_question_is_not_among_its_own_shots(model_folder, tmp_path, in_tasks):
     shutil.copy(TASKS / "letters.jsonl", tmp_path)
     text = (TASKS / "letters.yaml").read_text()

@@ -40,7 +40,7 @@ class Pieces:
             text = text[len(self.pieces[i]) :]
         return [0] * add_special_tokens + ids
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens=False):
         return "".join(self.pieces.get(i, f"[{i}]") for i in ids)
 
 

@@ -7,8 +7,10 @@ import torch
 
 import illada
 from illada import GenerationSettings, IlladaError
+from illada.generation.engine import Engine
+from illada.generation.settings import settings_for
 from illada.text.chat import encode_prompt
-from illada.text.prompts import encode_plain
+from illada.text.prompts import encode_plain, show_ids
 
 CHAT = [{"role": "user", "content": "one two"}]
 SMALL = GenerationSettings(max_new_tokens=8, block_length=4, eos_token_id=None)
@@ -28,7 +30,22 @@ def test_texts_chats_and_ids_in_one_batch(model, tiny_tokenizer, settings):
     answers = illada.generate(model, prompts, settings, tokenizer=tiny_tokenizer)
     assert answers == illada.generate(model, ids, settings, tokenizer=tiny_tokenizer)
     assert len({tuple(answer.ids) for answer in answers}) == 4
-    assert all(answer.text == tiny_tokenizer.decode(answer.ids) for answer in answers)
+    assert all(answer.text == show_ids(tiny_tokenizer, answer.ids) for answer in answers)
+
+
+@pytest.mark.parametrize("kind", [None, "pt", "np"])
+def test_what_a_tokenizer_returns_is_a_prompt(model, tiny_tokenizer, kind):
+    """`apply_chat_template` of transformers 5 returns a BatchEncoding, of one row or, with padding, of several."""
+    chats = [CHAT, [{"role": "user", "content": "one two three four"}]]
+    alone = [illada.generate(model, [chat], SMALL, tokenizer=tiny_tokenizer)[0] for chat in chats]
+    words = {"add_generation_prompt": True, "return_dict": True, "return_tensors": kind}
+    one = tiny_tokenizer.apply_chat_template(CHAT, **words)
+    assert illada.generate(model, one, SMALL, tokenizer=tiny_tokenizer) == alone[:1]
+    assert illada.generate(model, [one, "one"], SMALL, tokenizer=tiny_tokenizer)[0] == alone[0]
+    both = tiny_tokenizer.apply_chat_template(chats, padding=True, **words)
+    assert illada.generate(model, both, SMALL, tokenizer=tiny_tokenizer) == alone
+    with pytest.raises(IlladaError, match="prompt 0 is an encoding of 2 rows"):
+        illada.generate(model, [both], SMALL)
 
 
 def test_an_empty_text_is_a_document_that_begins(model, tiny_tokenizer):
@@ -79,7 +96,10 @@ def test_without_settings_every_id_of_the_model_ends_an_answer(build_model, tiny
         model.lm_head = Ending(*[user] * 31, 9)
         (answer,) = illada.generate(model, ["one"], tokenizer=tiny_tokenizer)
         assert (answer.ids, answer.finish_reason) == ([user] * 31, "stop")
-        assert answer.text == "<|user|>" * 31  # special tokens stand in the text, but not the one that ended it
+        assert answer.text == ""  # special tokens are no text
+        engine = Engine(model, tiny_tokenizer, keep_special_tokens=True)
+        engine.submit([0], settings_for(model, GenerationSettings()))
+        assert engine.run()[0].text == "<|user|>" * 31  # but not the one that ended the answer
         # Settings that are given stay as they are.
         for settings in (GenerationSettings(32), [GenerationSettings(32, eos_token_id=2)]):
             (answer,) = illada.generate(model, ["one"], settings, tokenizer=tiny_tokenizer)
@@ -97,3 +117,19 @@ def test_settings_per_prompt_go_with_their_texts(model, tiny_tokenizer):
     assert [len(answer.ids) for answer in answers] == [8, 4]
     with pytest.raises(IlladaError, match="1 prompts but 2 settings"):
         illada.generate(model, ["one"], settings, tokenizer=tiny_tokenizer)
+
+
+def test_a_stop_string_and_special_tokens(build_model, tiny_tokenizer):
+    """The ids and the text end before the stop string, which may be a special token; the text has none."""
+    user, word = (tiny_tokenizer.encode(text, add_special_tokens=False) for text in ("<|user|>", "one"))
+    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer))
+    written = [*user, *word, *user, *word]
+    model.lm_head = Ending(*[9] * (32 - len(written)), *written)
+    for stop, kept in (("<|user|>", 0), ("one<|user|>", 1)):
+        settings = GenerationSettings(32, eos_token_id=None, stop=(stop,))
+        for keep, text in ((False, ""), (True, "<|user|>" * kept)):
+            engine = Engine(model, tiny_tokenizer, keep_special_tokens=keep)
+            engine.submit([0], settings)
+            (answer,) = engine.run()
+            assert answer.text.endswith(text)
+            assert ("<|user|>" in answer.text) == (keep and kept > 0)

@@ -32,7 +32,7 @@ from illada.model.kv_cache import KVCache, PagePool
 from illada.training.optional.estimate import estimate
 from illada.training.optional.flops import flops_per_token
 from illada.training.optional.options import EstimateOptions
-from illada.training.optional.plots import draw_run
+from illada.training.optional.plots import draw_runs
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
 from illada.training.trainer import train
 from illada.training.validation import bits_per_byte, validation_bound
@@ -266,7 +266,7 @@ def test_a_run_is_of_the_same_trainer(run, capsys):
     assert records[-1]["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert validation_bound(model, held_out, 32, None, 4) == pytest.approx(want, rel=1e-4)
     pytest.importorskip("matplotlib")
-    draw_run(run.output)
+    draw_runs([run.output])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.folders import SUMS, damage, read_sums
+from illada.preparation import executors
 from illada.preparation import prepare as preparing
 from illada.preparation import readers as reading
 from illada.preparation.options import PATTERNS, PrepareSettings
@@ -414,3 +415,77 @@ def test_a_task_that_does_not_fit_leaves_no_half_shard_and_is_done_later(tmp_pat
         for path in (tmp_path / "out").rglob("*")
         if path.is_file() and path.name != SUMS
     }
+
+
+CHAT_RECORD = {"messages": [{"role": "user", "content": "some"}, {"role": "assistant", "content": "words"}]}
+
+
+@pytest.mark.parametrize("record", [CHAT_RECORD, {"prompt": "some", "response": "words"}])
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.jsonl.gz", "chats.parquet"])
+def test_conversations_are_recognised(tmp_path, tokenizer_folder, capsys, record, name):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([record] * 3), path)
+    else:
+        text = "\nnot JSON\n" + f"{json.dumps(record)}\n" * 3
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = prepare([str(path)], str(tmp_path / "out"), tokenizer_folder)
+    assert (found.kind, found.documents) == ("chat", 3)
+    assert capsys.readouterr().err == f"{path} holds conversations: prepared with --kind chat\n"
+    asked = prepare([str(path)], str(tmp_path / "asked"), tokenizer_folder, kind="chat")
+    assert content(asked.path) == content(found.path)
+    again = prepare([str(path)], str(tmp_path / "out"), tokenizer_folder)
+    assert again.index == found.index
+
+
+def test_a_record_with_the_text_field_is_a_text(tmp_path, tokenizer_folder, capsys):
+    write_jsonl(tmp_path / "a.jsonl", {"text": "some words", **CHAT_RECORD})
+    assert prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer_folder).kind == "text"
+    assert capsys.readouterr().err == ""
+    shards = prepare([str(tmp_path)], str(tmp_path / "chat"), tokenizer_folder, text_field="content")
+    assert shards.kind == "chat"
+
+
+def test_texts_and_conversations_do_not_go_together(tmp_path, tokenizer_folder):
+    write_jsonl(tmp_path / "a.jsonl", CHAT_RECORD)
+    (tmp_path / "b.txt").write_text("some words")
+    with pytest.raises(IlladaError, match=r"a\.jsonl holds conversations, .*b\.txt text: prepare them one at a time"):
+        prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer_folder)
+
+
+def test_an_error_leaves_nothing_behind_and_the_right_command_works(tmp_path, tokenizer_folder):
+    write_jsonl(tmp_path / "a.jsonl", CHAT_RECORD)
+    out = tmp_path / "out"
+    with pytest.raises(IlladaError, match="it is a conversation: set kind chat"):
+        prepare([str(tmp_path)], str(out), tokenizer_folder, kind="text")
+    assert not out.exists()
+    assert prepare([str(tmp_path)], str(out), tokenizer_folder).kind == "chat"
+    write_jsonl(tmp_path / "empty.jsonl", {"prompt": "some", "response": " "})
+    with pytest.raises(IlladaError, match="nothing to keep"):
+        prepare([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty"), tokenizer_folder)
+    assert not (tmp_path / "empty").exists()
+    write_jsonl(tmp_path / "odd.jsonl", {"instruction": "some", "output": "words"})
+    with pytest.raises(IlladaError, match=r'conversations as \{"messages"'):
+        prepare([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd"), tokenizer_folder)
+
+
+def test_finished_tasks_survive_an_error(tmp_path, tokenizer_folder, monkeypatch):
+    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    for source in sources:
+        Path(source).write_text("some words " * 9)
+    arguments, real = (sources, str(tmp_path / "out"), tokenizer_folder), reading._open
+    monkeypatch.setattr(reading, "_open", lambda path: real(path if path.endswith("a.txt") else "/nowhere"))
+    with pytest.raises(IlladaError, match="cannot read"):
+        prepare(*arguments, task_bytes=50)
+    monkeypatch.setattr(reading, "_open", lambda path: real(path if path.endswith("b.txt") else "/nowhere"))
+    assert prepare(*arguments, task_bytes=50).documents == 2  # a.txt is not read again
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(executors, "PLAIN_EVERY", 0.001)
+    (tmp_path / "progress-0").write_text("3000000")
+    with executors.progress(tmp_path, 12_000_000):
+        said = ""
+        while not said:
+            said = capsys.readouterr().err
+    assert said.startswith("preparing: 3 of 12 MB (25%), 0:00:00 elapsed\n")

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import illada
 from illada.errors import IlladaError
 from illada.scoring import layout
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import score_layout
 from illada.scoring.likelihood import likelihood_scores, masked_counts, masked_tokens
+from illada.text.chat import encode_prompt
 from reference import reference_confidence_score, reference_likelihood_score, reference_uniform
 
 ids = st.integers(0, 63)
@@ -232,3 +234,23 @@ def test_pairs_that_look_the_same_may_ask_for_different_tokens(tied):
     pairs = [([9, 5], [7]), *(([9], [i, 7]) for i in range(10, 20))]
     wanted = [reference_confidence_score(tied, *pair) for pair in pairs]
     assert confidence_scores(tied, pairs) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_candidates_as_texts_after_any_context(build_model, tiny_tokenizer):
+    """A text by the authors' layout; a chat, its ids and what `apply_chat_template` returns alike."""
+    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer))
+    texts = ["two", "three four"]
+    pairs, right = score_layout(tiny_tokenizer, "one ", texts)
+    assert illada.score(model, "one ", texts, tiny_tokenizer) == confidence_scores(model, pairs, right)
+    assert illada.score(model, "one ", texts, tiny_tokenizer, "likelihood", 4) == likelihood_scores(
+        model, pairs, 4, 0, right
+    )
+    chat = [{"role": "user", "content": "one"}]
+    encoded = tiny_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    ids = encode_prompt(tiny_tokenizer, chat)
+    want = confidence_scores(model, [(ids, tiny_tokenizer.encode(t, add_special_tokens=False)) for t in texts], (2,))
+    assert [illada.score(model, context, texts, tiny_tokenizer) for context in (chat, ids, encoded)] == [want] * 3
+    assert illada.score(model, "one ", texts, tiny_tokenizer, "path") != want
+    for words, says in ((("one", "two"), "a list of texts"), (("one", ["two"], tiny_tokenizer, "best"), "not 'best'")):
+        with pytest.raises(IlladaError, match=says):
+            illada.score(model, *words[:2], tiny_tokenizer, *words[3:])

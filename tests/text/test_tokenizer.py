@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -95,3 +97,13 @@ def test_what_is_not_a_tokenizer_is_one_line(tmp_path, content):
 def test_a_hub_name_needs_permission():
     with pytest.raises(IlladaError, match="no tokenizer folder at some/name"):
         load_tokenizer("some/name")
+
+
+def test_a_tokenizer_learns_what_is_said_in_conversations(tmp_path):
+    said = "repeatedword " * 9
+    record = {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "b.txt").write_text("otherthing " * 9)
+    vocabulary = train_tokenizer_from_files([str(tmp_path)], 320, tmp_path / "tok").get_vocab()
+    assert {"Ġrepeatedword", "Ġotherthing"} <= vocabulary.keys()
+    assert not any("content" in token for token in vocabulary)

@@ -257,7 +257,9 @@ def test_the_command_trains_an_adapter(lora, tmp_path, capsys):
     words = ["sft", str(tmp_path / "recipe.yaml"), "--lora.rank", "2", "--lora.targets", "q_proj", "v_proj"]
     cli.main([*words, "--lora.dropout", "0.1"])
     said = capsys.readouterr()
-    assert said.out == f"adapter written to {recipe.output}/adapter\n"
+    first, *commands = said.out.splitlines()
+    assert first == f"adapter written to {recipe.output}/adapter"
+    assert commands == [f"next: illada chat --model {recipe.output}/adapter", f"      illada report {recipe.output}"]
     assert "an adapter of 448 parameters beside" in said.err  # 2 layers x rank 2 x (32 + 32 for q, 32 + 16 for v)
     assert "adapters want ten times as much" not in said.err
     assert adapter_base(Path(recipe.output) / "adapter") == recipe.model.start

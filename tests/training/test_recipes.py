@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from illada import cli
+from illada.commands.recipes import recipe_file
+from illada.errors import IlladaError
 from illada.model.config import IlladaConfig
 from illada.training.recipe import Recipe
 
@@ -71,3 +73,15 @@ def test_the_launchers_are_shell_scripts():
     for file in FOLDER.glob("*.sh"):
         assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
         assert file.stat().st_mode & 0o111
+
+
+def test_a_recipe_is_found_by_its_name_anywhere(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--data.train", "data", "--output", "run")
+    for name in ("tiny-cpu-pretrain", "tiny-cpu-pretrain.yaml", "recipes/tiny-cpu-pretrain.yaml"):
+        assert read("pretrain", name, *words).training.decay_steps == 700
+    (tmp_path / "tiny-cpu-pretrain").write_text((FOLDER / "150m-pretrain.yaml").read_text())
+    assert read("pretrain", "tiny-cpu-pretrain", *words).training.decay_steps == 4000  # a file comes first
+    for name in ("tiny", "elsewhere/tiny-cpu-pretrain.yaml"):
+        with pytest.raises(IlladaError, match=f"no recipe at {name}: give a file, or one of .*tiny-cpu-sft"):
+            recipe_file(name)

@@ -415,3 +415,13 @@ def test_an_adapter_is_exported_merged_into_its_base(run, tmp_path):
         torch.testing.assert_close(merged(ids).logits, beside, rtol=1e-4, atol=1e-4)
         assert (beside - run[1](ids).logits).abs().max() > 0.1
     assert "Started from `runs/base`; a LoRA adapter was trained and merged in." in card_of(tmp_path / "out")[1]
+
+
+def test_the_lines_of_the_card_generate(run, tmp_path, capsys):
+    export_model(str(run[0]), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag" not in card
+    code = card.split("## Use")[1].split("```python\n")[1].split("```")[0]
+    code = code.replace("this folder", str(tmp_path / "out")).replace('"..."', '"one"')
+    exec(code.replace("max_new_tokens=128, block_length=32", "max_new_tokens=8, block_length=4"), {})
+    assert capsys.readouterr().out.endswith("\n")

@@ -1,6 +1,7 @@
 """`illada tokenizer` and `illada prepare`."""
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.preparation.options import PrepareSettings
 
 
@@ -14,12 +15,14 @@ def tokenizer(
         output: folder to write the tokenizer to.
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
-        text_field: the field that holds the text of a record, e.g. prompt for instructions.
+        text_field: the field that holds the text of a record; of conversations ({"messages": [...]} or {"prompt",
+            "response"}) without it everything said in them counts.
     """
-    heavy.train_tokenizer.train_tokenizer_from_files(
+    trained = heavy.train_tokenizer.train_tokenizer_from_files(
         sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes, text_field=text_field
     )
-    print(f"tokenizer of {vocab_size} tokens written to {output}")
+    print(f"tokenizer of {len(trained)} tokens written to {output}")
+    next_commands(f"illada prepare {' '.join(sources)} --tokenizer {output} --output DATA")
 
 
 def prepare(settings: PrepareSettings) -> None:
@@ -33,3 +36,7 @@ def prepare(settings: PrepareSettings) -> None:
         f"{result.documents:,} documents, {result.tokens:,} tokens, {result.bytes:,} bytes of text in {result.path}"
         + (f" ({odd})" if odd else "")
     )
+    if result.kind == "chat":
+        next_commands(f"illada sft tiny-cpu-sft --model.start MODEL --data.train {settings.output} --output RUN")
+    else:
+        next_commands(f"illada pretrain tiny-cpu-pretrain --data.train {settings.output} --output RUN")

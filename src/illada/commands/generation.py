@@ -1,6 +1,10 @@
 """`illada generate` and `illada chat`: text in, text out."""
 
 import json as json_format
+import sys
+from collections.abc import Sequence
+from string import ascii_lowercase
+from typing import Any
 
 from illada.commands import heavy
 from illada.errors import IlladaError
@@ -36,6 +40,8 @@ def generate(
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    if not chat and slot_tokens is None:
+        _check_plain(model.model, tokenizer, prompts)
     if slot_tokens is not None:
         templates = [encode_template(tokenizer, text, slot_tokens) for text in prompts]
         answers = heavy.generation.infill(network, templates, settings, tokenizer=tokenizer)
@@ -45,6 +51,8 @@ def generate(
         else:
             ids = [encode_plain(tokenizer, text) for text in prompts]
         answers = heavy.generation.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
+    if all(not show_ids(tokenizer, answer.ids).strip() for answer in answers):
+        _explain_nothing(model.model)
     for text, answer in zip(prompts, answers, strict=True):
         if json:
             record = {"prompt": text, "text": show_ids(tokenizer, answer.ids)}
@@ -54,6 +62,34 @@ def generate(
             if len(prompts) > 1:
                 print(f"> {text}")
             print(show_ids(tokenizer, answer.ids))
+
+
+def _check_plain(model: str, tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Say what makes plain prompts the wrong ones: a tuned model, a space that belongs to the next word."""
+    if heavy.runs.tuned_on_chats(model):
+        _say(f"{model} was tuned on conversations, and the prompt is plain text to continue: add --chat to ask it")
+    cut = [text for text in prompts if text[-1:].isspace() and not _ends_a_token(tokenizer, text)]
+    if cut:
+        _say(f"the space that ends {cut[0][-20:]!r} belongs to the next word, half a word may follow: leave it out")
+
+
+def _ends_a_token(tokenizer: Any, text: str) -> bool:
+    """Say whether the tokens of a text are still there when a word follows it, whatever its first letter."""
+    ids, *longer = (tokenizer.encode(text + letter, add_special_tokens=False) for letter in ("", *ascii_lowercase))
+    return all(more[: len(ids)] == ids for more in longer)
+
+
+def _explain_nothing(model: str) -> None:
+    """Say why a model may answer nothing."""
+    if heavy.runs.converted_only(model):
+        train = f"illada pretrain --model.start {model} --data.train DATA --output RUN"
+        _say(f"nothing was written: {model} was converted and not trained yet, it is no model before: {train}")
+    else:
+        _say("nothing was written: the model ends at once; it may want other prompts, or more training")
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def chat(model: ModelOptions, settings: GenerationSettings, system: str | None = None) -> None:

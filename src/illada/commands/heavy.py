@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import illada.bench.generation as bench_generation
     import illada.bench.serving as bench_serving
+    import illada.commands.checkup as checkup
     import illada.commands.terminal as terminal
     import illada.demo.stages as demo
     import illada.evaluation.compare as comparison
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import illada.generation.engine as generation
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
-    import illada.scoring.candidates as scoring
+    import illada.scoring.optional.candidates as scoring
     import illada.serving.batch as batch
     import illada.serving.cluster as cluster
     import illada.serving.server as server
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import illada.weights.convert as convert
     import illada.weights.export as export
     import illada.weights.load as weights
+    import illada.weights.runs as runs
     import illada.weights.verify as verification
 
 MODULES = {
@@ -38,6 +40,7 @@ MODULES = {
     "bench_generation": "illada.bench.generation",
     "bench_serving": "illada.bench.serving",
     "chat": "illada.text.chat",
+    "checkup": "illada.commands.checkup",
     "cluster": "illada.serving.cluster",
     "comparison": "illada.evaluation.compare",
     "convert": "illada.weights.convert",
@@ -49,7 +52,8 @@ MODULES = {
     "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
     "preparation": "illada.preparation.prepare",
-    "scoring": "illada.scoring.candidates",
+    "runs": "illada.weights.runs",
+    "scoring": "illada.scoring.optional.candidates",
     "server": "illada.serving.server",
     "terminal": "illada.commands.terminal",
     "train_tokenizer": "illada.preparation.train_tokenizer",

@@ -63,7 +63,8 @@ def score(
         rule: which positions are filled in when, for method path.
         context: text before the candidates.
         candidates: texts to compare.
-        file: jsonl with {"context": str, "candidates": [str], "answer": int (optional)} on each line, instead.
+        file: jsonl with {"context": str, "candidates": [str], "answer": int (optional)} on each line,
+            instead; answer is the number of the right candidate, counted from 0.
         method: which scorer: confidence (paper Eq. 2, not a likelihood), likelihood (LLaDA Eq. 6, a bound; of a causal
             model log p itself), both of them, or path (log p itself under a deterministic decoding rule).
         samples: Monte-Carlo samples of the likelihood.
@@ -118,6 +119,6 @@ def read_items(context: str | None, candidates: list[str] | None, file: str | No
         if not item.candidates:
             raise IlladaError(f"{file} line {number} has no candidates")
         if item.answer is not None and item.answer not in range(len(item.candidates)):
-            raise IlladaError(f"{file} line {number}: answer {item.answer} is not the index of a candidate")
+            raise IlladaError(f"{file} line {number}: answer {item.answer} is not the index of a candidate (from 0 on)")
         items.append(item)
     return items

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.errors import IlladaError
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
@@ -23,12 +24,18 @@ def sft(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, title: str) -> None:
+    """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
     result = heavy.training.train(recipe, title=title)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks
         print(f"{'adapter' if recipe.lora.rank else 'model'} written to {result.model}")
+        use = f"illada chat --model {result.model}"
+        if title == "pretrain":
+            use = f"illada generate --model {result.model} --prompt 'Once upon a time'"
+            use += f"\nillada sft tiny-cpu-sft --model.start {result.model} --data.train CHATS --output RUN"
+        next_commands(use, f"illada report {recipe.output}")
 
 
 def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:  # noqa: ARG001 (the parser reads sft)
@@ -44,12 +51,12 @@ def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: 
     print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else heavy.estimation.table(result))
 
 
-def report(run: str, /, output: str | None = None, windows: int = 0, beside: str | None = None) -> None:
-    """Draw the curves of a training run: loss by mask ratio, speed and more; on request, an exact likelihood.
+def report(runs: list[str], output: str | None = None, windows: int = 0, beside: str | None = None) -> None:
+    """Draw the curves of one training run or several: loss, speed and more; on request, an exact likelihood.
 
     Args:
-        run: folder of the run, finished or not.
-        output: picture to write (.png, .svg, .pdf); null for RUN/report.png.
+        runs: folders of runs, finished or not; several in one picture.
+        output: picture to write (.png, .svg, .pdf); null for report.png in the first folder.
         windows: measure so many windows of held-out text by path likelihood, beside the bound (and write
             RUN/likelihood.json); as many passes as a window has tokens. 0 for none.
         beside: another model or run to measure on the same windows, such as a causal one.
@@ -58,6 +65,8 @@ def report(run: str, /, output: str | None = None, windows: int = 0, beside: str
         raise IlladaError(f"windows must be at least 0, got {windows}")
     if beside is not None and not windows:
         raise IlladaError("beside is measured on windows of held-out text: give --windows, e.g. 16")
+    if windows and len(runs) > 1:
+        raise IlladaError("--windows measures one run: give one, and another with --beside")
     if windows:
-        print(heavy.likelihood.likelihood_table(heavy.likelihood.run_likelihood(run, windows, beside)))
-    print(f"written to {heavy.plots.draw_run(run, output)}")
+        print(heavy.likelihood.likelihood_table(heavy.likelihood.run_likelihood(runs[0], windows, beside)))
+    print(f"written to {heavy.plots.draw_runs(runs, output)}")

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from illada.commands import heavy
+from illada.commands.next import next_commands
 from illada.errors import IlladaError
 from illada.weights.options import Dtype
 
@@ -25,6 +26,7 @@ def export(
     """
     heavy.export.export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
+    next_commands(f"illada chat --model {output}", f"illada serve --model {output}")
 
 
 def convert(

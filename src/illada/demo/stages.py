@@ -27,7 +27,7 @@ from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.reporting import accuracy
-from illada.scoring.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, score_candidates
 from illada.text.prompts import show_ids
 from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
 from illada.training.optional.likelihood import text_likelihood

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from illada.evaluation.journal import Entry, Journal, fingerprint
 from illada.evaluation.options import Bos, Scoring, SpecialTokens
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
+from illada.reporting import PLAIN_EVERY, duration
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import Pair, score_layout
 from illada.scoring.likelihood import likelihood_scores
@@ -338,8 +340,16 @@ class IlladaLM(LM):
 
         `work` gets every different job once and yields the results that the journal lacks as they come.
         """
-        for entries in work(list({key: job for key, _, job in jobs}.values())):
+        unique = {key: job for key, _, job in jobs}
+        done, started = len(unique.keys() & self.journal.entries.keys()), time.monotonic()
+        said = started
+        for entries in work(list(unique.values())):
             self.journal.add(entries)
+            done += len(entries)
+            if self._rank == 0 and (now := time.monotonic()) - said >= PLAIN_EVERY:
+                said, name = now, jobs[0][1].task_name
+                spent = duration(now - started)
+                print(f"eval: {name}, {done} of {len(unique)} requests, {spent} elapsed", file=sys.stderr, flush=True)
         for key, task in {key: str(request.task_name) for key, request, _ in jobs}.items():
             self.forwards[task] += self.journal.entries[key].forwards
             self.seconds[task] += self.journal.entries[key].seconds
@@ -420,7 +430,8 @@ class IlladaLM(LM):
 
     def _generate(self, jobs: list[tuple[str, list[int], GenerationSettings]]) -> Iterator[list[Entry]]:
         """Answer all prompts in one engine, the longest first, so that neighbours are of similar length."""
-        engine = Engine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
+        limit = self.generation_batch_tokens
+        engine = Engine(self.model, self.tokenizer, max_batch_tokens=limit, keep_special_tokens=True)
         todo = sorted((job for job in jobs if job[0] not in self.journal.entries), key=lambda job: -len(job[1]))
         keys = {engine.submit(ids, settings): key for key, ids, settings in todo}
         start = time.perf_counter()

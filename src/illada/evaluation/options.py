@@ -21,7 +21,8 @@ class EvalOptions:
         run: folder of a training run; evaluates each of its checkpoints, instead of one model, and draws a picture.
         paper: evaluate the rows of this table of the paper, with its shots, lengths, blocks and prompts, and show its
             numbers beside ours.
-        task_files: folder of the harness's task files (YAML) to evaluate; they may name data files relative to it.
+        task_files: task files of the harness (YAML) to evaluate: a folder, or one file; they may name data files
+            relative to their folder.
         local_data: folder of data sets in the hub's layout (FOLDER/openai/gsm8k, ...), read instead of the hub.
         authors_tasks: checkout of the authors' repository, whose own task files are run for the rows of --paper
             instruct that have one: their prompts and readers to the letter. It runs their Python code.
@@ -34,7 +35,7 @@ class EvalOptions:
             model.
         samples: Monte-Carlo samples of the likelihood.
         shots: examples before each question; null takes the task's own number.
-        chat: use the chat template and make each example a turn of its own.
+        chat: use the chat template and make each example a turn of its own: for models tuned on conversations.
         bos: where a BOS begins the context: always, in scores only as in the authors' script, or where the tokenizer
             adds one; null takes the authors' way for --paper, and always for other tasks.
         special_tokens: drop special tokens from answers, or keep them as the authors' script does; null keeps them for
@@ -91,7 +92,7 @@ class EvalOptions:
         if paper and folder:
             raise IlladaError("--paper and --task_files exclude each other: the paper's rows are tasks of their own")
         if not (paper or folder or self.tasks):
-            choices = "--paper base or instruct, --task_files FOLDER, or --tasks NAME ..."
+            choices = "--paper base or instruct, --task_files FOLDER_OR_FILE, or --tasks NAME ..."
             raise IlladaError(f"what to evaluate? Give {choices}")
         if not paper and (self.decode, self.lengths) != ("exact", "3-4"):
             raise IlladaError(

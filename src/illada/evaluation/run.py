@@ -23,7 +23,7 @@ from illada.files import write_json
 from illada.generation.settings import refuse_masks
 from illada.reporting import environment_of, write_picture
 from illada.scoring.path import refuse_rule
-from illada.weights.runs import checkpoints
+from illada.weights.runs import checkpoints, tuned_on_chats
 
 with needs("eval", "evaluation"):
     import datasets
@@ -46,21 +46,27 @@ def evaluate(options: EvalOptions) -> str | None:
     if options.local_data is not None:
         check_folder(options.local_data)
     folder = options.authors_tasks and tasks_folder(options.authors_tasks)
+    if not (options.paper or options.chat) and (tuned := next(filter(tuned_on_chats, models.values()), None)):
+        print(
+            f"note: {tuned} was tuned on conversations, and the questions are put to it as plain text: add --chat, "
+            "unless the tasks write the template themselves",
+            file=sys.stderr,
+        )
     variants = ablation(options.ablate, options.values) if options.ablate else [Variant()]
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = task_manager(options.task_files)
     if options.paper is not None:
         rows = select_rows(paper_rows(options.paper, options.decode, options.lengths, bool(folder)), options.tasks)
     else:
-        known = manager.all_groups + manager.all_subtasks
+        known = _named_by(manager, options.task_files)
         rows = [Row(name, name, shots=options.shots, chat=options.chat) for name in known]
         rows = select_rows(rows, options.tasks)
     settings = options.settings or {}
     variants = [replace(variant, generation={**settings, **variant.generation}) for variant in variants]
     theirs = task_manager(str(folder)) if folder else None
     if theirs is not None:
-        known = {*theirs.all_groups, *theirs.all_subtasks}
-        if lacking := [row.task for row in rows if row.from_authors and row.task not in known]:
+        at_theirs = {*theirs.all_groups, *theirs.all_subtasks}
+        if lacking := [row.task for row in rows if row.from_authors and row.task not in at_theirs]:
             raise IlladaError(f"{options.authors_tasks} lacks the tasks {', '.join(lacking)}: check out all of it")
     return Evaluation(options, manager, rows, theirs).run(models, variants)
 
@@ -75,14 +81,32 @@ def _models(options: EvalOptions) -> dict[str, str]:
     return {path.name: str(path) for path in folders}
 
 
-def task_manager(folder: str | None) -> TaskManager:
-    """Return the tasks in a folder alone, or all of the harness's and ours.
+def _named_by(manager: TaskManager, task_files: str | None) -> list[str]:
+    """Return the groups and tasks of a manager; where one task file was given, those of that file."""
+    names = manager.all_groups + manager.all_subtasks
+    if task_files is None or not Path(task_files).is_file():
+        return names
+    path = Path(task_files).resolve()
+    own = [name for name in names if getattr(manager.task_index[name], "yaml_path", None) == path]
+    if not own:
+        raise IlladaError(f"{task_files} names no task: it must have a line `task: NAME`")
+    return own
+
+
+def _folder_of(task_files: str) -> Path:
+    """Return the folder of task files that were given as a folder or as one of them."""
+    return Path(task_files).parent if Path(task_files).is_file() else Path(task_files)
+
+
+def task_manager(task_files: str | None) -> TaskManager:
+    """Return the tasks in a folder (or that of a file) alone, or all of the harness's and ours.
 
     Raises:
         IlladaError: when the folder has none.
     """
-    if folder is None:
+    if task_files is None:
         return _known_tasks()
+    folder = _folder_of(task_files)
     if not any(Path(folder).rglob("*.yaml")):
         raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
     # The path is made absolute because data sets are read from inside the folder.
@@ -193,7 +217,7 @@ class Evaluation:
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
         local = None if self.options.local_data is None else check_folder(self.options.local_data)
         try:
-            with contextlib.chdir(self.options.task_files or "."), reading_from(local, not offline):
+            with contextlib.chdir(_folder_of(self.options.task_files or ".")), reading_from(local, not offline):
                 yield
         finally:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
@@ -297,6 +321,7 @@ class Evaluation:
         lines = [
             {
                 "doc_id": sample["doc_id"],
+                "question": _question(sample),
                 "filter": sample["filter"],
                 "target": sample["target"],
                 "responses": sample["resps"],
@@ -324,3 +349,10 @@ class Evaluation:
         }
         write_json(output / "results.json", content)
         (output / "table.md").write_text(table + "\n", encoding="utf-8")
+
+
+def _question(sample: dict[str, Any]) -> Any:
+    """Return what the model was shown: the context of the first request, shots and template included."""
+    requests = sample["arguments"]
+    first = next(iter(requests.values())) if isinstance(requests, dict) else requests[0]
+    return next(iter(first.values())) if isinstance(first, dict) else first[0]

@@ -14,14 +14,11 @@ from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.kv_cache import PagePool
 from illada.model.transformer import IlladaForMaskedLM
-from illada.text.chat import Message, encode_prompt
-from illada.text.prompts import encode_plain
+from illada.text.chat import Prompt, encode_any, encoded_ids, is_encoding
+from illada.text.prompts import show_ids
 
 MAX_BATCH_TOKENS = 2048
 """Most positions of one forward pass, by default."""
-
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A text, a chat, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,7 @@ class Generation:
     conditioned on each other, so their sum is no likelihood of the answer: `illada.scoring` has likelihoods. For a
     causal model it is the log-likelihood, MASK's probability (next to none) included, which scores leave out."""
     text: str | None = None
-    """The decoded ids, cut before the stop string; None without a tokenizer. An answer that ends at an end-of-sequence
-    token does not show that token; other special tokens stand in the text."""
+    """The decoded ids without special tokens, cut before the stop string; None without a tokenizer."""
     positions: int = field(default=0, compare=False)
     """Positions that the passes computed for the request and its drafts; what came from a cache does not count."""
 
@@ -68,7 +64,7 @@ class StepEvent:
 
 def generate(
     model: IlladaForMaskedLM,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Mapping[str, Any],
     settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
     tokenizer: Any | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
@@ -82,8 +78,9 @@ def generate(
     Args:
         model: the network; evaluated in inference mode, its training flag restored afterwards.
         prompts: any mixture of texts, which the model continues, chats (lists of messages with role and content),
-            which it answers in the tokenizer's chat template, and lists of token ids, which are taken as they are. An
-            empty list of ids generates unconditionally (not from a causal model).
+            which it answers in the tokenizer's chat template, and token ids, which are taken as they are: lists, or
+            what the tokenizer or its `apply_chat_template` returns (also for several at once, in place of the list).
+            An empty list of ids generates unconditionally (not from a causal model).
         settings: for all prompts, or one per prompt; taken as they are, `eos_token_id` included (`settings_for` puts
             the model's in). Without any, the defaults with the model's own end-of-sequence ids.
         tokenizer: one of transformers; needed for texts and chats, stop strings, the `</think>` boost and
@@ -99,11 +96,13 @@ def generate(
             budget is below one block, when prompts or settings need a tokenizer and none is given, or when settings are
             about masks and the model is causal.
     """
-    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+    if is_encoding(prompts):
+        prompts = encoded_ids(prompts)
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
         raise IlladaError("give a list of prompts, even for one: each is a text, a list of messages or a list of ids")
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for i, (prompt, own) in enumerate(_with_settings(model, prompts, settings, "prompts")):
-        engine.submit(_encode(prompt, tokenizer, f"prompt {i}"), own)
+        engine.submit(encode_any(prompt, tokenizer, f"prompt {i}"), own)
     return engine.run()
 
 
@@ -158,6 +157,7 @@ class Engine:
             single request may exceed it.
         max_logits: most logits held at once: the head runs over pieces of the vocabulary or of the positions.
         max_past_tokens: most positions whose keys and values are kept; a single request may exceed it.
+        keep_special_tokens: leave special tokens in `Generation.text`, but not the one that ended the answer.
 
     Raises:
         IlladaError: when a limit is below 1.
@@ -171,12 +171,14 @@ class Engine:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_logits: int = 2**24,
         max_past_tokens: int = 2**16,
+        keep_special_tokens: bool = False,
     ):
         limits = {"max_batch_tokens": max_batch_tokens, "max_logits": max_logits, "max_past_tokens": max_past_tokens}
         for name, limit in limits.items():
             if limit < 1:
                 raise IlladaError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer, self.on_step = model, tokenizer, on_step
+        self.keep_special_tokens = keep_special_tokens
         self.max_batch_tokens, self.max_logits, self.max_past_tokens = max_batch_tokens, max_logits, max_past_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -285,7 +287,7 @@ class Engine:
                 break
             block, block_end, step = request.block, request.block_end, request.block_step
             if request.commit(of_row):
-                answer = _finish(request, self.tokenizer)
+                answer = _finish(request, self.tokenizer, self.keep_special_tokens)
                 if answer is None:
                     request.open_next_block()
             if self.on_step is not None and request.watched:
@@ -305,7 +307,7 @@ class Engine:
 
 def _with_settings(
     model: IlladaForMaskedLM,
-    inputs: Sequence[Any],
+    inputs: Any,
     settings: GenerationSettings | Sequence[GenerationSettings] | None,
     what: str,
 ) -> list[tuple[Any, GenerationSettings]]:
@@ -319,19 +321,7 @@ def _with_settings(
     return list(zip(inputs, settings, strict=True))
 
 
-def _encode(prompt: Any, tokenizer: Any | None, name: str) -> Sequence[int]:
-    """Return the ids of a text or of a chat, and anything else as it is: the engine checks that it is ids."""
-    is_chat = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
-    if not is_chat and not isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        raise IlladaError(
-            f"{name} is a {'chat' if is_chat else 'text'}: give a tokenizer, or one list of integers per prompt"
-        )
-    return encode_prompt(tokenizer, prompt, name) if is_chat else encode_plain(tokenizer, prompt)
-
-
-def _finish(request: Request, tokenizer: Any | None) -> Generation | None:
+def _finish(request: Request, tokenizer: Any | None, keep_special_tokens: bool) -> Generation | None:
     """Return the answer if it ends with the finished block: at an end-of-sequence id, a stop string or the budget."""
     # Earlier blocks were searched when they were finished.
     ends = np.flatnonzero(np.isin(request.ids_G[request.block : request.block_end], request.settings.eos_ids))
@@ -348,7 +338,13 @@ def _finish(request: Request, tokenizer: Any | None) -> Generation | None:
             complete, reason = True, "stop"
             text = text[: min(cuts)]
             # A stop string may begin inside a token, which is then left out of the ids but not out of the text.
-            ids = next((ids[:n] for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), [])
+            kept = next((n for n in range(len(ids), 0, -1) if text.startswith(tokenizer.decode(ids[:n]))), 0)
+            partial = text[len(tokenizer.decode(ids[:kept])) :]
+            ids = ids[:kept]
+            if not keep_special_tokens:
+                text = show_ids(tokenizer, ids) + partial
+        elif not keep_special_tokens:
+            text = show_ids(tokenizer, ids)
     if not complete:
         return None
     log_probs = request.log_prob_G[request.slot_G] if request.template else request.log_prob_G[: len(ids)]

@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from illada.errors import IlladaError, first_line, needs
 from illada.preparation.options import PrepareSettings
 from illada.preparation.pipeline import Stage
+from illada.reporting import PLAIN_EVERY, duration
 
 with needs("data", "preparing data"):
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -169,9 +172,9 @@ def _failure(log: Path, rank: int) -> str:
 
 
 def progress(work: Path, total_bytes: int) -> AbstractContextManager[Any]:
-    """Show the bytes read by all tasks in one line, if someone is looking."""
+    """Show the bytes read by all tasks by a bar on a terminal, elsewhere by a line every `PLAIN_EVERY` seconds."""
     if not sys.stderr.isatty():
-        return nullcontext()
+        return _plain_progress(work, total_bytes)
     bar = _ReadingProgress(work)
     bar.add_task("preparing", total=total_bytes)
     return bar
@@ -187,12 +190,37 @@ class _ReadingProgress(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Add up the progress files of the tasks, then draw the bar."""
-        total = 0
-        for file in self.work.glob("progress-*"):
-            try:
-                total += int(file.read_text() or 0)
-            except (OSError, ValueError):  # the file is being written
-                continue
+        total = _bytes_read(self.work)
         for task in self.tasks:
             self.update(task.id, completed=total)
         return super().get_renderables()
+
+
+@contextmanager
+def _plain_progress(work: Path, total_bytes: int) -> Iterator[None]:
+    done, started = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not done.wait(PLAIN_EVERY):
+            read = _bytes_read(work)
+            elapsed = duration(time.monotonic() - started)
+            share = f"{read / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB ({read / max(total_bytes, 1):.0%})"
+            print(f"preparing: {share}, {elapsed} elapsed", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _bytes_read(work: Path) -> int:
+    total = 0
+    for file in work.glob("progress-*"):
+        try:
+            total += int(file.read_text() or 0)
+        except (OSError, ValueError):  # the file is being written
+            continue
+    return total

@@ -28,7 +28,8 @@ class PrepareSettings:
         sources: text files, .jsonl and .parquet files (also .gz for the first two), and folders of them.
         output: the folder to make.
         tokenizer: folder of the tokenizer; a copy goes with the data.
-        kind: "text", or "chat" for records {"messages": [...]} or {"prompt", "response"}.
+        kind: "text", or "chat" for records {"messages": [...]} or {"prompt", "response"}; "auto" looks at the first
+            records of the files.
         text_field: the field (kind "text") that holds the text of a record.
         documents: whether a plain text file is one document or has one per line.
         patterns: which files of a folder are read.
@@ -55,7 +56,7 @@ class PrepareSettings:
     sources: list[str]
     output: str
     tokenizer: str
-    kind: Literal["text", "chat"] = "text"
+    kind: Literal["auto", "text", "chat"] = "auto"
     text_field: str = "text"
     documents: Literal["file", "line"] = "file"
     patterns: list[str] = field(default_factory=lambda: [*PATTERNS])
@@ -85,11 +86,11 @@ class PrepareSettings:
             raise IlladaError("executor slurm needs a partition: `sinfo` lists them")
         if self.executor != "slurm" and (self.partition is not None or self.slurm_options):
             raise IlladaError("partition and slurm_options are for executor slurm")
-        if self.kind not in ("text", "chat") or self.documents not in ("file", "line"):
+        if self.kind not in ("auto", "text", "chat") or self.documents not in ("file", "line"):
             raise IlladaError(
-                f"kind is text or chat and documents is file or line, not {self.kind!r} and {self.documents!r}"
+                f"kind is auto, text or chat and documents is file or line, not {self.kind!r} and {self.documents!r}"
             )
-        if self.split_turns and self.kind != "chat":
+        if self.split_turns and self.kind == "text":
             raise IlladaError("split_turns is for conversations: add kind chat")
         if self.dedup not in ("none", "exact", "minhash"):
             raise IlladaError(f"dedup is none, exact or minhash, not {self.dedup!r}")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +94,19 @@ def _write(output: Path, plan: dict[str, Any], tasks: list[list[Unit]], tokenize
         file.writelines(json.dumps([asdict(unit) for unit in units]) + "\n" for units in tasks)
     # The plan is written last: a folder with a plan has all that the tasks need.
     write_json(output / PLAN, plan | {"tasks": len(tasks), "vocab_size": len(tokenizer)})
+
+
+def discard(output: Path) -> None:
+    """Delete what a failed preparation has written, unless work would be lost: tokens, or a search for duplicates."""
+    if (output / INDEX).exists() or any((output / LOG).glob("[!w]*/completions/*")):  # of all stages but `write`
+        return
+    summaries = output.glob(f"{WORK}/task-*/summary.json")
+    if any(json.loads(summary.read_text(encoding="utf-8"))["shards"] for summary in summaries):
+        return
+    shutil.rmtree(output / WORK)
+    shutil.rmtree(output / TOKENIZER, ignore_errors=True)
+    with suppress(OSError):  # it holds something else
+        output.rmdir()
 
 
 def read_plan(output: Path) -> dict[str, Any]:

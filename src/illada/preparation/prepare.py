@@ -5,6 +5,7 @@ puts the shards together.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from illada.data.shards import Shards
@@ -14,13 +15,15 @@ from illada.preparation.executors import progress, quiet, run_locally, run_on_ra
 from illada.preparation.finish import finish
 from illada.preparation.options import PrepareSettings
 from illada.preparation.pipeline import pipeline
-from illada.preparation.plan import LOG, SLURM_LOG, WORK, plan, read_plan
+from illada.preparation.plan import LOG, SLURM_LOG, WORK, discard, plan, read_plan
+from illada.preparation.readers import recognise
 
 
 def prepare(settings: PrepareSettings) -> Shards | str:
     """Turn files and folders into a prepared data set; the same call continues where an interrupted one stopped.
 
-    Returns the data set, or the number of the last job where Slurm works on it.
+    Returns the data set, or the number of the last job where Slurm works on it. After an error before any task was
+    finished, or when nothing was worth keeping, the output folder is as it was.
 
     Raises:
         IlladaError: when a source is missing or unusable, the output folder holds something else, or the disk is full.
@@ -37,6 +40,9 @@ def prepare(settings: PrepareSettings) -> Shards | str:
 
 
 def _prepare(settings: PrepareSettings) -> Shards | str:
+    given, settings = settings.kind, recognise(settings)
+    if given == "auto" and settings.kind == "chat":
+        print(f"{settings.sources[0]} holds conversations: prepared with --kind chat", file=sys.stderr)
     tasks = plan(settings)
     if not tasks:
         return finish(settings.output)
@@ -45,6 +51,10 @@ def _prepare(settings: PrepareSettings) -> Shards | str:
         with quiet():
             return submit_to_slurm(stages, output / SLURM_LOG, settings)
     run = run_on_ray if settings.executor == "ray" else run_locally
-    with quiet(), progress(output / WORK, read_plan(output)["source_bytes"]):
-        run(stages, output / LOG, settings)
-    return finish(settings.output)
+    try:
+        with quiet(), progress(output / WORK, read_plan(output)["source_bytes"]):
+            run(stages, output / LOG, settings)
+        return finish(settings.output)
+    except (IlladaError, OSError):
+        discard(output)
+        raise

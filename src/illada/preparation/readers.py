@@ -14,7 +14,8 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,6 +24,8 @@ from illada.preparation.options import PrepareSettings
 from illada.text.chat import Message, check_messages
 
 PIECE_CHARACTERS = 1_000_000
+PEEK_RECORDS = 20
+"""Records at the beginning of a file that say what it holds."""
 
 _CHUNK = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -67,6 +70,7 @@ class Options:
     def of(cls, settings: PrepareSettings) -> "Options":
         """Return the options of a preparation; filters and deduplication judge whole documents, so those stay whole."""
         judged = bool(settings.filters) or settings.dedup != "none"
+        assert settings.kind != "auto"
         return cls(settings.kind, settings.text_field, settings.documents, whole=judged)
 
 
@@ -162,6 +166,52 @@ def _format(path: str) -> Literal["text", "jsonl", "parquet"]:
     if name.endswith((".jsonl", ".ndjson")):
         return "jsonl"
     return "parquet" if name.endswith(".parquet") else "text"
+
+
+def kind_of(path: str, text_field: str = "text") -> Literal["text", "chat"] | None:
+    """Say what the first records of a file are: texts, where they have the field; conversations; else None.
+
+    A file that cannot be read is None too: reading it will say why.
+    """
+    format_ = _format(path)
+    if format_ == "text":
+        return "text"
+    try:
+        if format_ == "parquet":
+            with needs("data", "reading parquet"):
+                import pyarrow.parquet as pq
+            records: list[Any] = [dict.fromkeys(pq.read_schema(path).names)]
+        else:
+            unit = Unit(path, 0, os.path.getsize(path))
+            records = [record for _, record in islice(_jsonl_records(unit, ReadStats()), PEEK_RECORDS)]
+    except (OSError, EOFError, zlib.error, ValueError):  # ArrowInvalid is a ValueError
+        return None
+    for record in records:
+        if isinstance(record, dict) and text_field in record:
+            return "text"
+        if isinstance(record, dict) and _is_conversation(record):
+            return "chat"
+    return None
+
+
+def recognise(settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with a kind: what the files hold, where it is "auto".
+
+    Raises:
+        IlladaError: when a source is missing, or some files hold conversations and others texts.
+    """
+    if settings.kind != "auto":
+        return settings
+    files = find_files(settings.sources, settings.patterns, settings.exclude)
+    first: dict[str, str] = {}
+    for file in files:
+        first.setdefault(kind_of(file.path, settings.text_field) or "unknown", file.path)
+    if "chat" in first and "text" in first:
+        raise IlladaError(
+            f"{first['chat']} holds conversations, {first['text']} text: prepare them one at a time, into two folders "
+            "(--kind chat and --kind text)"
+        )
+    return replace(settings, kind="chat" if "chat" in first else "text")
 
 
 def divide(file: SourceFile, options: Options, unit_bytes: int) -> list[Unit]:
@@ -385,10 +435,19 @@ def _conversation_pieces(messages: Sequence[Message], record: str, stats: ReadSt
         stats.empty_documents += 1
 
 
+def _is_conversation(record: dict[str, Any]) -> bool:
+    return "messages" in record or ("prompt" in record and "response" in record)
+
+
 def _text(record: dict[str, Any], text_field: str) -> str:
     text = record.get(text_field)
+    if text_field not in record and _is_conversation(record):
+        raise IlladaError(f"no field {text_field!r}, it is a conversation: set kind chat")
     if text_field not in record:
-        raise IlladaError(f"no field {text_field!r}; it has {', '.join(map(repr, list(record)[:8]))}: set text_field")
+        raise IlladaError(
+            f"no field {text_field!r}; it has {', '.join(map(repr, list(record)[:8]))}: set text_field, or write "
+            'conversations as {"messages": [...]} or {"prompt", "response"}'
+        )
     if not isinstance(text, str):
         raise IlladaError(f"field {text_field!r} is not text")
     return text

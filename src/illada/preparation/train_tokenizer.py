@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from illada.errors import IlladaError
 from illada.folders import new_folder
 from illada.preparation.options import PATTERNS
-from illada.preparation.readers import Options, ReadStats, Unit, find_files, read_unit
+from illada.preparation.readers import Options, ReadStats, Unit, find_files, kind_of, read_unit
 from illada.text.chat import CHAT_TEMPLATE
 
 # bos, pad, eos and mask have the ids of the released tokenizer (spec §1); the names and the other ids are ours.
@@ -72,8 +72,8 @@ def train_tokenizer_from_files(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on files and folders (as `prepare` reads them) and save it to the folder `output`.
 
-    When the files hold more than `max_bytes`, the tokenizer learns from the beginning of each file, in proportion to
-    the file's size.
+    Of conversations it learns what is said in them. When the files hold more than `max_bytes`, it learns from the
+    beginning of each file, in proportion to the file's size.
 
     Raises:
         IlladaError: when a source is missing or holds no text, or `output` is a folder with files in it.
@@ -83,7 +83,6 @@ def train_tokenizer_from_files(
         raise IlladaError(f"{output} exists already: choose another output or delete it")
     files = find_files(sources, patterns, exclude)
     share = max_bytes / max(1, sum(file.size for file in files))
-    options = Options(text_field=text_field)
     total = 0
 
     def texts() -> Iterator[str]:
@@ -93,6 +92,7 @@ def train_tokenizer_from_files(
             # A compressed file holds more text than its size says, so it has no limit of its own when all is wanted.
             if share < 1:
                 left = min(left, max(1, int(file.size * share)))
+            options = Options("chat" if kind_of(file.path, text_field) == "chat" else "text", text_field)
             for piece in read_unit(Unit(file.path, 0, file.size), options, ReadStats()):
                 data = piece.text.encode()[:left]
                 text = data.decode(errors="ignore")

@@ -13,8 +13,11 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError
+from illada.text.prompts import encode_plain
 
 Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
+"""A text, a chat, token ids, or what a tokenizer returns (a BatchEncoding of one row)."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -152,3 +155,38 @@ def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     if rest and rest[0]["role"] == "user":
         texts.append(rest.pop(0)["content"])
     return [{"role": "user", "content": "\n\n".join(text for text in texts if text)}, *rest]
+
+
+def encode_any(prompt: Prompt, tokenizer: Any | None, name: str) -> Sequence[int]:
+    """Return the ids of a text, a chat or an encoding, and anything else as it is: the model checks that it is ids."""
+    if is_encoding(prompt):
+        rows = encoded_ids(prompt)
+        if len(rows) != 1:
+            raise IlladaError(f"{name} is an encoding of {len(rows)} rows: give it alone, or a list of single ones")
+        return rows[0]
+    is_chat = isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)
+    if not is_chat and not isinstance(prompt, str):
+        return prompt  # type: ignore[return-value]
+    if tokenizer is None:
+        raise IlladaError(
+            f"{name} is a {'chat' if is_chat else 'text'}: give a tokenizer, or one list of integers per prompt"
+        )
+    return encode_prompt(tokenizer, prompt, name) if is_chat else encode_plain(tokenizer, prompt)  # type: ignore
+
+
+def is_encoding(prompt: Any) -> bool:
+    """Say whether this is what a tokenizer returns."""
+    return isinstance(prompt, Mapping) and "input_ids" in prompt
+
+
+def encoded_ids(encoding: Any) -> list[list[int]]:
+    """Return the ids of each row of an encoding, of lists or tensors, without its padding."""
+    found = (encoding["input_ids"], encoding.get("attention_mask"))
+    ids, masks = (values.tolist() if hasattr(values, "tolist") else values for values in found)
+    if not ids or not isinstance(ids[0], Sequence):
+        ids, masks = [ids], [masks]
+    masks = masks or [None] * len(ids)
+    return [
+        row if mask is None else [token for token, seen in zip(row, mask, strict=True) if seen]
+        for row, mask in zip(ids, masks, strict=True)
+    ]

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from illada.files import naming, write_text
+from illada.reporting import PLAIN_EVERY
 from illada.weights.runs import read_metrics
-
-PLAIN_EVERY = 15.0
-"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
 
 class Tracker(Protocol):
@@ -47,7 +45,6 @@ class StepLog:
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
             console=Console(stderr=True, quiet=quiet),
             disable=not self.live,
         )

@@ -190,7 +190,7 @@ class TrainingRecipe:
             gradients add up. It changes only the order of floating-point sums.
         learning_rate: peak (paper: 2e-4 pre-training, 5e-6 SFT).
         final_learning_rate: after the decay (paper: 5e-6 pre-training, 5e-7 SFT).
-        warmup_steps: linear warm-up (LLaDA: 2000).
+        warmup_steps: linear warm-up (LLaDA: 2000); the run warns when it is more than a quarter of its steps.
         decay: shape of the decay (paper: cosine for pre-training, linear for SFT).
         decay_steps: length of the decay; none for the last tenth of the run (paper, SFT; ours for pre-training).
         decay_when: "end": the decay ends the run; "plateau": it also begins once the validation loss has stopped

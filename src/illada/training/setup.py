@@ -1,7 +1,6 @@
 """A run opened: the data, tokenizer, network and optimisers that a recipe names, read and checked once."""
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,13 @@ from illada.training.optional.average import Average
 from illada.training.optional.checkpoint_hook import CheckpointHook
 from illada.training.optional.dropout import Dropout
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
+from illada.training.optional.remarks import remarks_on
 from illada.training.parallel import Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
 from illada.weights import adapters
 from illada.weights.adapters import base_fingerprint, is_adapted
 from illada.weights.load import load_config, load_model
 from illada.weights.runs import model_folder
-
-DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "embedding_dropout")
-"""What iLLaDA's and LLaDA's config.json call their dropouts."""
 
 
 class Run:
@@ -65,7 +62,8 @@ class Run:
             self.model = build_model(recipe, start, config)
             adapted = is_adapted(self.model)
             self.frozen_weights = base_fingerprint(self.model) if adapted else None
-            self.remarks = unread + remarks_on(recipe, start, self.model) + fuse(self.model, recipe, processes.device)
+            self.remarks = unread + remarks_on(recipe, start, self.model, self.batches, processes.device)
+            self.remarks += fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
             self.objective = distribute(self.model, recipe, processes, cross_entropy)
         self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)
@@ -174,20 +172,3 @@ def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> Ill
         targets = lora.targets or LORA_TARGETS
         adapters.add_adapter(model, lora.rank, alpha, lora.dropout, targets, base, recipe.training.seed)
     return model
-
-
-def remarks_on(recipe: Recipe, start: Path | None, model: IlladaForMaskedLM) -> list[str]:
-    """Return what a user should know before the run begins."""
-    lines = []
-    if start is not None:
-        config = json.loads((start / "config.json").read_text())
-        unused = [f"{name} {config[name]}" for name in DROPOUTS if config.get(name)]
-        if unused:
-            lines.append(f"{start} asks for {', '.join(unused)}: trained without, only training.dropout counts")
-    if is_adapted(model):
-        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in model.parameters()) - adapter
-        lines.append(f"an adapter of {adapter:,} parameters beside {frozen:,} frozen ones")
-        if (rate := recipe.training.learning_rate) <= 2e-5:  # ours: between what is usual for weights and for adapters
-            lines.append(f"training.learning_rate {rate:g} suits all weights: adapters want ten times as much or more")
-    return lines

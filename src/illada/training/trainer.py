@@ -6,7 +6,6 @@ on as many processes, to rounding on others.
 
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from illada.training.checkpoint import Checkpoints
 from illada.training.log import StepLog
 from illada.training.optim import set_updates, update
 from illada.training.optional.flops import flops_per_token, peak_flops
+from illada.training.optional.pace import Pace
 from illada.training.optional.trackers import make_trackers
 from illada.training.parallel import before_pass, clip, gradient_norm, join, release
 from illada.training.recipe import Recipe
@@ -302,12 +302,12 @@ class Trainer:
 
     def start_clock(self) -> None:
         """Measure the speed from now on."""
-        self.started, self.started_tokens = time.monotonic(), self.state.tokens
+        self.pace = Pace(self.state.step, self.state.tokens)
 
     def measure_speed(self, segments: list[Segment]) -> dict[str, Any]:
         """Return tokens, speed, memory and, on a GPU whose peak is known, MFU, given the segments of the last step."""
         run, tokens = self.run, self.state.tokens
-        speed = (tokens - self.started_tokens) / (time.monotonic() - self.started)
+        speed = self.pace.take(tokens)
         memory = peak_memory(run.processes.device) / 1e9
         record = {"tokens": tokens, "tokens_per_second": round(speed), "memory_gb": round(memory, 3)}
         if self.peak_flops is not None:
@@ -319,12 +319,10 @@ class Trainer:
 
     def write_log(self, record: dict[str, Any]) -> None:
         """Write the record of a step, and show it."""
-        step = self.state.step
+        step, steps = self.state.step, self.schedule.steps
         self.log.write(step, **record)
         self.log.say(*self.run.hook.messages())
-        loss, rate, speed = record["loss"], record["learning_rate"], record["tokens_per_second"] / 1000
-        text = f"loss {loss:.3f}  lr {rate:.1e}  {speed:.1f}k tokens/s"
-        self.log.progress(step, self.schedule.steps, text)
+        self.log.progress(step, steps, self.pace.line(step, steps, record))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from illada.text.tokenizer import load_tokenizer
 from illada.weights.card import converted_card
 from illada.weights.load import check_shards, complete_ids
 from illada.weights.options import Dtype
-from illada.weights.runs import model_folder
+from illada.weights.runs import NOT_A_MODEL, model_folder
 from illada.weights.save import check_output, torch_dtype, write_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -39,12 +39,13 @@ _ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPARE = re.compile("reserved|unused", re.IGNORECASE)
 _NOT_A_MODEL = (
-    "a starting point for training, not a model: its weights learned to predict the next token from those before it; "
+    f"{NOT_A_MODEL}: its weights learned to predict the next token from those before it; "
     "here every position sees all others and predicts itself"
 )
 _AFTER_DIFFUSION = (
     "illada prepare TEXTS --tokenizer {output} --output DATA; "
-    "illada pretrain --model.start {output} --data.train DATA --output RUN"
+    "illada pretrain --model.start {output} --data.train DATA --data.window 512 --training.samples_per_step 32 "
+    "--training.steps 1000 --training.warmup_steps 100 --output RUN"
 )
 _AS_IT_IS = "the causal model itself, every weight bit for bit: a position predicts the next token"
 _AFTER_CAUSAL = "illada eval --model {output} ..., illada generate --model {output} ..."

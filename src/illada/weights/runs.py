@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,9 @@ from illada.weights.tensor_file import write_tensors, write_weights
 STATE, ABOUT, RECIPE = "state.json", "about", "recipe.yaml"
 PUT_ASIDE = "damaged-"
 """Begins the name of a checkpoint that was damaged."""
+NOT_A_MODEL = "a starting point for training, not a model"
+"""What the card of a converted model says until it is trained."""
+
 AVERAGE = "/average"
 """Ends the name of a weight's average in a checkpoint (training.average)."""
 
@@ -177,6 +181,30 @@ class _Reader:
             load(tensors, storage_reader=HuggingFaceStorageReader(str(self.checkpoint)), no_dist=True)
             self.held = {one: tensors[self.names[one]] for one in chosen}
         return self.held.pop(name)
+
+
+def tuned_on_chats(path: str) -> bool:
+    """Say whether a model was tuned on conversations, as far as its name, or its run and the run's data, tell."""
+    if re.search("instruct|chat", Path(path).name, re.IGNORECASE):
+        return True
+    recipe = next((p / RECIPE for p in (Path(path), *Path(path).absolute().parents[:3]) if is_run(p)), None)
+    try:
+        train = yaml.safe_load(recipe.read_text())["data"]["train"] if recipe else []
+        names = [train] if isinstance(train, str) else list(train)
+        return bool(names) and all(read_json(Path(name) / "index.json")["kind"] == "chat" for name in names)
+    except (IlladaError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return False  # the data are gone, or elsewhere
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder is that of a training run."""
+    return (folder / RECIPE).is_file() and (folder / "checkpoints").is_dir()
+
+
+def converted_only(path: str) -> bool:
+    """Say whether a folder holds a causal model made a starting point for diffusion, and not trained since."""
+    card = Path(path) / "README.md"
+    return card.is_file() and NOT_A_MODEL in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_folder(path: str) -> Path:

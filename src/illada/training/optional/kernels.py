@@ -83,6 +83,24 @@ def fuse(model: IlladaForMaskedLM, recipe: Recipe, device: torch.device) -> list
     return ["; ".join([f"fused kernels: {', '.join(used) or 'none'}", *left_out])]
 
 
+def trials(device: torch.device) -> dict[str, str | None]:
+    """Return for each kernel why it does not work on a device, or None where it works."""
+    attempts: dict[str, Callable[[], object]] = {
+        "varlen attention": partial(_try_varlen, IlladaConfig.preset("1m"), device),
+        "Liger's kernels": partial(_try_liger, device),
+        "cut cross-entropy": partial(_try_cut, device),
+    }
+    found: dict[str, str | None] = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = None
+        except Exception as error:
+            missing = "not installed: pip install 'illada[fused]'"
+            found[name] = missing if isinstance(error, ImportError) else f"not on {device.type}: {first_line(error)}"
+    return found
+
+
 def use_liger(model: IlladaForMaskedLM) -> None:
     """Let Liger's kernels compute norms, rotations and SwiGLU; they compute in fp32 inside, as ours do."""
     ops = import_module("liger_kernel.ops")

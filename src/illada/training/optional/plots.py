@@ -1,79 +1,134 @@
-"""`illada report`: the curves of a run as one picture."""
+"""`illada report`: the curves of one run or several as one picture."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from illada.errors import IlladaError, needs
+import numpy as np
+
+from illada.errors import IlladaError
 from illada.files import read_json, write_bytes
+from illada.reporting import COLOURS, INK, figure
 from illada.weights.runs import read_metrics
 
+SMOOTH_SHARE = 20
+"""A curve is the mean over this share of its points (one in so many), beside the points themselves, faintly."""
 
-def draw_run(run: str, output: str | None = None) -> Path:
-    """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; return the picture's path.
 
-    Beside the loss stand the figures of RUN/likelihood.json, where `illada report --windows` has written them.
+@dataclass(frozen=True)
+class Curves:
+    """The records of a run, as curves over its steps."""
 
-    The run of a causal model has no mask ratios, and their place stays empty.
+    folder: Path
+    name: str
+    records: list[dict[str, Any]]
+
+    def draw(self, axes: Any, values: Sequence[Any], label: str, smooth: bool = False, **style: Any) -> None:
+        """Draw the values of all steps that have one; where they are noisy, as a mean with the points behind it."""
+        points = [(r["step"], value) for r, value in zip(self.records, values, strict=True) if value is not None]
+        if not points:
+            return
+        steps, found = np.array(points, dtype=float).T
+        if smooth:
+            (line,) = axes.plot(steps, smoothed(found), label=label, linewidth=1.6, **style)
+            axes.plot(steps, found, color=line.get_color(), linewidth=0.5, alpha=0.25, zorder=1)
+        else:
+            axes.plot(steps, found, label=label, **style)
+
+    def column(self, name: str) -> list[Any]:
+        """Return what the records say of a name; None where they say nothing."""
+        return [record.get(name) for record in self.records]
+
+
+def smoothed(values: Any) -> Any:
+    """Return the mean of each value and its neighbours on both sides, as far as there are any [N]."""
+    half = len(values) // SMOOTH_SHARE // 2
+    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
+    """Draw bits per byte, loss by mask ratio, gradient norm, learning rate and speed; return the picture's path.
+
+    Beside the loss of a single run stand the figures of RUN/likelihood.json, where `illada report --windows` has
+    written them. Several runs have a colour each, and no curves by mask ratio; nor has the run of a causal model.
 
     Raises:
-        IlladaError: when the folder holds no metrics, or matplotlib is not installed.
+        IlladaError: when a folder holds no metrics, or matplotlib is not installed.
     """
-    folder = Path(run)
-    records = read_metrics(folder / "metrics.jsonl")
-    if not records:
-        raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
-    with needs("report", "a picture"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    ((loss, ratio), (norm, speed)) = figure.subplots(2, 2)
-
-    def curve(axes: Any, values: list[Any], label: str, **style: Any) -> None:
-        points = [(r["step"], value) for r, value in zip(records, values, strict=True) if value is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-
-    def column(name: str) -> list[Any]:
-        return [record.get(name) for record in records]
-
-    curve(loss, column("bits_per_byte"), "training: one noisy estimate a step", linewidth=0.6, alpha=0.7)
-    raw = column("raw_validation_bits_per_byte")
-    label = "held out, average of the weights" if any(raw) else "held out"
-    curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
-    curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
-    if (folder / "likelihood.json").exists():
-        _draw_likelihoods(loss, read_json(folder / "likelihood.json"))
-    buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
-    parts = max(map(len, buckets))
-    loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
-    ratio.set_visible(bool(parts))
-    for part in range(parts):
-        label = f"{100 * part // parts} to {100 * (part + 1) // parts} % masked"
-        curve(ratio, [bucket[part] if bucket else None for bucket in buckets], label, linewidth=0.6)
-    ratio.set_title("cross-entropy of masked tokens, nats")
-    curve(norm, column("gradient_norm"), "gradient norm", linewidth=0.6)
+    found, alike = [], len({Path(run).name for run in runs}) < len(runs)
+    for run in runs:
+        records = read_metrics(Path(run) / "metrics.jsonl")
+        if not records:
+            raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
+        found.append(Curves(Path(run), run if alike else Path(run).name, records))
+    drawing, ((loss, ratio), (norm, speed)) = figure(11, 7, 2, 2)
+    bound = any(curves.column("loss_by_mask_ratio")[-1] for curves in found)
+    if len(found) == 1:
+        _draw_one(found[0], loss, ratio, norm)
+    else:
+        _draw_several(found, loss, ratio, norm)
+    for number, curves in enumerate(found):
+        colour = COLOURS[number % len(COLOURS)]
+        label = "last ten seconds" if len(found) == 1 else curves.name
+        curves.draw(speed, curves.column("tokens_per_second"), label, smooth=True, color=colour)
+    loss.set_ylabel("bits per byte" + " (upper bound)" * bound)
     norm.set_yscale("log")
-    norm.set_title("gradient norm (left), learning rate (right)")
-    curve(norm.twinx(), column("learning_rate"), "learning rate", color="tab:orange")
-    curve(speed, column("tokens_per_second"), "mean since the start", linewidth=0.8)
+    norm.set_ylabel("gradient norm")
     speed.set_ylim(bottom=0)
-    speed.set_title("tokens a second")
+    speed.set_ylabel("tokens a second")
     for axes in (loss, ratio, norm, speed):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    target = folder / "report.png" if output is None else Path(output)
+    drawing.suptitle(", ".join(curves.name for curves in found))
+    target = found[0].folder / "report.png" if output is None else Path(output)
     picture = BytesIO()
-    figure.savefig(picture, format=target.suffix.removeprefix(".") or "png", dpi=120)
+    drawing.savefig(picture, format=target.suffix.removeprefix(".") or "png", dpi=120)
     write_bytes(target, picture.getvalue())
     return target
+
+
+def _draw_one(curves: Curves, loss: Any, ratio: Any, norm: Any) -> None:
+    curves.draw(loss, curves.column("bits_per_byte"), "training", smooth=True)
+    raw = curves.column("raw_validation_bits_per_byte")
+    label = "held out, average of the weights" if any(raw) else "held out"
+    curves.draw(loss, curves.column("validation_bits_per_byte"), label, marker=".", color=INK)
+    curves.draw(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
+    if (curves.folder / "likelihood.json").exists():
+        _draw_likelihoods(loss, read_json(curves.folder / "likelihood.json"))
+    buckets = [bucket or [] for bucket in curves.column("loss_by_mask_ratio")]
+    parts = max(map(len, buckets))
+    ratio.set_visible(bool(parts))
+    ratio.set_ylabel("cross-entropy of masked tokens, nats")
+    for part in range(parts):
+        label = f"{100 * part // parts} to {100 * (part + 1) // parts} % masked"
+        curves.draw(ratio, [bucket[part] if bucket else None for bucket in buckets], label, smooth=True)
+    curves.draw(norm, curves.column("gradient_norm"), "gradient norm", smooth=True)
+    rate = norm.twinx()
+    curves.draw(rate, curves.column("learning_rate"), "learning rate", color=COLOURS[1])
+    rate.set_ylabel("learning rate", color=COLOURS[1])
+
+
+def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:
+    for number, curves in enumerate(found):
+        colour = COLOURS[number % len(COLOURS)]
+        curves.draw(loss, curves.column("bits_per_byte"), f"{curves.name}, training", smooth=True, color=colour)
+        held_out = curves.column("validation_bits_per_byte")
+        curves.draw(loss, held_out, f"{curves.name}, held out", marker=".", linestyle="--", color=colour)
+        curves.draw(norm, curves.column("gradient_norm"), curves.name, smooth=True, color=colour)
+        curves.draw(rate, curves.column("learning_rate"), curves.name, color=colour)
+    rate.set_ylabel("learning rate")
 
 
 def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
     step = found.get("step")
-    if step is None:  # the file of an older version
+    if step is None:  # written by an earlier version, which did not say of which weights
         return
     for name, figures in found["models"].items():
         for kind in sorted(figures.keys() - {"path - bound"}):

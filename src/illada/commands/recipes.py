@@ -1,0 +1,25 @@
+"""The recipes that travel with the package: `illada pretrain tiny-cpu-pretrain`."""
+
+from pathlib import Path
+
+from illada.errors import IlladaError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parents[1] / "recipes")
+"""In a wheel, and in a checkout."""
+
+
+def recipe_file(name: str) -> str:
+    """Return the file of a recipe: one that exists, else one of ours by its name, `recipes/` and `.yaml` or not.
+
+    Raises:
+        IlladaError: when there is neither, naming ours.
+    """
+    path = Path(name)
+    if path.exists():
+        return name
+    ours = {file.stem: file for folder in FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    stem = path.name.removesuffix(".yaml")
+    if stem in ours and str(path.parent) in (".", "recipes"):
+        return str(ours[stem])
+    raise IlladaError(f"no recipe at {name}: give a file, or one of {', '.join(ours)}")

@@ -1,0 +1,1 @@
+"""What scoring can do without: contexts and candidates as texts."""
