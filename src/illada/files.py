@@ -31,6 +31,21 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def parse_json(text: str) -> Any:
+    """Return what a JSON text from outside holds.
+
+    Raises:
+        ValueError: when it is no JSON, is nested too deeply, or holds half of a surrogate pair, which is no text.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if "\\ud" in text.lower():
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -38,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IlladaError: when it cannot be read or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):

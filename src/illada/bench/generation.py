@@ -17,7 +17,7 @@ from illada.bench.options import BenchGenerateOptions
 from illada.bench.samplers import EXACT, PLAIN, Sampler, engine_samplers, plain_sampler, steps_of_rule
 from illada.devices import DTYPES, choose_device
 from illada.errors import IlladaError, needs
-from illada.files import read_lines
+from illada.files import parse_json, read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
@@ -118,7 +118,7 @@ def _read_problems(tokenizer: Any, options: BenchGenerateOptions) -> list[Proble
     problems, file = [], str(options.tasks)
     for number, line in itertools.islice(read_lines(file), options.limit):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             prompt, answer = record["prompt"], record["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"prompt": ..., "answer": ...}}') from error

@@ -1,6 +1,5 @@
 """`illada compare`: two evaluations of the same documents, paired (ours; the paper gives no variance)."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from illada.errors import IlladaError
+from illada.files import parse_json
 from illada.reporting import aligned
 
 RESAMPLES, SEED = 10_000, 0
@@ -77,7 +77,7 @@ def _samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
         task = str(path.relative_to(folder / "samples").with_suffix(""))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                sample = json.loads(line)
+                sample = parse_json(line)
                 document, kind = str(sample["doc_id"]), sample["filter"]
                 metrics = {name: sample[name] for name in sample["metrics"]}
             except (ValueError, KeyError, TypeError) as error:

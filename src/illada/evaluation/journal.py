@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError
+from illada.files import parse_json
 from illada.weights import adapters
 from illada.weights.runs import model_folder
 
@@ -60,7 +61,7 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
-                entries = [Entry(**record) for record in json.loads(line)]
+                entries = [Entry(**record) for record in parse_json(line.decode())]
             except (ValueError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is damaged: delete the file to evaluate anew") from error
             self.entries |= {entry.key: entry for entry in entries}
