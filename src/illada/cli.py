@@ -52,7 +52,7 @@ FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""
 
 DEEPEST = 100
-"""Levels of a recipe or of an option's value. libyaml's loader calls itself for each, and ends the process at thousands."""
+"""Levels of a recipe or of an option's value: libyaml's loader calls itself for each, and thousands end the process."""
 
 LONGEST_LINE = 1000
 """Characters of an error; a name that somebody gave may be longer."""

@@ -9,7 +9,7 @@ from types import FrameType
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.serving.app import create_app
-from illada.serving.middleware import read_keys
+from illada.serving.middleware import read_keys, warn_if_open
 from illada.serving.options import ServerSettings
 from illada.weights.load import load_model
 from illada.weights.options import ModelOptions
@@ -37,7 +37,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         listening.close()
         reason = getattr(error, "strerror", None) or error
         raise IlladaError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
@@ -69,8 +69,9 @@ def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSetti
     Raises:
         IlladaError: when the model or the keys cannot be read or the address cannot be used.
     """
-    read_keys(server)  # before the model is loaded, which takes longer
+    keys = read_keys(server)  # before the model is loaded, which takes longer
     show_log()
+    warn_if_open(server, keys)
     listening = open_socket(server.host, server.port)
     network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
     app = create_app(network, tokenizer, server.name or model_name(model.model), server, defaults)

@@ -19,16 +19,25 @@ from illada.model.released import LLADA_TENSORS
 MOST = 2**31 - 1
 """Largest size and largest id: token ids and positions of other libraries are 32 bits wide."""
 
-_NEEDED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
-_SIZES = """num_key_value_heads head_dim d_model mlp_hidden_size n_layers n_heads n_kv_heads max_sequence_length
-    embedding_size""".split()
-_NUMBERS = "rope_theta rms_norm_eps initializer_range init_std mlp_ratio".split()
-_SWITCHES = "causal tie_word_embeddings weight_tying multi_query_attention attention_bias mlp_bias".split()
-_IDS = "mask_token_id bos_token_id pad_token_id".split()
-_TEXTS = "model_type attn_implementation transformers_version".split()
-_OBJECTS = "rope_scaling rope_parameters auto_map".split()
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_SIZES = (
+    *("num_key_value_heads", "head_dim", "d_model", "mlp_hidden_size", "n_layers", "n_heads", "n_kv_heads"),
+    *("max_sequence_length", "embedding_size"),
+)
+_NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "init_std", "mlp_ratio")
+_SWITCHES = ("causal", "tie_word_embeddings", "weight_tying", "multi_query_attention", "attention_bias", "mlp_bias")
+_IDS = ("mask_token_id", "bos_token_id", "pad_token_id")
+_TEXTS = ("model_type", "attn_implementation", "transformers_version")
+_OBJECTS = ("rope_scaling", "rope_parameters", "auto_map")
 _DTYPES = ("float32", "bfloat16", "float16")
-_OF_TRANSFORMERS = "num_labels id2label label2id per_layer_config problem_type".split()
+_OF_TRANSFORMERS = ("num_labels", "id2label", "label2id", "per_layer_config", "problem_type")
 """Fields of transformers' own that mean nothing here, and for which it builds tables or objects of its own."""
 
 

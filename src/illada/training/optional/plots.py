@@ -7,6 +7,9 @@ from illada.errors import IlladaError, needs
 from illada.files import read_json
 from illada.weights.runs import read_metrics
 
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture's name may end in."""
+
 
 def draw_run(run: str, output: str | None = None) -> Path:
     """Draw loss, loss by mask ratio, gradient norm with learning rate, and speed; return the picture's path.
@@ -16,9 +19,14 @@ def draw_run(run: str, output: str | None = None) -> Path:
     The run of a causal model has no mask ratios, and their place stays empty.
 
     Raises:
-        IlladaError: when the folder holds no metrics, or matplotlib is not installed.
+        IlladaError: when the folder holds no metrics, the output cannot be written, or matplotlib is not installed.
     """
     folder = Path(run)
+    target = folder / "report.png" if output is None else Path(output)
+    if target.suffix not in PICTURES:
+        raise IlladaError(f"output {target} is no picture: its name must end in {', '.join(PICTURES)}")
+    if not target.parent.is_dir():
+        raise IlladaError(f"output {target} cannot be written: there is no folder {target.parent}")
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
@@ -62,7 +70,6 @@ def draw_run(run: str, output: str | None = None) -> Path:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    target = folder / "report.png" if output is None else Path(output)
     figure.savefig(target, dpi=120)
     return target
 
