@@ -32,17 +32,13 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text from outside holds.
-
-    Raises:
-        ValueError: when it is no JSON, is nested too deeply, or holds half of a surrogate pair, which is no text.
-    """
+    """Return what a JSON text holds; raise ValueError for what is none, too deep, or half of a surrogate pair."""
     try:
         values = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if "\\ud" in text.lower():
-        json.dumps(values, ensure_ascii=False).encode()
     return values
 
 

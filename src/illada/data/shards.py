@@ -156,10 +156,12 @@ class Shards:
                 f"{name} has data format {version}, this illada reads up to {FORMAT_VERSION}: use a newer illada"
             )
         try:
+            if not all(type(index[key]) is int for key in ("vocab_size", "tokens", "documents", "bytes")):
+                raise TypeError("its totals must be whole numbers")
             shards = cls([(store, index)])
-        except (KeyError, TypeError, ValueError) as error:
+            shards._check(store)
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise IlladaError(f"{name}/{INDEX} is damaged ({error!r}): prepare the data again") from None
-        shards._check(store)
         return shards
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:

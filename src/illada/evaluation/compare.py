@@ -75,11 +75,11 @@ def _samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for path in files:
         task = str(path.relative_to(folder / "samples").with_suffix(""))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 sample = parse_json(line)
-                document, kind = str(sample["doc_id"]), sample["filter"]
-                metrics = {name: sample[name] for name in sample["metrics"]}
+                document, kind = str(sample["doc_id"]), str(sample["filter"])
+                metrics = {str(name): sample[name] for name in sample["metrics"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is no sample of `illada eval`: evaluate again") from error
             for metric, value in metrics.items():

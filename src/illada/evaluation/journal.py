@@ -62,6 +62,8 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 entries = [Entry(**record) for record in parse_json(line.decode())]
+                if not all(isinstance(entry.key, str) and isinstance(entry.value, list) for entry in entries):
+                    raise TypeError("a key is text, a value a list")
             except (ValueError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is damaged: delete the file to evaluate anew") from error
             self.entries |= {entry.key: entry for entry in entries}

@@ -75,7 +75,7 @@ def run_on_ray(stages: Sequence[Stage], log: Path, settings: PrepareSettings) ->
     """Run stages on the Ray cluster of RAY_ADDRESS or of this machine, or on Ray started here with a CPU per worker.
 
     Raises:
-        IlladaError: when Ray is not installed, cannot be used or does not answer, or the error of the first task that failed.
+        IlladaError: when Ray is not installed, cannot be used or does not answer, or the first error of a task.
     """
     with needs("cluster", "executor ray"):
         import ray

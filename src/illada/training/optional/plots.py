@@ -48,8 +48,11 @@ def draw_run(run: str, output: str | None = None) -> Path:
     label = "held out, average of the weights" if any(raw) else "held out"
     curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
     curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
-    if (folder / "likelihood.json").exists():
-        _draw_likelihoods(loss, read_json(folder / "likelihood.json"))
+    if (figures := folder / "likelihood.json").exists():
+        try:
+            _draw_likelihoods(loss, read_json(figures))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise IlladaError(f"{figures} is not what `illada report --windows` writes: delete it") from error
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
     loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
