@@ -37,7 +37,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, UnicodeError, TypeError) as error:  # of a name that is none: TypeError
         listening.close()
         reason = getattr(error, "strerror", None) or error
         raise IlladaError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
@@ -71,8 +71,8 @@ def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSetti
     """
     keys = read_keys(server)  # before the model is loaded, which takes longer
     show_log()
-    warn_if_open(server, keys)
     listening = open_socket(server.host, server.port)
+    warn_if_open(server, keys)
     network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
     app = create_app(network, tokenizer, server.name or model_name(model.model), server, defaults)
     config = uvicorn.Config(

@@ -87,7 +87,7 @@ def _wanted(name: str, value: Any, may_be_null: bool) -> str | None:
     if name in (*_NUMBERS, "factor", "partial_rotary_factor"):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         low = 1.0 if name == "rope_theta" else 0.0
-        return None if is_number and low <= value <= 1e30 else f"a number between {low:g} and 1e30"
+        return None if is_number and low <= value <= 1e15 else f"a number between {low:g} and 1e15"
     if name in _SWITCHES:
         return None if isinstance(value, bool) else "true or false"
     if name in (*_TEXTS, "rope_type", "type"):

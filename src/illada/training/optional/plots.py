@@ -49,9 +49,10 @@ def draw_run(run: str, output: str | None = None) -> Path:
     curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
     curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
     if (figures := folder / "likelihood.json").exists():
+        found = read_json(figures)
         try:
-            _draw_likelihoods(loss, read_json(figures))
-        except (KeyError, TypeError, AttributeError) as error:
+            _draw_likelihoods(loss, found)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise IlladaError(f"{figures} is not what `illada report --windows` writes: delete it") from error
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
@@ -79,9 +80,9 @@ def draw_run(run: str, output: str | None = None) -> Path:
 
 def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
-    step = found["step"]
+    step = int(found["step"])
     for name, figures in found["models"].items():
         for kind in sorted(figures.keys() - {"path - bound"}):
-            mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
+            mean, error = float(figures[kind]["mean"]), float(figures[kind]["standard_error"] or 0)
             label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
             axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
