@@ -223,7 +223,7 @@ def test_a_tokenizer_with_an_id_beyond_the_embedding(copy):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary[next(reversed(vocabulary))] = 10**6
     change(copy, "tokenizer.json", model=tokenizer["model"])
-    with pytest.raises(IlladaError, match="belongs to another model|cannot load"):
+    with pytest.raises(IlladaError, match=r"belongs to another model|cannot load"):
         load_model(str(copy))
 
 
@@ -251,7 +251,7 @@ def test_wandb_without_a_key_is_one_line(monkeypatch, tmp_path):
         raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(IlladaError, match="No API key configured.*leave it out"):
+    with pytest.raises(IlladaError, match=r"No API key configured.*leave it out"):
         WandB(tmp_path, "project", {})
 
 
@@ -265,6 +265,6 @@ def test_a_network_that_memory_cannot_hold_is_refused_before_it_is_built(make_da
         training=TrainingRecipe(steps=1, device="cpu"),
     )
     recipe.data.train, recipe.data.window = str(tmp_path / "data"), 32
-    with pytest.raises(IlladaError, match="parameters takes .* GB, there are"):
+    with pytest.raises(IlladaError, match=r"parameters takes .* GB, there are"):
         train(recipe, "pretrain")
     assert not (tmp_path / "run").exists()

@@ -358,7 +358,9 @@ def _restrain_libraries(hub: ModuleType) -> None:
 
 def _fail(error: Exception, code: int) -> int:
     line = " ".join(str(error).splitlines())
-    print(f"illada: error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' …'}", file=sys.stderr)
+    if len(line) > LONGEST_LINE:  # the reason mostly stands at the end
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
+    print(f"illada: error: {line}", file=sys.stderr)
     return code
 
 
