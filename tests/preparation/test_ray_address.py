@@ -12,8 +12,7 @@ from illada.preparation import executors
 def closed_port():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    return port
+        return listening.getsockname()[1]
 
 
 def test_a_stale_cluster_file_is_named_with_the_remedy(tmp_path, monkeypatch, closed_port):

@@ -22,11 +22,7 @@ def draw_run(run: str, output: str | None = None) -> Path:
         IlladaError: when the folder holds no metrics, the output cannot be written, or matplotlib is not installed.
     """
     folder = Path(run)
-    target = folder / "report.png" if output is None else Path(output)
-    if target.suffix not in PICTURES:
-        raise IlladaError(f"output {target} is no picture: its name must end in {', '.join(PICTURES)}")
-    if not target.parent.is_dir():
-        raise IlladaError(f"output {target} cannot be written: there is no folder {target.parent}")
+    target = _checked(folder / "report.png" if output is None else Path(output))
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise IlladaError(f"{run} holds no metrics: give the folder of a run that has made a step")
@@ -49,11 +45,7 @@ def draw_run(run: str, output: str | None = None) -> Path:
     curve(loss, column("validation_bits_per_byte"), label, marker=".", color="black")
     curve(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
     if (figures := folder / "likelihood.json").exists():
-        found = read_json(figures)
-        try:
-            _draw_likelihoods(loss, found)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise IlladaError(f"{figures} is not what `illada report --windows` writes: delete it") from error
+        _draw_likelihoods(loss, figures)
     buckets = [record.get("loss_by_mask_ratio") or [] for record in records]
     parts = max(map(len, buckets))
     loss.set_title("bits per byte (upper bound)" if parts else "bits per byte")
@@ -78,11 +70,24 @@ def draw_run(run: str, output: str | None = None) -> Path:
     return target
 
 
-def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
+def _checked(target: Path) -> Path:
+    """Return where to write a picture; raises IlladaError, before anything is drawn, when none can be written there."""
+    if target.suffix not in PICTURES:
+        raise IlladaError(f"output {target} is no picture: its name must end in {', '.join(PICTURES)}")
+    if not target.parent.is_dir():
+        raise IlladaError(f"output {target} cannot be written: there is no folder {target.parent}")
+    return target
+
+
+def _draw_likelihoods(axes: Any, file: Path) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
-    step = int(found["step"])
-    for name, figures in found["models"].items():
-        for kind in sorted(figures.keys() - {"path - bound"}):
-            mean, error = float(figures[kind]["mean"]), float(figures[kind]["standard_error"] or 0)
-            label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
-            axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
+    found = read_json(file)
+    try:
+        step = int(found["step"])
+        for name, figures in found["models"].items():
+            for kind in sorted(figures.keys() - {"path - bound"}):
+                mean, error = float(figures[kind]["mean"]), float(figures[kind]["standard_error"] or 0)
+                label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
+                axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise IlladaError(f"{file} is not what `illada report --windows` writes: delete it") from error
