@@ -84,7 +84,10 @@ def test_functions_are_short():
 
 
 def test_the_core_is_an_evening():
-    """It was 6,000 lines before the exact likelihood of decoding rules, shifted windows and models without a mask."""
+    """It was 6,000 lines before the exact likelihood of decoding rules, shifted windows and models without a mask.
+
+    And 6,400 before penalties, biases and alternatives, and before strangers' files were read with care.
+    """
     rooms = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
     core = [path for path, room in rooms.items() if room in CORE and "optional" not in path.parts]
-    assert sum(len(path.read_text().splitlines()) for path in core) <= 6_400
+    assert sum(len(path.read_text().splitlines()) for path in core) <= 6_500

@@ -22,14 +22,15 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 # Keeps tokenizers from advising about processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import yaml
 from docstring_parser import parse
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
 from wrapt import register_post_import_hook
 
 from illada.commands import bench, data, demo, doctor, evaluation, generation, scoring, serving, training, weights
 from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
-from illada.errors import DivergedError, IlladaError, needs
+from illada.errors import DivergedError, IlladaError, first_line, needs
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
 Command = Callable[..., None]
@@ -84,6 +85,12 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""
+
+DEEPEST = 100
+"""Levels of a recipe or of an option's value: libyaml's loader calls itself for each, and thousands end the process."""
+
+LONGEST_LINE = 1000
+"""Characters of an error; a name that somebody gave may be longer."""
 
 
 class _Option(NamedTuple):
@@ -315,22 +322,76 @@ def _normalise(words: list[str], parser: "_Parser") -> list[str]:
     return plain
 
 
+_load_unchecked = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """Load a recipe or an option's value as jsonargparse does, unless it is built to end or to fill the process.
+
+    Raises:
+        YAMLError: when it is not YAML, nests more than `DEEPEST` levels, or uses aliases, which grow without bounds.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it nests more than {DEEPEST} levels")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it refers to *{event.anchor}: write the value itself")
+    try:
+        return _load_unchecked(text)
+    except (ValueError, OverflowError) as error:  # a number of five thousand digits
+        raise yaml.YAMLError(first_line(error)) from error
+
+
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def _check_text(value: Any) -> None:
+    """Raise an error where a text among these values is none that a file, a tokenizer or the terminal could hold."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_text(part)
+    elif isinstance(value, str):
+        odd = next((letter for letter in value if letter == "\0" or "\ud800" <= letter <= "\udfff"), None)
+        if odd is not None:
+            what = "a null character" if odd == "\0" else "a byte that is not UTF-8, or half of a surrogate pair"
+            raise IlladaError(f"{value[:60]!r} holds {what}: write it as UTF-8 text without it")
+
+
+def _parse(words: Sequence[str]) -> tuple[Command, Namespace]:
+    """Return the command that words call, and its arguments.
+
+    Raises:
+        IlladaError: when the words or the recipe that they name cannot be used.
+    """
+    _check_text(list(words))
+    words = [_with_underscores(word) for word in words]
+    parser = _build(words)
+    words = ["--help" if word == "--help_all" else word for word in words]
+    try:
+        arguments = parser.parse_args(_normalise(words or ["--help"], parser))
+    except UnicodeDecodeError as error:
+        raise IlladaError(f"the recipe is not UTF-8 text: {error}") from error
+    _check_text(arguments.as_dict())
+    try:
+        arguments = parser.instantiate(arguments)
+    except TypeError as error:
+        what = "model, lora, data, training, parallel and log must each hold lines of `key: value` in the recipe"
+        raise IlladaError(what) from error
+    command: Any = COMMANDS
+    while isinstance(command, dict):
+        command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
+    return command, arguments
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line; exits with 2 on bad input and 1 on a failed run."""
     warnings.filterwarnings("ignore")
-    words = [_with_underscores(word) for word in (sys.argv[1:] if words is None else words)]
     try:
-        parser = _build(words)
-        words = ["--help" if word == "--help_all" else word for word in words]
-        arguments = parser.parse_args(_normalise(words or ["--help"], parser))
-        try:
-            arguments = parser.instantiate(arguments)
-        except TypeError as error:
-            what = "model, lora, data, training, parallel and log must each hold lines of `key: value` in the recipe"
-            raise IlladaError(what) from error
-        command: Any = COMMANDS
-        while isinstance(command, dict):
-            command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
+        command, arguments = _parse(sys.argv[1:] if words is None else words)
         register_post_import_hook(_restrain_libraries, "illada.hub")  # which all that is heavy imports
         _call(command, arguments)
     except IlladaError as error:
@@ -343,8 +404,23 @@ def main(words: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:  # a disk that is full, a folder one may not write to, a file in place of a folder
-        named = f"{error.filename}: " if error.filename is not None else ""
-        sys.exit(_fail(IlladaError(f"{named}{error.strerror}" if error.strerror else error), 2))
+        place = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(_fail(IlladaError(f"{place}{error.strerror}" if error.strerror else error), 2))
+    except BaseException as error:
+        if (reason := _of_below(error)) is None:
+            raise
+        sys.exit(_fail(IlladaError(reason), 2))
+
+
+def _of_below(error: BaseException) -> str | None:
+    """Say what is wrong where a library ran out of memory or gave up; None for an error of ours."""
+    said = first_line(error)
+    if type(error).__name__ == "PanicException":  # Rust's, of tokenizers and safetensors; it is no Exception
+        return f"a library below gave up ({said}): the tokenizer or the model is damaged, fetch or make it again"
+    is_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    if isinstance(error, MemoryError) or is_torch:
+        return f"not enough memory ({said}): take smaller sizes or batches, or a larger machine"
+    return None
 
 
 def _restrain_libraries(hub: ModuleType) -> None:
@@ -353,7 +429,10 @@ def _restrain_libraries(hub: ModuleType) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"illada: error: {error}", file=sys.stderr)
+    line = " ".join(str(error).splitlines())
+    if len(line) > LONGEST_LINE:  # the reason mostly stands at the end
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
+    print(f"illada: error: {line}", file=sys.stderr)
     return code
 
 

@@ -24,7 +24,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
+            place = torch.zeros(1, device=name)
+            place.item()  # "meta" holds no numbers
+            return place.device
         except Exception as error:
             raise IlladaError(f"device {name} cannot be used here: choose cpu or auto") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -39,6 +39,17 @@ def read_text(path: Path) -> str:
         raise IlladaError(f"{path} is not UTF-8 text: {error}") from error
 
 
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds; raise ValueError for what is none, too deep, or half of a surrogate pair."""
+    try:
+        values = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return values
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -46,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IlladaError: when it cannot be read or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):

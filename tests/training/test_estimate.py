@@ -309,3 +309,16 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["estimate", str(tmp_path / "r.yaml"), "--gpu", "abacus"])
     assert "gpu is 'abacus'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_deep_network_is_estimated_from_two_shallower_ones(monkeypatch, gpus):
+    recipe = Recipe(
+        model=ModelRecipe(preset="1m", num_hidden_layers=12),
+        data=DataRecipe(train="none", window=64),
+        training=TrainingRecipe(steps=2, samples_per_step=4, samples_per_batch=2),
+    )
+    whole = estimation.estimate(recipe, EstimateOptions(gpus=gpus))
+    monkeypatch.setattr(estimation, "DEEP", 8)
+    assert estimation.estimate(recipe, EstimateOptions(gpus=gpus)) == whole

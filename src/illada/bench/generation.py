@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from illada.bench.options import BenchGenerateOptions
 from illada.bench.samplers import EXACT, PLAIN, Sampler, engine_samplers, plain_sampler, steps_of_rule
 from illada.devices import DTYPES, choose_device
 from illada.errors import IlladaError, needs
-from illada.files import read_lines
+from illada.files import parse_json, read_json, read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
@@ -118,7 +117,7 @@ def _read_problems(tokenizer: Any, options: BenchGenerateOptions) -> list[Proble
     problems, file = [], str(options.tasks)
     for number, line in itertools.islice(read_lines(file), options.limit):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             prompt, answer = record["prompt"], record["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"prompt": ..., "answer": ...}}') from error
@@ -130,7 +129,10 @@ def _demo_problems(tokenizer: Any, options: BenchGenerateOptions) -> list[Proble
     """Return held-out problems of all tasks in turn; for a demo's model, of the tasks that it was taught."""
     folder = Path(str(options.model))
     markers = [place / "demo.json" for place in (folder, folder.parent)]
-    tasks = next((json.loads(marker.read_text())["tasks"] for marker in markers if marker.is_file()), list(TASKS))
+    marker = next((place for place in markers if place.is_file()), None)
+    tasks = list(TASKS) if marker is None else read_json(marker).get("tasks")
+    if not isinstance(tasks, list) or not set(map(str, tasks)) <= set(TASKS):
+        raise IlladaError(f"{marker} does not name tasks of the demo: give --tasks FILE")
     mix = held_out_mix(tasks, options.limit, options.seed)
     return [_problem(tokenizer, example.prompt, example.answer, "demo task") for example in mix]
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from illada.commands import heavy
 from illada.errors import IlladaError
-from illada.files import read_lines
+from illada.files import parse_json, read_lines
 from illada.generation.settings import GenerationSettings
 from illada.weights.options import ModelOptions
 
@@ -108,7 +108,7 @@ def read_items(context: str | None, candidates: list[str] | None, file: str | No
     items = []
     for number, line in read_lines(file):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record["candidates"], list):
                 raise TypeError("candidates must be a list")
             item = heavy.scoring.Item(

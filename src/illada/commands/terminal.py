@@ -50,8 +50,11 @@ def chat(model: IlladaForMaskedLM, tokenizer: Any, settings: GenerationSettings,
     while True:
         try:
             said = console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
+            said.encode()
         except EOFError:
             return
+        except UnicodeError as error:
+            raise IlladaError("a message is not UTF-8 text: send it again as UTF-8") from error
         if not said:
             continue
         if said in ("/quit", "/exit"):

@@ -10,7 +10,6 @@ The files are raw arrays: memory-mapped, never parsed. A document never crosses 
 place that fsspec reaches, and several folders may be mixed.
 """
 
-import json
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from illada.data.optional.remote import Remote
 from illada.data.storage import Folder, Range
 from illada.errors import IlladaError
+from illada.files import parse_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -141,7 +141,7 @@ class Shards:
         if not store.exists():
             raise IlladaError(f"no prepared data at {name}: make it with `illada prepare`")
         try:
-            index = json.loads(store.text(INDEX))
+            index = parse_json(store.text(INDEX))
         except FileNotFoundError:
             raise IlladaError(
                 f"{name} has no {INDEX}: it is not prepared data, or `illada prepare` was interrupted (run it again)"
@@ -156,10 +156,12 @@ class Shards:
                 f"{name} has data format {version}, this illada reads up to {FORMAT_VERSION}: use a newer illada"
             )
         try:
+            if not all(type(index[key]) is int for key in ("vocab_size", "tokens", "documents", "bytes")):
+                raise TypeError("its totals must be whole numbers")
             shards = cls([(store, index)])
-        except (KeyError, TypeError, ValueError) as error:
+            shards._check(store)
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise IlladaError(f"{name}/{INDEX} is damaged ({error!r}): prepare the data again") from None
-        shards._check(store)
         return shards
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """`illada compare`: two evaluations of the same documents, paired (ours; the paper gives no variance)."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from illada.errors import IlladaError
+from illada.files import parse_json
 from illada.reporting import aligned
 
 RESAMPLES, SEED = 10_000, 0
@@ -75,11 +75,11 @@ def _samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for path in files:
         task = str(path.relative_to(folder / "samples").with_suffix(""))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                sample = json.loads(line)
-                document, kind = str(sample["doc_id"]), sample["filter"]
-                metrics = {name: sample[name] for name in sample["metrics"]}
+                sample = parse_json(line)
+                document, kind = str(sample["doc_id"]), str(sample["filter"])
+                metrics = {str(name): sample[name] for name in sample["metrics"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is no sample of `illada eval`: evaluate again") from error
             for metric, value in metrics.items():

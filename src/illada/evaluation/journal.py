@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.errors import IlladaError
+from illada.files import parse_json
 from illada.weights import adapters
 from illada.weights.runs import model_folder
 
@@ -60,7 +61,9 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
-                entries = [Entry(**record) for record in json.loads(line)]
+                entries = [Entry(**record) for record in parse_json(line.decode())]
+                if not all(isinstance(entry.key, str) and isinstance(entry.value, list) for entry in entries):
+                    raise TypeError("a key is text, a value a list")
             except (ValueError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is damaged: delete the file to evaluate anew") from error
             self.entries |= {entry.key: entry for entry in entries}

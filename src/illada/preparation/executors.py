@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +34,9 @@ from illada.reporting import PLAIN_EVERY, duration
 with needs("data", "preparing data"):
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
     from datatrove.utils.logging import logger
+
+CLUSTER_SECONDS = 10.0
+"""How long a Ray cluster may take to answer."""
 
 
 def run_locally(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -> None:
@@ -73,12 +78,14 @@ def run_on_ray(stages: Sequence[Stage], log: Path, settings: PrepareSettings) ->
     """Run stages on the Ray cluster of RAY_ADDRESS or of this machine, or on Ray started here with a CPU per worker.
 
     Raises:
-        IlladaError: when Ray is not installed or cannot be used, or the error of the first task that failed.
+        IlladaError: when Ray is not installed, cannot be used or does not answer, or the first error of a task.
     """
     with needs("cluster", "executor ray"):
         import ray
 
     started = not ray.is_initialized()
+    if started:
+        _check_cluster()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if started:
         try:
@@ -106,6 +113,28 @@ def run_on_ray(stages: Sequence[Stage], log: Path, settings: PrepareSettings) ->
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_cluster() -> None:
+    """Check that the cluster which Ray would join answers; Ray itself waits for it without end.
+
+    Raises:
+        IlladaError: when it does not, with the remedy.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    address, remedy = os.environ.get("RAY_ADDRESS", ""), "unset RAY_ADDRESS"
+    if address in ("", "auto") and file.is_file():  # the cluster that was started last, or what it left behind
+        address, remedy = file.read_text(errors="replace").strip(), f"delete {file}"
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise IlladaError(
+            f"the Ray cluster at {address} does not answer ({first_line(error)}): start it, or {remedy} to have one "
+            "started here, or use executor local"
+        ) from error
 
 
 def submit_to_slurm(stages: Sequence[Stage], log: Path, settings: PrepareSettings) -> str:

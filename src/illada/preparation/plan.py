@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from illada.data.shards import INDEX, Shards
 from illada.errors import IlladaError
-from illada.files import naming, write_json
+from illada.files import naming, parse_json, write_json
 from illada.preparation.options import PrepareSettings
 from illada.preparation.readers import Options, SourceFile, Unit, divide, find_files, fingerprint
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
@@ -116,7 +116,9 @@ def read_plan(output: Path) -> dict[str, Any]:
         IlladaError: when there is none or it is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads((output / PLAN).read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json((output / PLAN).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("tasks"), int):
+            raise ValueError("it does not say how many tasks there are")
     except FileNotFoundError:
         raise IlladaError(f"no preparation is planned in {output}") from None
     except ValueError as error:

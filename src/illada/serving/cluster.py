@@ -19,7 +19,7 @@ from illada.generation.settings import GenerationSettings
 from illada.hub import ban_network, quiet_libraries
 from illada.serving.about import read_about
 from illada.serving.app import create_app
-from illada.serving.middleware import read_keys
+from illada.serving.middleware import read_keys, warn_if_open
 from illada.serving.options import Copies, ServerSettings
 from illada.serving.server import model_name, open_socket, show_log, url_of
 from illada.weights.load import check_shards, load_model
@@ -96,7 +96,7 @@ def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSetti
             check_shards(folder)
         model = replace(model, model=str(folder.resolve()))
     ray = _import_ray(copies)
-    read_keys(server)
+    warn_if_open(server, read_keys(server))
     options = _deployment_options(server, copies, _start_ray(ray, copies, model.device))
     deployment = ray.serve.deployment(ray.serve.ingress()(Replica), name=DEPLOYMENT, **options)
     try:

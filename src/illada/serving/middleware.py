@@ -63,6 +63,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def warn_if_open(server: ServerSettings, keys: list[str]) -> None:
+    """Say it loudly when whoever reaches this machine over a network may ask."""
+    if not keys and not _is_loopback(server.host.lower()):
+        log.warning(
+            "NO API KEY: everybody who reaches %s may use this model. Give --api_key_file FILE or set %s, or take "
+            "--host 127.0.0.1",
+            server.host,
+            KEYS_VARIABLE,
+        )
+
+
 class LimitsMiddleware:
     """ASGI middleware: checks host, key, type and size of a request before anything reads it; counts every response.
 

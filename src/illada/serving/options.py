@@ -55,6 +55,8 @@ class ServerSettings:
         """Check every value and turn lists into tuples."""
         for name in ("alias", "cors_origins", "allowed_hosts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.host.strip():
+            raise IlladaError("host is empty, which would mean every interface: give 127.0.0.1, or 0.0.0.0 to mean it")
         if not 0 <= self.port < 2**16:
             raise IlladaError(f"port is {self.port}: it must be between 0 and 65535")
         for name in (

@@ -13,7 +13,7 @@ from illada.generation.settings import GenerationSettings
 from illada.serving.about import read_about
 from illada.serving.app import create_app
 from illada.serving.connections import Connections
-from illada.serving.middleware import read_keys
+from illada.serving.middleware import read_keys, warn_if_open
 from illada.serving.options import ServerSettings
 from illada.serving.worker import Worker
 from illada.weights.load import load_model
@@ -43,7 +43,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError, TypeError) as error:  # of a name that is none: TypeError
         listening.close()
         reason = getattr(error, "strerror", None) or error
         raise IlladaError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
@@ -128,9 +128,10 @@ def serve(model: ModelOptions, server: ServerSettings, defaults: GenerationSetti
     Raises:
         IlladaError: when the model or the keys cannot be read or the address cannot be used.
     """
-    read_keys(server)  # before the model is loaded, which takes longer
+    keys = read_keys(server)  # before the model is loaded, which takes longer
     show_log()
     listening = open_socket(server.host, server.port)
+    warn_if_open(server, keys)
     network, tokenizer = load_model(model.model, model.dtype, model.device, model.quantize)
     name = server.name or model_name(model.model)
     app = create_app(network, tokenizer, name, server, defaults, read_about(model.model))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from illada.errors import IlladaError
@@ -121,7 +120,7 @@ def _render(
                 tokenizer_kwargs={"verbose": False},
             )
             return ids
-        except (TemplateError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # a template is a program of theirs
             first_error = first_error or error
     raise IlladaError(f"{record}: the chat template refuses it: {' '.join(str(first_error).split())}")
 

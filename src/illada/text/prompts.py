@@ -1,11 +1,10 @@
 """Prompts as token ids, plain or with slots to fill in, and ids as text again."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from illada.errors import IlladaError
-from illada.files import read_lines
+from illada.files import parse_json, read_lines
 
 SLOT_SIGN = "___"
 
@@ -20,13 +19,13 @@ def encode_template(tokenizer: Any, text: str, slot_tokens: int) -> list[int | N
     """Return the ids of a document, from BOS to EOS where the tokenizer has them, with `slot_tokens` None per `___`.
 
     Raises:
-        IlladaError: when the text has no `___`, or `slot_tokens` is below 1.
+        IlladaError: when the text has no `___`, or `slot_tokens` is out of range.
     """
     pieces = text.split(SLOT_SIGN)
     if len(pieces) == 1:
         raise IlladaError(f"there is no {SLOT_SIGN} to fill in {text[:40]!r}: write one, or leave out slot_tokens")
-    if slot_tokens < 1:
-        raise IlladaError(f"slot_tokens is {slot_tokens}: it must be at least 1")
+    if not 1 <= slot_tokens <= 2**20:
+        raise IlladaError(f"slot_tokens is {slot_tokens}: it must be between 1 and {2**20:,}")
     ids: list[int | None] = [*encode_plain(tokenizer, pieces[0])]
     for piece in pieces[1:]:
         ids += [None] * slot_tokens
@@ -55,7 +54,7 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     read = []
     for number, line in read_lines(file):
         try:
-            read.append(str(json.loads(line)["prompt"]))
+            read.append(str(parse_json(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
             raise IlladaError(f'{file} line {number} is not {{"prompt": ...}}') from error
     return read

@@ -31,8 +31,12 @@ def load_tokenizer(path: str | os.PathLike[str], allow_hub: bool = False) -> Pre
             "the model's tokenizer files into it"
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the libraries below raise bare Exception for a damaged file
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        tokenizer.decode(tokenizer.encode("a b\n1"), skip_special_tokens=True)  # some fail only when used
+        return tokenizer
+    except BaseException as error:  # for a damaged file the libraries below raise bare Exception, or Rust panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise IlladaError(f"cannot load the tokenizer {name}: {first_line(error)}") from None
 
 

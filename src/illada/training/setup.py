@@ -10,6 +10,7 @@ import torch
 from illada.data.batches import Batches
 from illada.data.optional.checks import check_data
 from illada.data.shards import Shards
+from illada.devices import choose_device
 from illada.diffusion.noise import EPSILON, Noise
 from illada.errors import IlladaError
 from illada.model.config import IlladaConfig
@@ -19,6 +20,7 @@ from illada.training.optim import make_optimizers, moments
 from illada.training.optional.average import Average
 from illada.training.optional.checkpoint_hook import CheckpointHook
 from illada.training.optional.dropout import Dropout
+from illada.training.optional.flops import check_shape
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.optional.remarks import remarks_on
 from illada.training.parallel import Processes, distribute
@@ -160,6 +162,7 @@ def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> Ill
         keep_type = bool(lora.rank) and recipe.training.dtype == "bf16"
         model, _ = load_model(str(start), "auto" if keep_type else "fp32", "cpu")
     else:
+        check_shape(config, choose_device(recipe.training.device))
         # fork_rng: the seed must not leak into the caller's random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)

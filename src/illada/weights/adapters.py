@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from illada.errors import IlladaError, first_line, needs
+from illada.files import parse_json
 from illada.model.transformer import IlladaForMaskedLM, misfits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -173,7 +174,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Return the contents of adapter_config.json; its adapter is LoRA."""
     path = folder / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         kind = values.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise IlladaError(f"{path} cannot be read ({first_line(error)}): fetch or save the adapter again") from error

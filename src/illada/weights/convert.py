@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from illada.errors import IlladaError, first_line
-from illada.files import read_json
 from illada.model.config import IlladaConfig
 from illada.model.released import FAMILY_IDS, MASK_TOKENS
 from illada.model.transformer import IlladaForMaskedLM, misfits
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.card import converted_card
+from illada.weights.check import check_sizes, read_values
 from illada.weights.load import check_shards, complete_ids
 from illada.weights.options import Dtype
 from illada.weights.runs import NOT_A_MODEL, model_folder
@@ -134,7 +134,7 @@ def _about(mask: _Mask | None) -> str:
 def _read_shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the sizes as arguments of `IlladaConfig`, and the contents of config.json."""
     path = folder / "config.json"
-    values = read_json(path)
+    values = read_values(path)
     family = values.get("model_type")
     if family in FAMILY_IDS:
         raise IlladaError(f"{folder} is a masked diffusion model already: train it with --model.start {folder}")
@@ -144,7 +144,7 @@ def _read_shape(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise IlladaError(f"the checkpoint in {folder} is quantised ({method}): take the bf16 or fp16 one")
     try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.for_model(**values)
     except Exception as error:
         raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
     rope = config.rope_parameters or {}
@@ -175,7 +175,10 @@ def _read_tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
         IlladaError: when tensors do not fit, naming them.
     """
     tensors: dict[str, Tensor] = {}
-    for file in check_shards(folder):
+    config = IlladaConfig(**shape, **dict.fromkeys(_ID_NAMES), mask_token_id=0)
+    files = check_shards(folder)
+    check_sizes(config, files)
+    for file in files:
         tensors |= load_file(file)
     # Old checkpoints hold the rotary frequencies too, which follow from rope_theta.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -188,7 +191,7 @@ def _read_tensors(folder: Path, shape: Mapping[str, Any]) -> dict[str, Tensor]:
         if names:
             raise IlladaError(f"{folder} has {what} ({names[0]}, …): this network has not, so it cannot be converted")
     with torch.device("meta"):
-        places = IlladaForMaskedLM(IlladaConfig(**shape, **dict.fromkeys(_ID_NAMES), mask_token_id=0)).state_dict()
+        places = IlladaForMaskedLM(config).state_dict()
     if shape["tie_word_embeddings"]:
         del places[_HEAD]
         head = tensors.pop(_HEAD, None)

@@ -16,6 +16,7 @@ from illada.model.released import MASK_TOKENS, TURN_ENDS
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.adapters import adapter_base, attach
+from illada.weights.check import check_sizes, read_values, token_ids
 from illada.weights.options import Dtype, Quantization
 from illada.weights.quantize import check_shapes, quantized_loading
 from illada.weights.runs import model_folder
@@ -31,7 +32,7 @@ def load_config(folder: str | Path) -> IlladaConfig:
         IlladaError: when it is damaged, of another family, or asks for what the network does not do.
     """
     path = Path(folder) / "config.json"
-    values = read_json(path)
+    values = read_values(path)
     try:
         return IlladaConfig.from_dict(values)
     except Exception as error:
@@ -61,7 +62,7 @@ def load_model(
         check_weights(adapter)
         folder = model_folder(adapter_base(adapter))
     config = load_config(folder)
-    check_shards(folder)
+    check_sizes(config, check_shards(folder))
     tokenizer = load_tokenizer(folder)
     complete_ids(config, folder, tokenizer)
     model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize)
@@ -97,14 +98,15 @@ def complete_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
     eos_token_id, and at the tokens that end a turn in the released chat templates.
 
     Raises:
-        IlladaError: when the tokenizer has more tokens than the embedding has rows.
+        IlladaError: when the tokenizer has more tokens than the embedding has rows, or an end is no id of the model.
     """
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = tokenizer.get_vocab()
+    known = max(len(tokenizer), 1 + max(vocabulary.values(), default=0))
+    if known > config.vocab_size:
         raise IlladaError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model only {config.vocab_size}: "
+            f"the tokenizer in {folder} has {known} tokens but the model only {config.vocab_size}: "
             "it belongs to another model"
         )
-    vocabulary = tokenizer.get_vocab()
     if "mask_token_id" not in read_json(folder / "config.json"):
         named = (vocabulary[token] for token in MASK_TOKENS if token in vocabulary)
         mask_id = tokenizer.mask_token_id
@@ -113,8 +115,9 @@ def complete_ids(config: IlladaConfig, folder: Path, tokenizer: Any) -> None:
         config.bos_token_id = tokenizer.bos_token_id
     generation = folder / "generation_config.json"
     generation_ids = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    generation_ids = token_ids(generation_ids, config.vocab_size, generation)
     turn_ends = [vocabulary[token] for token in TURN_ENDS if token in vocabulary]
-    if ends := list(dict.fromkeys([*_as_list(config.eos_token_id), *_as_list(generation_ids), *turn_ends])):
+    if ends := list(dict.fromkeys([*_as_list(config.eos_token_id), *generation_ids, *turn_ends])):
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 

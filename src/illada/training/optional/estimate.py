@@ -35,7 +35,7 @@ from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
 from illada.training.optim import muon_matrices
 from illada.training.optional.dropout import Dropout
-from illada.training.optional.flops import GPUS, block_parameters, flops_per_token
+from illada.training.optional.flops import GPUS, block_parameters, check_shape, flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
@@ -48,6 +48,12 @@ CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 FREE_SHARE = 0.1
 """Share of a GPU's memory to leave to what is not counted (ours)."""
+
+DEEP = 40
+"""Blocks of the deepest network that is rehearsed whole (8B has 32)."""
+
+MOST_TOKENS = 2**24
+"""Tokens of one pass: far more than any GPU holds."""
 
 _GB = 1e9
 
@@ -174,6 +180,12 @@ def _check(recipe: Recipe, options: EstimateOptions) -> None:
         raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
     if price is not None and price < 0:
         raise IlladaError(f"price is {price:g}: it must be at least 0")
+    batch = min(windows, recipe.training.samples_per_batch)
+    if batch * recipe.data.window > MOST_TOKENS:
+        raise IlladaError(
+            f"training.samples_per_batch {batch} windows of {recipe.data.window} tokens are more than a pass holds "
+            f"({MOST_TOKENS:,} tokens): lower one of them"
+        )
     if windows < gpus // tensor:
         raise IlladaError(
             f"training.samples_per_step {windows} leaves some of {gpus} GPUs without a window: raise it or lower gpus"
@@ -222,6 +234,7 @@ def _open(recipe: Recipe, vocab_size: int | None) -> tuple[Shards | None, Illada
     config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
     if window > config.max_position_embeddings:
         raise IlladaError(f"data.window {window} is longer than the model's context {config.max_position_embeddings}")
+    check_shape(config)
     check_divisible(config, recipe.parallel.tensor)
     return shards, config
 
@@ -276,6 +289,29 @@ class _Meter(TorchDispatchMode):
 
 
 def _rehearse(
+    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool
+) -> tuple[int, int, dict[Checkpointing, Memory]]:
+    """Return what `_rehearse_whole` does; of a deep network from two shallower ones, as each block adds as much."""
+    layers, low, high = config.num_hidden_layers, DEEP // 2, DEEP
+    if layers <= high:
+        return _rehearse_whole(recipe, config, windows, passes, gpus, on_cpu)
+    found = []
+    for depth in (low, high):
+        part = copy.deepcopy(config)
+        part.num_hidden_layers = depth
+        found.append(_rehearse_whole(recipe, part, windows, passes, gpus, on_cpu))
+
+    def at_full_depth(few: int, many: int) -> int:
+        return few + (many - few) * (layers - low) // (high - low)
+
+    memory = {}
+    for kind in CHECKPOINTING:
+        few, many = (dataclasses.asdict(memory_of[kind]) for _, _, memory_of in found)
+        memory[kind] = Memory(**{name: at_full_depth(few[name], many[name]) for name in few})
+    return at_full_depth(found[0][0], found[1][0]), at_full_depth(found[0][1], found[1][1]), memory
+
+
+def _rehearse_whole(
     recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool
 ) -> tuple[int, int, dict[Checkpointing, Memory]]:
     """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing.

@@ -1,10 +1,12 @@
 """The FLOPs that a network needs and a GPU has: their ratio is model FLOPs utilisation (MFU)."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from illada.diffusion.noise import EPSILON
+from illada.errors import IlladaError
 from illada.model.config import IlladaConfig
 
 
@@ -46,6 +48,34 @@ def block_parameters(config: IlladaConfig) -> int:
     width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     attention = 2 * width * config.head_dim * (heads + groups)
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size + 2 * width)
+
+
+MOST_BLOCKS = 1000
+"""As many as the deepest transformers ever trained have (DeepNet, arXiv 2203.00555)."""
+
+
+def check_shape(config: IlladaConfig, device: torch.device | None = None) -> None:
+    """Check, before a new network is built, that one of its size can be built and, on a CPU, trained by this process.
+
+    Args:
+        config: shape of the network.
+        device: where it is to be trained; None asks only whether anybody could build it.
+
+    Raises:
+        IlladaError: with the number of parameters and the memory that they would take.
+    """
+    if config.num_hidden_layers > MOST_BLOCKS:
+        raise IlladaError(f"num_hidden_layers is {config.num_hidden_layers:,}: it must be at most {MOST_BLOCKS:,}")
+    parameters = block_parameters(config) + config.vocab_size * config.hidden_size * (2 - config.tie_word_embeddings)
+    # fp32 weights are made on the CPU; to train them there takes gradients and two moments besides.
+    alone = device is not None and device.type == "cpu" and os.environ.get("WORLD_SIZE", "1") == "1"
+    needed = parameters * (16 if alone else 4)
+    there = 2**60 if device is None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise IlladaError(
+            f"a network of {parameters:,} parameters takes {needed / 1e9:,.0f} GB, there are {there / 1e9:,.0f}: take "
+            "a smaller shape; `illada estimate` says what one needs"
+        )
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -15,6 +15,8 @@ from illada.weights.runs import read_metrics
 
 SMOOTH_SHARE = 20
 """A curve is the mean over this share of its points (one in so many), beside the points themselves, faintly."""
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture's name may end in."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     written them. Several runs have a colour each, and no curves by mask ratio; nor has the run of a causal model.
 
     Raises:
-        IlladaError: when a folder holds no metrics, or matplotlib is not installed.
+        IlladaError: when a folder holds no metrics, the output cannot be written, or matplotlib is not installed.
     """
+    target = _checked(Path(runs[0]) / "report.png" if output is None else Path(output))
     found, alike = [], len({Path(run).name for run in runs}) < len(runs)
     for run in runs:
         records = read_metrics(Path(run) / "metrics.jsonl")
@@ -86,9 +89,8 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     drawing.suptitle(", ".join(curves.name for curves in found))
-    target = found[0].folder / "report.png" if output is None else Path(output)
     picture = BytesIO()
-    drawing.savefig(picture, format=target.suffix.removeprefix(".") or "png", dpi=120)
+    drawing.savefig(picture, format=target.suffix.removeprefix("."), dpi=120)
     write_bytes(target, picture.getvalue())
     return target
 
@@ -99,8 +101,8 @@ def _draw_one(curves: Curves, loss: Any, ratio: Any, norm: Any) -> None:
     label = "held out, average of the weights" if any(raw) else "held out"
     curves.draw(loss, curves.column("validation_bits_per_byte"), label, marker=".", color=INK)
     curves.draw(loss, raw, "held out, without the average", marker=".", color="tab:gray", linestyle="--")
-    if (curves.folder / "likelihood.json").exists():
-        _draw_likelihoods(loss, read_json(curves.folder / "likelihood.json"))
+    if (figures := curves.folder / "likelihood.json").exists():
+        _draw_likelihoods(loss, figures)
     buckets = [bucket or [] for bucket in curves.column("loss_by_mask_ratio")]
     parts = max(map(len, buckets))
     ratio.set_visible(bool(parts))
@@ -125,13 +127,26 @@ def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> N
     rate.set_ylabel("learning rate")
 
 
-def _draw_likelihoods(axes: Any, found: dict[str, Any]) -> None:
+def _checked(target: Path) -> Path:
+    """Return where to write a picture; raises IlladaError, before anything is drawn, when none can be written there."""
+    if target.suffix not in PICTURES:
+        raise IlladaError(f"output {target} is no picture: its name must end in {', '.join(PICTURES)}")
+    if not target.parent.is_dir():
+        raise IlladaError(f"output {target} cannot be written: there is no folder {target.parent}")
+    return target
+
+
+def _draw_likelihoods(axes: Any, file: Path) -> None:
     """Draw the means and standard errors of likelihood.json at the step of the weights that were measured."""
-    step = found.get("step")
-    if step is None:  # written by an earlier version, which did not say of which weights
+    found = read_json(file)
+    if "step" not in found:  # written by an earlier version, which did not say of which weights
         return
-    for name, figures in found["models"].items():
-        for kind in sorted(figures.keys() - {"path - bound"}):
-            mean, error = figures[kind]["mean"], figures[kind]["standard_error"] or 0.0
-            label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
-            axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
+    try:
+        step = int(found["step"])
+        for name, figures in found["models"].items():
+            for kind in sorted(figures.keys() - {"path - bound"}):
+                mean, error = float(figures[kind]["mean"]), float(figures[kind]["standard_error"] or 0)
+                label = f"{kind} on {found['tokens']:,} tokens, {Path(name).name}"
+                axes.errorbar(step, mean, error, marker="_", capsize=3, label=label)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise IlladaError(f"{file} is not what `illada report --windows` writes: delete it") from error

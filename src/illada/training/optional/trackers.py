@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from illada.errors import needs
+from illada.errors import IlladaError, first_line, needs
 from illada.training.log import Tracker
 from illada.training.recipe import LogRecipe
 
@@ -35,9 +35,15 @@ class WandB:
         with needs("track", "log.wandb"):
             wandb = import_module("wandb")
         identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
-        self._run: Any = wandb.init(
-            project=project, name=run.name, id=identity, dir=str(run), config=recipe, resume="allow"
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=project, name=run.name, id=identity, dir=str(run), config=recipe, resume="allow"
+            )
+        except Exception as error:  # no key, no network, a name that it does not take
+            raise IlladaError(
+                f"log.wandb {project!r} cannot be used ({first_line(error)}): `wandb login` first, or set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of a step."""
@@ -52,7 +58,7 @@ def make_trackers(run: Path, log: LogRecipe, first: int, recipe: dict[str, Any])
     """Return the trackers of a recipe, for steps from `first` on.
 
     Raises:
-        IlladaError: when one is not installed.
+        IlladaError: when one is not installed, or wandb refuses.
     """
     trackers: list[Tracker] = [TensorBoard(run, first)] if log.tensorboard else []
     return [*trackers, WandB(run, log.wandb, recipe)] if log.wandb else trackers
