@@ -30,6 +30,7 @@ from illada.training.recipe import Recipe
 from illada.weights.adapters import adapter_base
 from illada.weights.convert import _read_shape
 from illada.weights.load import check_shards, complete_ids, load_config, load_tokenizer
+from illada.weights.runs import read_metrics, read_recipe, read_state
 from illada.weights.save import write_model
 
 bounded = settings(
@@ -226,7 +227,19 @@ def of_likelihood(folder, content):
     draw_runs([str(folder)])
 
 
+def of_metrics(folder, content):
+    read_metrics(Path(write(folder, "metrics.jsonl", content + b"\n" + content)))
+
+
+STATE = {
+    **{"step": 3, "updates": 2, "tokens": 96, "decay_start": 2, "validation_losses": [4.5], "loss_mean": 4.0},
+    **{"loss_variance": 0.5, "skipped": 1, "returns": [1]},
+}
+
 FILES = {
+    "state.json": (STATE, lambda f, c: read_state(Path(write(f, "state.json", c)).parent, 3)),
+    "metrics.jsonl": ({"step": 1, "loss": 2.0, "loss_by_mask_ratio": [1.0]}, of_metrics),
+    "recipe.yaml of a run": (RECIPE, lambda f, c: read_recipe(Path(write(f, "recipe.yaml", c)))),
     "questions.jsonl": (
         {"context": "a", "candidates": ["b", "c"], "answer": 1},
         lambda f, c: read_items(None, None, write(f, "q.jsonl", c)),

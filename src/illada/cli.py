@@ -31,6 +31,7 @@ from illada.commands import bench, data, demo, doctor, evaluation, generation, s
 from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, first_line, needs
+from illada.files import check_yaml
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
 Command = Callable[..., None]
@@ -85,9 +86,6 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""
-
-DEEPEST = 100
-"""Levels of a recipe or of an option's value: libyaml's loader calls itself for each, and thousands end the process."""
 
 LONGEST_LINE = 1000
 """Characters of an error; a name that somebody gave may be longer."""
@@ -326,18 +324,8 @@ _load_unchecked = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """Load a recipe or an option's value as jsonargparse does, unless it is built to end or to fill the process.
-
-    Raises:
-        YAMLError: when it is not YAML, nests more than `DEEPEST` levels, or uses aliases, which grow without bounds.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise yaml.YAMLError(f"it nests more than {DEEPEST} levels")
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"it refers to *{event.anchor}: write the value itself")
+    """Load a recipe or an option's value as jsonargparse does, once it is checked; raises YAMLError."""
+    check_yaml(text)
     try:
         return _load_unchecked(text)
     except (ValueError, OverflowError) as error:  # a number of five thousand digits

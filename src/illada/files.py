@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from illada.errors import IlladaError, first_line
 
 
@@ -48,6 +50,21 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return values
+
+
+DEEPEST = 100
+"""Levels of a YAML text: the loaders call themselves for each, and libyaml's ends the process after thousands."""
+
+
+def check_yaml(text: str) -> None:
+    """Raise YAMLError for a text that is no YAML, nests deeper than `DEEPEST`, or has aliases, which can grow."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it nests more than {DEEPEST} levels")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it refers to *{event.anchor}: write the value itself")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a run folder holds: checkpoints and their state, the finished model or adapter, the log of its steps."""
 
-import json
 import math
 import re
 import shutil
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from illada.errors import DamagedError, IlladaError, first_line
-from illada.files import read_json, read_text
+from illada.files import check_yaml, parse_json, read_json, read_text
 from illada.folders import damage, new_folder
 from illada.hub import MODEL_FILES, hub_folder, is_hub_name
 from illada.weights import adapters
@@ -245,8 +244,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         IlladaError: when it is damaged.
     """
     try:
-        content = yaml.safe_load(read_text(path))
-    except (IlladaError, yaml.YAMLError) as error:
+        check_yaml(text := read_text(path))
+        content = yaml.safe_load(text)
+    except (IlladaError, yaml.YAMLError, ValueError, OverflowError) as error:
         raise IlladaError(f"{path} is damaged ({first_line(error)}): restore it, or choose another --output") from error
     if not isinstance(content, dict):
         raise IlladaError(f"{path} is damaged (it holds no recipe): restore it, or choose another --output")
@@ -264,7 +264,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = parse_json(line.decode("utf-8"))
         except ValueError:
             record = None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
