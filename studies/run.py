@@ -185,7 +185,7 @@ def illada(*words: object, log: Path) -> None:
 
 
 def prepare(arm: Arm) -> None:
-    """Make the tokenizer and the prepared data of an arm, if they are not there."""
+    """Make the tokenizer and the prepared data of an arm, if they are not there or older than their texts."""
     if arm.asked["recipe"] is None:
         return
     tokenizer, folder = tokenizer_of(arm), prepared(arm)
@@ -200,14 +200,16 @@ def prepare(arm: Arm) -> None:
         ]
         illada("tokenizer", *words, "--output", tokenizer, "--vocab_size", size, log=log)
     for part in ("train", "held-out"):
-        file = source(arm.asked["data"], part)
+        file, index = source(arm.asked["data"], part), folder / part / "index.json"
+        if index.is_file() and index.stat().st_mtime > file.stat().st_mtime:
+            continue
         if part == "train" and arm.asked["documents"]:
             with file.open(encoding="utf-8") as lines:
                 chosen = [line for line, _ in zip(lines, range(arm.asked["documents"]), strict=False)]
             file = folder / "train.jsonl"
-            if not file.is_file():
-                file.write_text("".join(chosen), encoding="utf-8")
-        illada("prepare", file, "--kind", kind_of(file), "--tokenizer", tokenizer, "--output", folder / part, log=log)
+            file.write_text("".join(chosen), encoding="utf-8")
+        words = [file, "--kind", kind_of(file), "--tokenizer", tokenizer, "--output", folder / part]
+        illada("prepare", *words, log=log)
 
 
 def kind_of(file: Path) -> str:

@@ -38,6 +38,9 @@ REST = {
     "compare": "a b",
     "bench": "",
     "completion": "bash",
+    "demo": "",
+    "batch": "in.jsonl --model model --output out.jsonl",
+    "verify": "folder",
     "doctor": "",
 }
 
@@ -147,7 +150,11 @@ def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):
     Path("questions.jsonl").write_text(json.dumps({"context": "one", "candidates": [" two", " three"], "answer": 0}))
     Path("runs").mkdir()
     Path("runs/demo").symlink_to(tmp_path / "runs/chat")
-    places = {"model": "runs/chat/model", "data": "data/chat"}
+    Path("runs/other").symlink_to(tmp_path / "runs/base")
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Shift: 1"}], "max_tokens": 8}
+    asked = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    Path("requests.jsonl").write_text(json.dumps(asked) + "\n")
+    places = {"model": "runs/chat/model", "data": "data/chat", "FOLDER": "runs/base"}
     walked = []
     for number, words in enumerate(commands(ROOT / "README.md")):
         if words[0] in TESTED_ELSEWHERE or {"ray", "1b-pretrain"} & {*words} or any("GSAI" in word for word in words):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import illada
+from illada.cli import main as main_of_illada
 from illada.data.shards import Shards
 from illada.demo.report import plot_denoising
 from illada.files import write_json
@@ -44,33 +45,38 @@ TEMPLATES = ("A ___ is a person who ___ ___ ___.", "The ___ of a tree.", "And th
 GROUPS = ("kind", "opposite", "synonym", "word", "meaning")
 
 
-def run(*words: object) -> None:
-    """Run a command; stop where it fails, with its exit code."""
+def script(*words: object) -> None:
+    """Run a program in Python; stop where it fails, with its exit code."""
     done = subprocess.run([sys.executable, *map(str, words)], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
+def command(*words: object) -> None:
+    """Run a command of illada in this process; it exits where it fails."""
+    print("illada", *words, file=sys.stderr)
+    main_of_illada([str(word) for word in words])
+
+
 def train(output: Path, data: Path, settings: list[str]) -> None:
     """Make data, tokenizer and model below the output, as far as they are not there."""
-    command = ("-m", "illada")
     if not all((data / text).is_dir() for text in TEXTS):
-        run(STUDIES / "texts.py", "--output", data)
+        script(STUDIES / "texts.py", "--output", data)
     if not (output / "chats" / "train.jsonl").is_file():
-        run(HERE / "instructions.py", data / WORDNET, output / "chats")
+        script(HERE / "instructions.py", data / WORDNET, output / "chats")
     files = {part: [data / text / f"{part}.jsonl" for text in TEXTS] for part in ("train", "held-out")}
     tokenizer = output / "tokenizer"
     if not tokenizer.is_dir():
-        run(*command, "tokenizer", *files["train"], "--output", tokenizer, "--vocab_size", 4096)
+        command("tokenizer", *files["train"], "--output", tokenizer, "--vocab_size", 4096)
     for part, texts in files.items():
-        run(*command, "prepare", *texts, "--tokenizer", tokenizer, "--output", output / "data" / f"text-{part}")
+        command("prepare", *texts, "--tokenizer", tokenizer, "--output", output / "data" / f"text-{part}")
         chats = ["prepare", output / "chats" / f"{part}.jsonl", "--kind", "chat", "--tokenizer", tokenizer]
-        run(*command, *chats, "--output", output / "data" / f"chats-{part}")
+        command(*chats, "--output", output / "data" / f"chats-{part}")
     start: list[object] = []
     for name, kind in (("pretrain", "text"), ("sft", "chats")):
         train_on, held_out = output / "data" / f"{kind}-train", output / "data" / f"{kind}-held-out"
         data_words = ["--data.train", train_on, "--data.validation", held_out]
-        run(*command, name, HERE / f"{name}.yaml", *data_words, *start, "--output", output / name, *settings)
+        command(name, HERE / f"{name}.yaml", *data_words, *start, "--output", output / name, *settings)
         start = ["--model.start", output / name / "model"]
     if not (output / "model").exists():
         (output / "model").symlink_to(Path("sft", "model"))

@@ -403,8 +403,9 @@ def test_demo_problems_are_those_of_the_demo(tmp_path, monkeypatch):
         found = generation._demo_problems(tokenizer, BenchGenerateOptions(str(model), limit=5))
         return [tokenizer.decode(problem.prompt).removeprefix("<|bos|><|user|>").split()[0] for problem in found]
 
-    monkeypatch.setattr(generation, "TASKS", {"shift": None, "sorting": None})
-    assert tasks(tmp_path / "model") == ["Shift:", "Sort", "Shift:", "Sort", "Shift:"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "TASKS", {"shift": None, "sorting": None})
+        assert tasks(tmp_path / "model") == ["Shift:", "Sort", "Shift:", "Sort", "Shift:"]
     (tmp_path / "demo.json").write_text('{"tasks": ["addition", "capitals"]}')
     assert tasks(tmp_path / "model") == tasks(tmp_path) == ["Add", "Capitals:", "Add", "Capitals:", "Add"]
 

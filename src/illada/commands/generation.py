@@ -40,8 +40,6 @@ def generate(
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
-    if not chat and slot_tokens is None:
-        _check_plain(model.model, tokenizer, prompts)
     if slot_tokens is not None:
         templates = [encode_template(tokenizer, text, slot_tokens) for text in prompts]
         answers = heavy.generation.infill(network, templates, settings, tokenizer=tokenizer)
@@ -51,6 +49,8 @@ def generate(
         else:
             ids = [encode_plain(tokenizer, text) for text in prompts]
         answers = heavy.generation.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
+    if not chat and slot_tokens is None:
+        _check_plain(model.model, tokenizer, prompts)
     if all(not show_ids(tokenizer, answer.ids).strip() for answer in answers):
         _explain_nothing(model.model)
     for text, answer in zip(prompts, answers, strict=True):
