@@ -17,6 +17,8 @@ from illada.training.recipe import ModelRecipe, Recipe, TrainingRecipe
 from illada.weights.load import load_config, load_model
 from illada.weights.save import write_model
 
+pytestmark = pytest.mark.slow
+
 HALF, DEEP = "one \ud83d two", "[" * 5000 + "]" * 5000
 
 

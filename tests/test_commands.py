@@ -13,6 +13,8 @@ import pytest
 from illada import cli
 from illada.training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED, INLINE = (
@@ -135,7 +137,6 @@ SHORT = {
 TESTED_ELSEWHERE = {"eval", "compare", "serve", "bench", "completion", "convert"}
 
 
-@pytest.mark.slow
 def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):
     """Its commands in their order, shortened: from folders of text and chats to answers of a model of one's own."""
     for package in ("datatrove", "matplotlib", "peft", "torchao"):

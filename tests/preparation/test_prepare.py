@@ -234,6 +234,7 @@ def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
         prepare(output=str(tmp_path / "out"), workers=2, **settings)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path, prepared):
     settings, expected = prepared
     prepare(output=str(tmp_path / "out"), workers=2, **settings)
