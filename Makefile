@@ -23,7 +23,7 @@ dictionary: setup  # a model that explains words: hours on 2 cores; texts from D
 
 test: lint types unit package
 
-quick: lint types  # the same without what takes more than a second: under a minute and a half
+quick: lint types  # the same without what takes more than a second: under two minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
 
 lint: setup
