@@ -24,7 +24,7 @@ import illada
 from illada.data.shards import Shards
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import environment_of
-from illada.scoring.optional.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, right_choices, score_candidates
 from illada.text.prompts import show_ids
 from illada.training.optional.likelihood import text_likelihood
 
@@ -118,7 +118,7 @@ def choices(
                 network, tokenizer, items, method, options.get("samples", 1), 0, options.get("chat", False)
             )
         seconds = time.monotonic() - started
-        right = [values.index(max(values)) == item.answer for values, item in zip(scores, items, strict=True)]
+        right = right_choices(items, scores)
         figures |= {
             **shares(f"accuracy {file}", right, [record.get("group", "") for record in asked]),
             f"positions {file}": sum(positions) / len(items),

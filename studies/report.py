@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from illada.reporting import aligned, figure, png
+from illada.reporting import aligned, figure, rendered
 
 STUDIES = Path(__file__).parent
 HEAD = """# The study
@@ -105,7 +105,7 @@ def section(name: str, question: dict[str, Any], results: list[dict[str, Any]], 
     drawing, axes = figure(7, 3.6)
     PLOTS[question["plot"]["kind"]](axes, question, results)
     axes.legend(frameon=False, fontsize=8)
-    (images / f"study-{name}.png").write_bytes(png(drawing))
+    (images / f"study-{name}.png").write_bytes(rendered(drawing))
     parts.append(f"`python studies/run.py studies/questions/{name}.yaml`")
     return "\n\n".join([*parts, f"**Found.** {' '.join(question.get('finding', 'Not written yet.').split())}"])
 

@@ -193,12 +193,7 @@ def prepare(arm: Arm) -> None:
     log = folder / "log.txt"
     if not (tokenizer / "tokenizer.json").is_file():
         text, size = arm.asked["tokenizer"]
-        words = [
-            source(text, "train"),
-            "--text_field",
-            "text" if kind_of(source(text, "train")) == "text" else "prompt",
-        ]
-        illada("tokenizer", *words, "--output", tokenizer, "--vocab_size", size, log=log)
+        illada("tokenizer", source(text, "train"), "--output", tokenizer, "--vocab_size", size, log=log)
     for part in ("train", "held-out"):
         file, index = source(arm.asked["data"], part), folder / part / "index.json"
         if index.is_file() and index.stat().st_mtime > file.stat().st_mtime:
@@ -208,14 +203,7 @@ def prepare(arm: Arm) -> None:
                 chosen = [line for line, _ in zip(lines, range(arm.asked["documents"]), strict=False)]
             file = folder / "train.jsonl"
             file.write_text("".join(chosen), encoding="utf-8")
-        words = [file, "--kind", kind_of(file), "--tokenizer", tokenizer, "--output", folder / part]
-        illada("prepare", *words, log=log)
-
-
-def kind_of(file: Path) -> str:
-    """Return whether a file has texts or conversations ("chat")."""
-    with file.open(encoding="utf-8") as lines:
-        return "text" if "text" in json.loads(next(lines)) else "chat"
+        illada("prepare", file, "--tokenizer", tokenizer, "--output", folder / part, log=log)
 
 
 def source(name: str, part: str) -> Path:

@@ -7,6 +7,7 @@ from illada.model.transformer import IlladaForMaskedLM
 from illada.preparation.shard_writer import ShardWriter, write_index
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.text.tokenizer import tokenizer_sha256
+from illada.weights.save import write_model
 
 
 def build(tie: bool, seed: int, **changes: object) -> IlladaForMaskedLM:
@@ -67,3 +68,16 @@ def make_data():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return train_tokenizer(["one two three four five six seven"] * 3, 280)
+
+
+@pytest.fixture(scope="session")
+def write_tiny_model(tiny_tokenizer):
+    """A function that writes a tied model with the tiny tokenizer into a new folder, and returns the folder."""
+
+    def write(folder):
+        network = build(tie=True, seed=1, vocab_size=len(tiny_tokenizer))
+        tensors = {name: t for name, t in network.state_dict().items() if name != "lm_head.weight"}
+        write_model(folder, folder, network.config, tensors, network.dtype, "", tokenizer=tiny_tokenizer)
+        return folder
+
+    return write

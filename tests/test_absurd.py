@@ -15,7 +15,6 @@ from illada.serving.options import ServerSettings
 from illada.training.optional.trackers import WandB
 from illada.training.recipe import ModelRecipe, Recipe, TrainingRecipe
 from illada.weights.load import load_config, load_model
-from illada.weights.save import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -23,13 +22,9 @@ HALF, DEEP = "one \ud83d two", "[" * 5000 + "]" * 5000
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_tokenizer, build_model):
+def model(tmp_path_factory, write_tiny_model):
     """A small model of ours, as a folder; read only."""
-    network = build_model(tie=True, seed=1, vocab_size=len(tiny_tokenizer))
-    folder = tmp_path_factory.mktemp("absurd") / "model"
-    tensors = {name: t for name, t in network.state_dict().items() if name != "lm_head.weight"}
-    write_model(folder, folder, network.config, tensors, network.dtype, "", tokenizer=tiny_tokenizer)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("absurd") / "model")
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from illada.weights.adapters import adapter_base
 from illada.weights.convert import _read_shape
 from illada.weights.load import check_shards, complete_ids, load_config, load_tokenizer
 from illada.weights.runs import read_metrics, read_recipe, read_state
-from illada.weights.save import write_model
 
 bounded = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -96,11 +95,8 @@ def survives(read):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_tokenizer, build_model):
-    network = build_model(tie=True, seed=1, vocab_size=len(tiny_tokenizer))
-    folder = tmp_path_factory.mktemp("fuzz") / "model"
-    tensors = {name: t for name, t in network.state_dict().items() if name != "lm_head.weight"}
-    write_model(folder, folder, network.config, tensors, network.dtype, "", tokenizer=tiny_tokenizer)
+def model(tmp_path_factory, write_tiny_model):
+    folder = write_tiny_model(tmp_path_factory.mktemp("fuzz") / "model")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"}))
     return folder
 

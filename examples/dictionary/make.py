@@ -20,11 +20,12 @@ import illada
 from illada.cli import main as main_of_illada
 from illada.data.shards import Shards
 from illada.demo.report import plot_denoising
+from illada.demo.stages import record_steps
 from illada.files import write_json
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import accuracy, aligned
-from illada.scoring.optional.candidates import Item, score_candidates
-from illada.text.prompts import show_ids
+from illada.scoring.optional.candidates import Item, right_choices, score_candidates
+from illada.text.prompts import SLOT_SIGN, encode_template, show_ids
 from illada.training.optional.likelihood import text_likelihood
 from illada.training.optional.ngrams import ngram_baselines
 from illada.training.validation import bits_per_byte
@@ -70,8 +71,8 @@ def train(output: Path, data: Path, settings: list[str]) -> None:
         command("tokenizer", *files["train"], "--output", tokenizer, "--vocab_size", 4096)
     for part, texts in files.items():
         command("prepare", *texts, "--tokenizer", tokenizer, "--output", output / "data" / f"text-{part}")
-        chats = ["prepare", output / "chats" / f"{part}.jsonl", "--kind", "chat", "--tokenizer", tokenizer]
-        command(*chats, "--output", output / "data" / f"chats-{part}")
+        chats = output / "chats" / f"{part}.jsonl"
+        command("prepare", chats, "--tokenizer", tokenizer, "--output", output / "data" / f"chats-{part}")
     start: list[object] = []
     for name, kind in (("pretrain", "text"), ("sft", "chats")):
         train_on, held_out = output / "data" / f"{kind}-train", output / "data" / f"{kind}-held-out"
@@ -82,23 +83,20 @@ def train(output: Path, data: Path, settings: list[str]) -> None:
         (output / "model").symlink_to(Path("sft", "model"))
 
 
-def measure(output: Path, windows: int) -> dict[str, Any]:
+def measure(output: Path, windows: int, base: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return what the base model makes of held-out text, and what the tuned one of words it was never asked for."""
     data = output / "data"
-    base, _ = illada.load_model(str(output / "pretrain" / "model"))
     held_out = Shards.open(data / "text-held-out")
     text = text_likelihood(base, held_out, 256, windows)
     baselines = ngram_baselines(Shards.open(data / "text-train"), held_out)
     figures: dict[str, Any] = {name: figure["mean"] for name, figure in text.figures.items()}
     for name, nats in (("unigram", baselines.unigram), ("bigram", baselines.bigram)):
         figures[name] = bits_per_byte(nats, held_out.tokens, held_out.bytes)
-    model, tokenizer = illada.load_model(str(output / "model"))
-    records = [json.loads(line) for line in (output / "chats" / "choices.jsonl").open(encoding="utf-8")]
-    items = [Item(record["context"], record["candidates"], record["answer"]) for record in records]
+    items = [Item(c["context"], c["candidates"], c["answer"]) for c in records(output / "chats" / "choices.jsonl")]
     scores = score_candidates(model, tokenizer, items, "confidence", 1, 0, chat=True)
-    right = [values.index(max(values)) == item.answer for values, item in zip(scores, items, strict=True)]
+    right = right_choices(items, scores)
     answers = {}
-    asked = [json.loads(line) for line in (output / "chats" / "held-out.jsonl").open(encoding="utf-8")]
+    asked = records(output / "chats" / "held-out.jsonl")
     for group in GROUPS:
         own = list(itertools.islice((record for record in asked if record["group"] == group), 200))
         texts = ask(model, tokenizer, [record["prompt"] for record in own])
@@ -112,6 +110,12 @@ def measure(output: Path, windows: int) -> dict[str, Any]:
     }
 
 
+def records(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of lines."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def ask(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     """Return the model's answers."""
     chats = [[{"role": "user", "content": question}] for question in questions]
@@ -119,27 +123,15 @@ def ask(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     return [show_ids(tokenizer, answer.ids) for answer in found]
 
 
-def talk(output: Path) -> dict[str, Any]:
+def talk(output: Path, base: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return answers, texts filled in, and every step of one answer."""
-    model, tokenizer = illada.load_model(str(output / "model"))
-    choices = [json.loads(line) for line in (output / "chats" / "choices.jsonl").open(encoding="utf-8")]
-    questions = [*TALK, *(record["context"] for record in choices[:10])]
-    base, _ = illada.load_model(str(output / "pretrain" / "model"))
+    questions = [*TALK, *(record["context"] for record in records(output / "chats" / "choices.jsonl")[:10])]
     filled = []
     for template in TEMPLATES:
-        ids: list[int | None] = []
-        for i, part in enumerate(template.split(" ___" if " ___" in template else "___")):
-            ids += [None] * (i > 0)
-            ids += tokenizer.encode(part, add_special_tokens=False)
+        ids = encode_template(tokenizer, template.replace(f" {SLOT_SIGN}", SLOT_SIGN), slot_tokens=1)
         filled.append(illada.infill(base, [ids], tokenizer=tokenizer)[0].text)
-    steps: list[dict[str, Any]] = []
-
-    def keep(event: Any) -> None:
-        tokens = [tokenizer.decode([i]) for i in event.ids]
-        steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
-
     chat = [{"role": "user", "content": "What is a river?"}]
-    illada.generate(model, [chat], settings_for(model, DECODING), tokenizer=tokenizer, on_step=keep)
+    _, steps = record_steps(model, tokenizer, chat, settings_for(model, DECODING))
     return {
         "answers": [*zip(questions, ask(model, tokenizer, questions), strict=True)],
         "trained": len(TALK),
@@ -192,7 +184,10 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="settings of both trainings, behind --")
     options = parser.parse_args()
     train(options.output, options.data, options.settings)
-    found, said = measure(options.output, options.windows), talk(options.output)
+    base, _ = illada.load_model(str(options.output / "pretrain" / "model"))
+    model, tokenizer = illada.load_model(str(options.output / "model"))
+    found = measure(options.output, options.windows, base, model, tokenizer)
+    said = talk(options.output, base, model, tokenizer)
     write_json(options.output / "results.json", {**found, **said})
     text = report(options.output, found, said)
     (options.output / "report.md").write_text(text + "\n", encoding="utf-8")

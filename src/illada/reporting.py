@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from illada.errors import MissingExtraError, needs
 from illada.files import write_bytes, write_json, write_text
@@ -106,11 +107,18 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     return drawing, axes
 
 
-def png(drawing: Any) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
+def rendered(drawing: Any, form: str = "png", dpi: int = 110) -> bytes:
+    """Return a figure as the bytes of a file: png, svg or pdf."""
     buffer = BytesIO()
-    drawing.savefig(buffer, format="png", dpi=110)
+    drawing.savefig(buffer, format=form, dpi=dpi)
     return buffer.getvalue()
+
+
+def moving_mean(values: Sequence[float], before: int, behind: int) -> NDArray[np.float64]:
+    """Return the mean of each value and so many of its neighbours on either side, as far as there are any [N]."""
+    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    first, end = np.maximum(at - before, 0), np.minimum(at + behind + 1, len(values))
+    return np.asarray((sums[end] - sums[first]) / (end - first))
 
 
 def write_picture(path: Path, draw: Callable[[], bytes]) -> None:

@@ -20,7 +20,7 @@ from illada.files import parse_json, read_json, read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, accuracy, aligned, environment_of, figure, png, write_results
+from illada.reporting import COLOURS, MUTED, accuracy, aligned, environment_of, figure, rendered, write_results
 from illada.rng import bits, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import show_ids
@@ -261,7 +261,7 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     drawing.legend(handles, names, loc="outside right upper", frameon=False, fontsize=7)
-    return png(drawing)
+    return rendered(drawing)
 
 
 def _mode(row: dict[str, Any]) -> str:

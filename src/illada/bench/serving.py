@@ -16,7 +16,7 @@ from illada.bench.samplers import PLAIN, Sampler, plain_sampler
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
-from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, png, write_results
+from illada.reporting import COLOURS, MUTED, aligned, environment_of, figure, rendered, write_results
 from illada.rng import shuffled_index, uniform_int
 from illada.text.chat import encode_prompt
 from illada.text.prompts import encode_plain, read_prompts
@@ -323,4 +323,4 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.minorticks_off()
     for axes in (many, queue, memory):
         axes.set_ylim(0)
-    return png(drawing)
+    return rendered(drawing)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from illada.errors import needs
 from illada.files import write_bytes, write_text
-from illada.reporting import ACCENT, INK, MUTED, figure, png
+from illada.reporting import ACCENT, INK, MUTED, figure, moving_mean, rendered
 from illada.weights.runs import read_metrics
 
 with needs("report", "the report"):
@@ -96,17 +95,10 @@ def _page(text: str, pictures: dict[str, bytes]) -> str:
     return _templates().get_template("report.html.jinja").render(body=markdown.render(text))
 
 
-def _smooth(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean of each value and of up to `width` - 1 values before it."""
-    sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return [float(mean) for mean in (sums[ends] - sums[starts]) / (ends - starts)]
-
-
 def _plot_losses(axes: Any, run: Path, key: str, label: str, width: int, scale: float = 1.0) -> None:
     """Draw the smoothed training loss, times `scale`, and the validation results called `key`."""
     records = read_metrics(run / "metrics.jsonl")
-    smooth = _smooth([record["loss"] * scale for record in records], width)
+    smooth = moving_mean([record["loss"] * scale for record in records], width - 1, 0)
     axes.plot([r["step"] for r in records], smooth, color=MUTED, lw=1, label=f"training (mean of {width} steps)")
     validated = [(record["step"], record[key]) for record in records if key in record]
     axes.plot(*zip(*validated, strict=True), color=ACCENT, marker="o", label=label)
@@ -123,14 +115,14 @@ def _plot_text(run: Path, nats: dict[str, float], bits: dict[str, float]) -> byt
             0.95, bits[name], f"{name} {bits[name]:.2f}", transform=axes.get_yaxis_transform(), ha="right", va="bottom"
         )
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(None, bits["unigram"] * 1.6))
-    return png(drawing)
+    return rendered(drawing)
 
 
 def _plot_sft(run: Path) -> bytes:
     drawing, axes = figure(8, 3.6)
     _plot_losses(axes, run, "validation_loss", "validation", 50)
     axes.set(xlabel="step", ylabel="nats per token (prompts included)")
-    return png(drawing)
+    return rendered(drawing)
 
 
 def _plot_accuracy(results: dict[str, Any]) -> bytes:
@@ -144,7 +136,7 @@ def _plot_accuracy(results: dict[str, Any]) -> bytes:
     axes.set(xlim=(0, 112), xlabel="exact match on held-out problems, %")
     axes.set_xticks(range(0, 101, 20))
     axes.invert_yaxis()
-    return png(drawing)
+    return rendered(drawing)
 
 
 def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
@@ -166,7 +158,7 @@ def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
     all_x = [row["forwards_per_token"] for row in frontier]
     axes.set_xlim(min(all_x) / 1.3, max(all_x) * 1.3)
     axes.legend(frameon=False)
-    return png(drawing)
+    return rendered(drawing)
 
 
 def plot_denoising(record: dict[str, Any]) -> bytes:
@@ -191,7 +183,7 @@ def plot_denoising(record: dict[str, Any]) -> bytes:
     axes.set_xticks([])
     axes.set_yticks([y + 0.45 for y in range(0, len(steps), 4)], [str(y + 1) for y in range(0, len(steps), 4)])
     axes.spines[["left", "bottom"]].set_visible(False)
-    return png(drawing)
+    return rendered(drawing)
 
 
 def _sign(token: str) -> str:

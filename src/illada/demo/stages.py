@@ -27,7 +27,7 @@ from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
 from illada.preparation.train_tokenizer import train_tokenizer
 from illada.reporting import accuracy
-from illada.scoring.optional.candidates import Item, score_candidates
+from illada.scoring.optional.candidates import Item, right_choices, score_candidates
 from illada.text.prompts import show_ids
 from illada.toy_tasks import TASKS, examples, held_out, library_choices, standard_library
 from illada.training.optional.likelihood import text_likelihood
@@ -346,9 +346,23 @@ def _measure_choices(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dic
     for method in ("confidence", "likelihood"):
         started = time.monotonic()
         scores = score_candidates(model, tokenizer, items, method, scale.likelihood_samples, seed, chat=True)
-        right = [values.index(max(values)) == item.answer for values, item in zip(scores, items, strict=True)]
+        right = right_choices(items, scores)
         results[method] = {**_rounded_accuracy(right), "seconds": round(time.monotonic() - started, 2)}
     return results
+
+
+def record_steps(
+    model: Any, tokenizer: Any, chat: list[dict[str, str]], settings: GenerationSettings
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return the answer to a chat, and what stood there after each of its passes."""
+    steps: list[dict[str, Any]] = []
+
+    def keep(event: Any) -> None:
+        tokens = [tokenizer.decode([i]) for i in event.ids]
+        steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
+
+    (answer,) = generate(model, [chat], settings, tokenizer=tokenizer, on_step=keep)
+    return show_ids(tokenizer, answer.ids), steps
 
 
 def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> dict[str, Any]:
@@ -357,14 +371,7 @@ def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> di
     recorded: list[dict[str, Any]] = []
     longest = [task for task in ("sudoku", "shift") if task in scale.tasks]
     for example in itertools.chain.from_iterable(held_out(task, 12, seed) for task in longest):
-        steps: list[dict[str, Any]] = []
-
-        def keep(event: Any, steps: list[dict[str, Any]] = steps) -> None:
-            tokens = [tokenizer.decode([i]) for i in event.ids]
-            steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
-
-        (answer,) = generate(model, [example.messages[:1]], settings, tokenizer=tokenizer, on_step=keep)
-        text = show_ids(tokenizer, answer.ids)
+        text, steps = record_steps(model, tokenizer, example.messages[:1], settings)
         record = asdict(example) | {"expected": example.answer, "answer": text, "steps": steps}
         if text == example.answer:
             return record

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from illada.evaluation.rows import Result, Row
-from illada.reporting import aligned, figure, png
+from illada.reporting import aligned, figure, rendered
 
 AVERAGES = {"base": (63.9, 8), "instruct": (67.1, 7)}
 """iLLaDA's averages in the paper's tables, and of how many rows they are (spec §7)."""
@@ -86,4 +86,4 @@ def draw(results: Sequence[Result]) -> bytes:
         )
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(frameon=False, fontsize=8)
-    return png(drawing)
+    return rendered(drawing)

@@ -253,10 +253,21 @@ class TextPart(Strict):
     text: str
 
 
-class ChatMessage(Strict):
-    """A turn of a conversation."""
+class Message(Strict):
+    """What one side says; the content is a text or a list of parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
+    content: Any
+
+    def plain(self) -> dict[str, str]:
+        """Return the role and content that chat templates know."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatMessage(Message):
+    """A turn of a conversation."""
+
     content: str | list[TextPart]
     name: str | None = None
     type: Literal["text", "message"] | None = None
@@ -267,11 +278,6 @@ class ChatMessage(Strict):
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if name not in EMPTY or value not in (None, [])}
-
-    def plain(self) -> dict[str, str]:
-        """Return the role and content that chat templates know."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ChatRequest(GenerationRequest):
@@ -316,20 +322,14 @@ class ItemPart(Strict):
     logprobs: Any = None
 
 
-class Item(Strict):
+class Item(Message):
     """A message among a response's input."""
 
-    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ItemPart], Field(fail_fast=True)]
     type: Literal["message"] | None = None
     id: str | None = None
     status: str | None = None
     phase: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Return the role and content that chat templates know."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class TextFormat(Strict):

@@ -292,8 +292,10 @@ class Trainer:
         """Return the log of the run, with the trackers that the recipe names, and say what a user should know."""
         run, state, first = self.run, self.state, self.run.processes.first
         with run.processes.raise_together():
-            read_metrics(run.folder / "metrics.jsonl")
-            trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe)) if first else []
+            trackers = []
+            if first:
+                read_metrics(run.folder / "metrics.jsonl")  # damaged, it ends all processes and not this one alone
+                trackers = make_trackers(run.folder, run.recipe.log, state.step + 1, asdict(run.recipe))
         log = StepLog(run.folder, self.title, self.schedule.steps, state.step, quiet=not first, trackers=trackers)
         log.say(*run.remarks)
         if state.step:

@@ -1,5 +1,6 @@
 """Model cards: what a model's files and its run know, filled into `card.md.jinja`."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import Template
 
-import illada
 from illada.devices import DTYPES
 from illada.files import read_text
 from illada.hub import is_hub_name
@@ -57,7 +57,7 @@ def _card(base: str | None, **facts: Any) -> str:
     """Fill in the template; the head names `base` only when it is on the hub."""
     hub = base is not None and _on_hub(base)
     start = base if hub or base is None else f"`{base}`"
-    return _TEMPLATE.render(base_model=base if hub else None, start=start, version=illada.__version__, **facts)
+    return _TEMPLATE.render(base_model=base if hub else None, start=start, version=version("illada"), **facts)
 
 
 def _on_hub(name: str) -> bool:

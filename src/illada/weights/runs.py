@@ -188,10 +188,10 @@ def tuned_on_chats(path: str) -> bool:
         return True
     recipe = next((p / RECIPE for p in (Path(path), *Path(path).absolute().parents[:3]) if is_run(p)), None)
     try:
-        train = yaml.safe_load(recipe.read_text())["data"]["train"] if recipe else []
+        train = read_recipe(recipe)["data"]["train"] if recipe else []
         names = [train] if isinstance(train, str) else list(train)
         return bool(names) and all(read_json(Path(name) / "index.json")["kind"] == "chat" for name in names)
-    except (IlladaError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (IlladaError, OSError, TypeError, KeyError):
         return False  # the data are gone, or elsewhere
 
 

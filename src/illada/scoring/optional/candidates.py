@@ -62,6 +62,11 @@ def score(
     return score_candidates(model, tokenizer, [item], method, samples, seed, chat=False, settings=settings)[0]
 
 
+def right_choices(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> list[bool]:
+    """Return for each item whether its right candidate has the highest score, the first of equal ones."""
+    return [values.index(max(values)) == item.answer for item, values in zip(items, scores, strict=True)]
+
+
 def score_candidates(
     model: IlladaForMaskedLM,
     tokenizer: Any,

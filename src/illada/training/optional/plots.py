@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from illada.errors import IlladaError
 from illada.files import read_json, write_bytes
-from illada.reporting import COLOURS, INK, figure
+from illada.reporting import COLOURS, INK, figure, moving_mean, rendered
 from illada.weights.runs import read_metrics
 
 SMOOTH_SHARE = 20
@@ -45,11 +44,9 @@ class Curves:
 
 
 def smoothed(values: Any) -> Any:
-    """Return the mean of each value and its neighbours on both sides, as far as there are any [N]."""
+    """Return the mean of each value and its neighbours on both sides, a share of all [N]."""
     half = len(values) // SMOOTH_SHARE // 2
-    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
-    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (sums[end] - sums[first]) / (end - first)
+    return moving_mean(values, half, half)
 
 
 def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
@@ -89,9 +86,7 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     drawing.suptitle(", ".join(curves.name for curves in found))
-    picture = BytesIO()
-    drawing.savefig(picture, format=target.suffix.removeprefix("."), dpi=120)
-    write_bytes(target, picture.getvalue())
+    write_bytes(target, rendered(drawing, target.suffix.removeprefix("."), dpi=120))
     return target
 
 
