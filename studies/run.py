@@ -19,6 +19,7 @@ afterwards. For all arms, and in an arm where it has its own:
     tokenizer: [folder of `studies/data`, size of the vocabulary]
     start: arm (or QUESTION/ARM) whose model of the same seed is the beginning
     same: QUESTION/ARM that is this arm, and is run there
+    seeds: an arm's own, where fewer than the question's are enough, such as a rate that is only tried
     measure: what to measure, see `measure.py`
     settings: the recipe's keys; in an arm they stand directly
 """
@@ -140,7 +141,7 @@ def arm_of(question: str, name: str, seed: int, places: Places) -> Arm:
     asked = read_question(question)
     if name not in asked["arms"]:
         raise SystemExit(f"{question} has no arm {name}: choose from {', '.join(asked['arms'])}")
-    own = asked["arms"][name] or {}
+    own = {key: value for key, value in (asked["arms"][name] or {}).items() if key != "seeds"}
     common = {key: asked.get(key) for key in OWN if key != "same"}
     settings = {**asked.get("settings", {}), **{key: value for key, value in own.items() if key not in OWN}}
     special = {key: value for key, value in own.items() if key in OWN}
@@ -151,7 +152,9 @@ def arms_of(question: str, places: Places) -> Iterator[Arm]:
     """Yield the arms of a question, seed by seed, so that an interrupted study has whole pairs."""
     asked = read_question(question)
     for seed in asked["seeds"]:
-        for name in asked["arms"]:
+        for name, own in asked["arms"].items():
+            if seed not in (own or {}).get("seeds", asked["seeds"]):
+                continue
             arm = arm_of(question, name, seed, places)
             yield arm._other(arm.asked["same"]) if arm.asked.get("same") else arm
 
