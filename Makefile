@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 QUICK  ?= 0
 RUN    ?= runs/$(if $(filter-out 0,$(QUICK)),quick,demo)
 
+# A process for each core, each with one thread: 326 s of tests on 2 cores, against 527 s in one process.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: setup demo dictionary test quick lint types unit package docs lowest clean
 
 setup: $(VENV)/.installed
@@ -24,7 +27,7 @@ dictionary: setup  # a model that explains words: hours on 2 cores; texts from D
 test: lint types unit package
 
 quick: lint types  # the same without what takes more than a second: under two minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -35,7 +38,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest
+	$(PYTEST)
 
 docs: setup  # into site/; tests/test_docs.py builds it too, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -46,7 +49,7 @@ lowest:  # the suite on the lowest versions that pyproject.toml allows; -c and n
 	rm -f .venv-lowest/pins.txt
 	UV_PYTHON_DOWNLOADS=never .venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --all-extras --no-header --no-annotate pyproject.toml -o .venv-lowest/pins.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/pins.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,completion,fused,dev,docs]'
-	.venv-lowest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 package: setup
 	$(BIN)/python tests/check_wheel.py
