@@ -48,7 +48,6 @@ class Journal:
         self.path = None if folder is None else Path(folder) / f"requests.{rank}.jsonl"
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.path.parent.glob("requests.*.jsonl")):
             whole = self._read(path)
             if path == self.path:
@@ -73,6 +72,7 @@ class Journal:
         """Keep results of requests that finished together."""
         self.entries |= {entry.key: entry for entry in entries}
         if self.path is not None and entries:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write((json.dumps([asdict(entry) for entry in entries]) + "\n").encode())
 
