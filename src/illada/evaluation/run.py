@@ -20,7 +20,7 @@ from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Result, Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.tables import draw, markdown
 from illada.evaluation.task_files import folder_of, names_in, task_manager
-from illada.files import write_json
+from illada.files import write_json, write_text
 from illada.generation.settings import refuse_masks
 from illada.reporting import environment_of, write_picture
 from illada.scoring.path import refuse_rule
@@ -300,7 +300,7 @@ class Evaluation:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         name = task.replace("/", "_").replace("::", "_")
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", text)
 
     def _write(self, lm: IlladaLM, output: Path, table: str) -> None:
         """Write results.json and table.md."""
@@ -314,8 +314,9 @@ class Evaluation:
             "seeds": {"model": lm.seed, "shots": self.options.shots_seed},
             "results": [asdict(result) for result in self.results],
         }
+        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "results.json", content)
-        (output / "table.md").write_text(table + "\n", encoding="utf-8")
+        write_text(output / "table.md", table + "\n")
 
 
 @contextlib.contextmanager
