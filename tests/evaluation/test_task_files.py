@@ -44,7 +44,7 @@ CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "{{candidates}}", 
         (b"group: [a]\ntask: [b]", "group is .* which is no name"),
         (b"task: a\ninclude: nowhere.yaml", "includes 'nowhere.yaml', which is no file"),
         (b"task: a\ninclude: 3", "includes '3', which is no file"),
-        (b"dataset_path: json", "no task in .*: a file must have a line `task: NAME`"),
+        (b"dataset_path: json", "names no task: a file must have a line `task: NAME`"),
     ],
 )
 def test_a_file_that_is_no_task_is_named(tmp_path, content, says):

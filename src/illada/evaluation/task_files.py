@@ -42,7 +42,7 @@ def task_manager(task_files: str | None) -> TaskManager:
     # The harness leaves out in silence what it cannot read, hence all are read here.
     holding = [path for path in files if _check_file(path)]
     if not holding:
-        raise IlladaError(f"no task in {task_files}: a file must have a line `task: NAME`")
+        raise IlladaError(f"{task_files} names no task: a file must have a line `task: NAME`")
     # The path is made absolute because data sets are read from inside the folder.
     return TaskManager(include_path=str(folder.resolve()), include_defaults=False)
 
