@@ -235,7 +235,7 @@ class _Parser(ArgumentParser):
             return f"missing: {missing} (--help explains them)"
         if match := re.fullmatch(r'Parser key "config": File does not exist: (.*)', line):
             return f"no recipe at {match[1]}"
-        if match := re.fullmatch(r'Parser key "([^"]*)"(?: element \d+)?: (.*?)(?:Got value|Given value): (.*)', line):
+        if match := re.fullmatch(r'Parser key "([^"]*)"(?: element \d+)?: (.*?)(?:Got value|Given value): ?(.*)', line):
             return f"{match[1]} is {match[3]!r}: it must be {_wanted(match[2])}"
         if match := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
             return f"unknown option {match[1]}{self._nearest(match[1])}"

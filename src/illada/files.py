@@ -56,14 +56,15 @@ DEEPEST = 100
 """Levels of a YAML text: the loaders call themselves for each, and libyaml's ends the process after thousands."""
 
 
-def check_yaml(text: str) -> None:
-    """Raise YAMLError for a text that is no YAML, nests deeper than `DEEPEST`, or has aliases, which can grow."""
+def check_yaml(text: str, aliases: bool = False) -> None:
+    """Raise YAMLError for a text that is no YAML, nests deeper than `DEEPEST`, or has aliases, which can grow, unless
+    `aliases` allows them."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise yaml.YAMLError(f"it nests more than {DEEPEST} levels")
-        if isinstance(event, yaml.AliasEvent):
+        if not aliases and isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"it refers to *{event.anchor}: write the value itself")
 
 

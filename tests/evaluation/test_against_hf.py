@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from illada import cli
 from illada.evaluation.harness import IlladaLM
 from illada.evaluation.local_data import reading_from
-from illada.evaluation.run import task_manager
+from illada.evaluation.task_files import task_manager
 from illada.weights.load import load_model
 
 pytestmark = [

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.utils import apply_template
 
-from illada.evaluation import answers, programs, run
+from illada.evaluation import answers, programs, task_files
 from illada.evaluation.answers import hash_answer, hash_number, letter, math_answer
 from illada.evaluation.formulas import boxed, same_formula
 from illada.evaluation.programs import block_program, clean, marks_program
@@ -118,7 +118,7 @@ Loader.add_constructor("!function", lambda loader, node: node.value)
 
 def task(name):
     """A task file with what it includes."""
-    found = yaml.load((run.TASKS / f"{name}.yaml").read_text(), Loader)
+    found = yaml.load((task_files.TASKS / f"{name}.yaml").read_text(), Loader)
     return (task(found.pop("include").removesuffix(".yaml")) if "include" in found else {}) | found
 
 

@@ -11,7 +11,8 @@ from illada.errors import IlladaError
 from illada.evaluation.harness import IlladaLM, Scorable
 from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Row, Variant
-from illada.evaluation.run import Evaluation, evaluate, task_manager
+from illada.evaluation.run import Evaluation, evaluate
+from illada.evaluation.task_files import task_manager
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.text.prompts import show_ids

@@ -11,12 +11,13 @@ import pytest
 
 from illada import cli
 from illada.errors import IlladaError
-from illada.evaluation import run
+from illada.evaluation import run, task_files
 from illada.evaluation.compare import differences, mcnemar
 from illada.evaluation.journal import Entry, Journal, fingerprint
 from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Row, Variant, ablation, paper_rows, select_rows
-from illada.evaluation.run import Evaluation, task_manager
+from illada.evaluation.run import Evaluation
+from illada.evaluation.task_files import task_manager
 
 pytestmark = pytest.mark.slow
 
@@ -309,7 +310,7 @@ def test_our_task_files_ask_the_papers_way(table, ours, model_folder, tmp_path):
     rows = [row for row in paper_rows(table, "exact", "3-4") if row.task.startswith("illada_")]
     rows = [row for row in rows if row.task != "illada_mmlu_generative"]  # its subjects are the harness's
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
-    manager = task_manager(str(run.TASKS))
+    manager = task_manager(str(task_files.TASKS))
     evaluation = Evaluation(EvalOptions(str(tmp_path), "model", paper=table, allow_code=True), manager)
     lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
     asked = {}
@@ -349,7 +350,7 @@ def test_rows_of_the_paper():
 def test_what_cannot_be_reached_gets_no_number(model_folder, tmp_path, capsys):
     rows = [row for row in paper_rows("base", "exact", "3-4") if row.task.startswith("illada_")]
     options = EvalOptions(str(tmp_path), str(model_folder), paper="base", dtype="fp32", device="cpu")
-    evaluation = Evaluation(options, task_manager(str(run.TASKS)), rows)
+    evaluation = Evaluation(options, task_manager(str(task_files.TASKS)), rows)
     table = evaluation.run({"": str(model_folder)}, [Variant()])
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:7]] == ["dataset not reachable"] * 4 + ["–"]
     assert all(not result.metrics for result in evaluation.results)
@@ -360,7 +361,7 @@ def test_without_the_math_libraries_only_the_math_rows_are_missing(ours, model_f
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     rows = select_rows(paper_rows("instruct", "exact", "3-4"), ["MATH", "MATH-reasoning", "MATH-500", "GSM8K"])
-    evaluation = Evaluation(EvalOptions(str(tmp_path), "model", paper="instruct"), task_manager(str(run.TASKS)))
+    evaluation = Evaluation(EvalOptions(str(tmp_path), "model", paper="instruct"), task_manager(str(task_files.TASKS)))
     lm = run.IlladaLM(str(model_folder), dtype="fp32", device="cpu")
     small = {"max_gen_toks": 4, "block_length": 4, "think_boost": 0.0}
     found = [evaluation.add(lm, row, Variant(generation=small)).status for row in rows]

@@ -89,6 +89,7 @@ def test_many_answers_wait_for_their_turn(run):
         ([{"custom_id": 3, "url": "/v1/completions", "body": {}}], "line 1 is not"),
         ([{"custom_id": "\ud800", "url": "/v1/completions", "body": {}}], "line 1 is not"),
         ([{"custom_id": "a", "url": "/v1/embeddings", "body": {}}], "line 1: method must be POST and url one of"),
+        ([{"custom_id": "a", "url": ["/v1/completions"], "body": {}}], "line 1: method must be POST and url one of"),
         ([{"custom_id": "a", "url": "/v1/completions", "body": {}}] * 2, "line 2: its custom_id was there before"),
     ],
 )
@@ -101,6 +102,8 @@ def test_an_input_of_another_form_is_refused_before_anything_is_loaded(run, reco
     ("content", "says"),
     [
         ("nonsense\n", "line 1 is no answer of a batch"),
+        ("a note without an end of line", "does not end in an answer of a batch"),
+        ('{"custom_id": "chat", "response": {"status_code": true}}\n', "line 1 is no answer of a batch"),
         ('{"custom_id": "x", "response": {"status_code": 200}}\n', "answers 'x', which is not asked for"),
     ],
 )

@@ -1,6 +1,7 @@
 """OpenAI's API as its clients are today: the Responses API, alternatives, echo, prefill, biases, what has no effect."""
 
 import json
+import threading
 
 import httpx
 import pytest
@@ -208,6 +209,21 @@ def test_ids_of_texts_and_back(server, served_model):
         refused = ask(server, path, **body)
         assert refused.status_code in (400, 404)
         assert refused.json()["error"]["param"] == param, refused.text
+
+
+def test_a_long_text_is_shown_outside_the_event_loop_and_each_token_once(server, monkeypatch, served_model):
+    kind = type(served_model[1])
+    decode, shown = kind.decode, []
+
+    def watched(self, ids, *arguments, **options):
+        shown.append((threading.current_thread().name, tuple(ids)))
+        return decode(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(kind, "decode", watched)
+    found = httpx.post(server + "/tokenize", json={"prompt": "one two " * 50}).json()
+    assert found["count"] == len(found["token_strs"]) > 50
+    assert len(shown) == len(set(shown)) == len(set(found["tokens"]))
+    assert all(name.startswith("illada-encode") for name, _ in shown)
 
 
 def test_a_model_has_many_names(serve_model):

@@ -74,7 +74,8 @@ def evaluate_in_harness(
 
         from illada.evaluation.options import EvalOptions
         from illada.evaluation.rows import Row, Variant
-        from illada.evaluation.run import Evaluation, task_manager
+        from illada.evaluation.run import Evaluation
+        from illada.evaluation.task_files import task_manager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     datasets.disable_progress_bars()

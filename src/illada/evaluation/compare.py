@@ -11,6 +11,8 @@ from illada.files import parse_json
 from illada.reporting import aligned
 
 RESAMPLES, SEED = 10_000, 0
+MOST = 2**63
+"""Whole numbers beyond are no metric's; the largest do not fit a float."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def _samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
                 sample = parse_json(line)
                 document, kind = str(sample["doc_id"]), str(sample["filter"])
                 metrics = {str(name): sample[name] for name in sample["metrics"]}
+                if any(isinstance(value, int) and abs(value) > MOST for value in metrics.values()):
+                    raise ValueError("a metric is no number of this size")
             except (ValueError, KeyError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is no sample of `illada eval`: evaluate again") from error
             for metric, value in metrics.items():
-                if isinstance(value, bool | int | float):
+                if isinstance(value, bool | int | float) and abs(value) < math.inf:
                     values.setdefault((task, f"{metric},{kind}".removesuffix(",none")), {})[document] = float(value)
     return values
 

@@ -10,9 +10,9 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar, cast, get_args
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -41,7 +41,11 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
-SETTINGS = {field.name for field in fields(GenerationSettings)} - {"eos_token_id", "stop"}
+KINDS = {
+    name: kind for name, kind in get_type_hints(GenerationSettings).items() if name not in ("eos_token_id", "stop")
+}
+"""Types of the settings that a task or a user may give."""
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 SCORES = 2
 """Version of what requests give, part of their keys in the journal: 2 leaves MASK out of scores, slices candidates."""
 PASSES_PER_CHUNK = 8
@@ -58,18 +62,69 @@ class Scorable:
     """Whether to find out, too, if greedy generation gives the candidate."""
 
 
-def _check_arguments(scoring: object, bos: object, special_tokens: object, settings: Iterable[str]) -> None:
+def _fits(value: object, kind: Any) -> bool:
+    """Say whether a value has a type; whole numbers are numbers, true and false are none."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if inner:
+        return any(_fits(value, one) for one in inner)
+    return isinstance(value, float | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _wanted(kind: Any) -> str:
+    """Say in words what a value of a type is."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(inner)
+    if get_origin(kind) is dict:
+        return "an object of numbers by token id"
+    if get_origin(kind) is list:
+        return f"a list of {_wanted(inner[0])}"
+    return " or ".join(map(_wanted, inner)) if inner else WORDS[kind]
+
+
+def _check_kind(name: str, value: object, kind: Any) -> None:
+    """Refuse a value of another type.
+
+    Raises:
+        IlladaError: when it is.
+    """
+    if not _fits(value, kind):
+        raise IlladaError(f"{name} is {str(value)[:60]!r}: it must be {_wanted(kind)}")
+
+
+def _check_arguments(scoring: object, bos: object, special_tokens: object, settings: dict[str, Any]) -> None:
     """Refuse values and names of model_args that mean nothing; the harness hands on whatever its user writes.
 
     Raises:
         IlladaError: when one is unknown.
     """
-    if unknown := sorted(set(settings) - SETTINGS):
-        raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(SETTINGS))}")
+    if unknown := sorted(settings.keys() - KINDS.keys()):
+        raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(KINDS))}")
+    for name, value in settings.items():
+        _check_kind(name, value, KINDS[name])
     choices = {"scoring": (*get_args(Scoring), None), "bos": get_args(Bos), "special_tokens": get_args(SpecialTokens)}
     for (name, known), value in zip(choices.items(), (scoring, bos, special_tokens), strict=True):
         if value not in known:
             raise IlladaError(f"{name} must be one of {', '.join(filter(None, known))}, got {value}")
+
+
+def _check_texts(requests: list[Instance]) -> None:
+    """Refuse requests for anything but texts, which a document or a task file may make.
+
+    Raises:
+        IlladaError: when there is one.
+    """
+    for request in requests:
+        for part in request.args:
+            if not isinstance(part, str | dict):  # settings of generation are a dict
+                where = f"task {request.task_name}, document {request.doc_id}"
+                raise IlladaError(f"{where}: {str(part)[:60]!r} is no text: check the task's file and its data")
 
 
 @register_model("illada")
@@ -173,6 +228,7 @@ class IlladaLM(LM):
         The second is computed, by greedy generation of as many tokens, only for documents with one continuation; with
         several, where the scores decide, it is False.
         """
+        _check_texts(requests)
         settings: dict[str, Any] = {"scoring": self.scoring}
         if self.scoring == "likelihood":
             settings |= {"samples": self.samples, "seed": self.seed}
@@ -204,6 +260,7 @@ class IlladaLM(LM):
         a causal model gives log p(text) itself. Texts longer than the
         context are cut into windows; each begins with a BOS and does not see the others.
         """
+        _check_texts(requests)
         begin = encode_plain(self.tokenizer, "")
         size = self.max_length - len(begin)
         jobs = []
@@ -221,6 +278,7 @@ class IlladaLM(LM):
 
         A request to sample that comes several times is drawn several times, with consecutive seeds.
         """
+        _check_texts(requests)
         jobs = []
         drawn: Counter[int] = Counter()
         for request in requests:
@@ -304,21 +362,25 @@ class IlladaLM(LM):
         """
         rest = dict(generation_kwargs)
         until = rest.pop("until", None) or []
+        _check_kind("until", until, str | list[str])
         stop = [until] if isinstance(until, str) else list(until)
-        changes = {name: rest.pop(name) for name in SETTINGS & set(rest)}
+        changes = {name: rest.pop(name) for name in KINDS.keys() & rest.keys()}
         if self.causal:
             changes = {name: value for name, value in changes.items() if name not in OF_DIFFUSION}
         for name in ("max_gen_toks", "max_tokens"):
             if (budget := rest.pop(name, None)) is not None:
-                changes.setdefault("max_new_tokens", int(budget))
+                changes.setdefault("max_new_tokens", budget)
         sample = rest.pop("do_sample", None)
+        _check_kind("do_sample", sample, bool | None)
+        for name, value in changes.items():
+            _check_kind(name, value, KINDS[name])
         if sample is False:
             changes["temperature"] = 0.0
         elif sample and not changes.get("temperature"):
             changes["temperature"] = self.settings.temperature or 1.0
         if rest:
-            names = ", ".join(sorted(rest))
-            raise IlladaError(f"unknown generation_kwargs {names}: choose from {', '.join(sorted(SETTINGS))}")
+            names = ", ".join(sorted(map(str, rest)))
+            raise IlladaError(f"unknown generation_kwargs {names}: choose from {', '.join(sorted(KINDS))}")
         if not changes.get("temperature", self.settings.temperature):
             changes |= {"top_k": None, "top_p": 1.0}
         budget = changes.get("max_new_tokens", self.settings.max_new_tokens)

@@ -29,6 +29,18 @@ class Entry:
     """Equal share of the time of the requests that were computed together."""
 
 
+def _is_whole(entry: Entry) -> bool:
+    """Say whether every part of an entry from a file is of its type."""
+    answer = [type(part) for part in entry.value] if isinstance(entry.value, list) else []
+    return (
+        isinstance(entry.key, str)
+        and answer in ([str], [float], [int], [float, bool], [int, bool])
+        and type(entry.forwards) is int
+        and type(entry.seconds) in (int, float)
+        and min(entry.forwards, entry.seconds) >= 0
+    )
+
+
 class Journal:
     """Keeps results by key, and appends them to a file.
 
@@ -48,7 +60,6 @@ class Journal:
         self.path = None if folder is None else Path(folder) / f"requests.{rank}.jsonl"
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.path.parent.glob("requests.*.jsonl")):
             whole = self._read(path)
             if path == self.path:
@@ -62,8 +73,8 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 entries = [Entry(**record) for record in parse_json(line.decode())]
-                if not all(isinstance(entry.key, str) and isinstance(entry.value, list) for entry in entries):
-                    raise TypeError("a key is text, a value a list")
+                if not all(map(_is_whole, entries)):
+                    raise TypeError("a part is of another type")
             except (ValueError, TypeError) as error:
                 raise IlladaError(f"{path} line {number} is damaged: delete the file to evaluate anew") from error
             self.entries |= {entry.key: entry for entry in entries}
@@ -73,6 +84,7 @@ class Journal:
         """Keep results of requests that finished together."""
         self.entries |= {entry.key: entry for entry in entries}
         if self.path is not None and entries:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write((json.dumps([asdict(entry) for entry in entries]) + "\n").encode())
 

@@ -9,6 +9,15 @@ from illada.weights.options import Dtype, Quantization
 Scoring = Literal["confidence", "likelihood", "path"]
 Bos = Literal["always", "scores", "tokenizer"]
 SpecialTokens = Literal["drop", "keep"]
+RANGES = (
+    ("limit", 1, 2**63),
+    ("samples", 1, 2**31),
+    ("shots", 0, 2**31),
+    ("max_batch_tokens", 1, 2**63),
+    ("seed", 0, 2**63),
+    ("shots_seed", 0, 2**63),
+)
+"""Options that are numbers, each with its least value and the one that it must stay below."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,13 @@ class EvalOptions:
             raise IlladaError("--authors_tasks is about --paper instruct: the base table's tasks are the harness's own")
         if self.limit is not None and self.limit < 1:
             raise IlladaError(f"--limit is {self.limit}: it must be at least 1, or be left out for all documents")
+        for name, least, most in RANGES:
+            if (value := getattr(self, name)) is not None and not least <= value < most:
+                bound = f"2^{most.bit_length() - 1}"
+                raise IlladaError(f"--{name} is {value}: it must be at least {least} and below {bound}")
+        for name in ("output", "model", "run", "task_files", "local_data", "authors_tasks"):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise IlladaError(f"--{name} is empty: give a path (. is this folder), or leave it out")
         if self.values and not self.ablate:
             raise IlladaError("--values are those of an ablation: give --ablate too")
         if self.ablate and self.run:

@@ -1,11 +1,11 @@
 """`illada eval`: rows of a table, each a task of the harness with its settings, for one model or several variants."""
 
 import contextlib
-import functools
 import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -19,7 +19,8 @@ from illada.evaluation.local_data import check_folder, reading_from
 from illada.evaluation.options import EvalOptions
 from illada.evaluation.rows import Result, Row, Variant, ablation, paper_rows, select_rows
 from illada.evaluation.tables import draw, markdown
-from illada.files import write_json
+from illada.evaluation.task_files import folder_of, names_in, task_manager
+from illada.files import write_json, write_text
 from illada.generation.settings import refuse_masks
 from illada.reporting import environment_of, write_picture
 from illada.scoring.path import refuse_rule
@@ -31,7 +32,6 @@ with needs("eval", "evaluation"):
     from lm_eval import evaluate as evaluate_in_harness
     from lm_eval.tasks import TaskManager
 
-TASKS = Path(__file__).with_name("tasks")
 OF_MODEL = ("scoring", "samples", "seed", "dtype", "device", "quantize", "max_batch_tokens")
 """Options of `illada eval` that go to `IlladaLM`."""
 
@@ -58,7 +58,7 @@ def evaluate(options: EvalOptions) -> str | None:
     if options.paper is not None:
         rows = select_rows(paper_rows(options.paper, options.decode, options.lengths, bool(folder)), options.tasks)
     else:
-        known = _named_by(manager, options.task_files)
+        known = names_in(manager, options.task_files)
         rows = [Row(name, name, shots=options.shots, chat=options.chat) for name in known]
         rows = select_rows(rows, options.tasks)
     settings = options.settings or {}
@@ -79,44 +79,6 @@ def _models(options: EvalOptions) -> dict[str, str]:
     if not folders:
         raise IlladaError(f"no checkpoints in {options.run}: give a run folder of `illada pretrain` or `illada sft`")
     return {path.name: str(path) for path in folders}
-
-
-def _named_by(manager: TaskManager, task_files: str | None) -> list[str]:
-    """Return the groups and tasks of a manager; where one task file was given, those of that file."""
-    names = manager.all_groups + manager.all_subtasks
-    if task_files is None or not Path(task_files).is_file():
-        return names
-    path = Path(task_files).resolve()
-    own = [name for name in names if getattr(manager.task_index[name], "yaml_path", None) == path]
-    if not own:
-        raise IlladaError(f"{task_files} names no task: it must have a line `task: NAME`")
-    return own
-
-
-def _folder_of(task_files: str) -> Path:
-    """Return the folder of task files that were given as a folder or as one of them."""
-    return Path(task_files).parent if Path(task_files).is_file() else Path(task_files)
-
-
-def task_manager(task_files: str | None) -> TaskManager:
-    """Return the tasks in a folder (or that of a file) alone, or all of the harness's and ours.
-
-    Raises:
-        IlladaError: when the folder has none.
-    """
-    if task_files is None:
-        return _known_tasks()
-    folder = _folder_of(task_files)
-    if not any(Path(folder).rglob("*.yaml")):
-        raise IlladaError(f"no task files in {folder}: it must hold the harness's *.yaml")
-    # The path is made absolute because data sets are read from inside the folder.
-    return TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
-
-
-@functools.cache
-def _known_tasks() -> TaskManager:
-    """Return the harness's tasks and ours; finding them all takes seconds."""
-    return TaskManager(include_path=str(TASKS))
 
 
 @dataclass
@@ -187,9 +149,11 @@ class Evaluation:
                 # The harness's tasks name their own extras; its message says more than the import system's.
                 result.status, result.reason = "library missing", first_line(error)
             except Exception as error:
-                raise IlladaError(f"task {row.task} cannot be loaded: {first_line(error)}") from error
+                raise _of_task(row.task, "loaded", error) from error
             else:
                 tasks = loaded["tasks"].values()
+                if not tasks:
+                    raise IlladaError(f"{row.task} holds no task: name tasks that are here in its file")
                 if variant.kinds and variant.kinds.isdisjoint(task.OUTPUT_TYPE for task in tasks):
                     return None
                 if not self.options.allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
@@ -214,10 +178,12 @@ class Evaluation:
         saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
         banned = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
         offline = banned or not self.options.download
+        if offline:  # a metric that the harness does not know would be looked for on the hub, and its code run
+            os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
         local = None if self.options.local_data is None else check_folder(self.options.local_data)
         try:
-            with contextlib.chdir(_folder_of(self.options.task_files or ".")), reading_from(local, not offline):
+            with contextlib.chdir(folder_of(self.options.task_files or ".")), reading_from(local, not offline):
                 yield
         finally:
             datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
@@ -238,15 +204,16 @@ class Evaluation:
         lm.bos = self.options.bos or row.bos or lm.bos
         lm.special_tokens = self.options.special_tokens or row.special_tokens or lm.special_tokens
         try:
-            output = evaluate_in_harness(
-                lm,
-                loaded,
-                limit=self.options.limit,
-                bootstrap_iters=1000,
-                apply_chat_template=row.chat,
-                fewshot_as_multiturn=row.chat,
-                confirm_run_unsafe_code=self.options.allow_code,
-            )
+            with _blaming(row.task):
+                output = evaluate_in_harness(
+                    lm,
+                    loaded,
+                    limit=self.options.limit,
+                    bootstrap_iters=1000,
+                    apply_chat_template=row.chat,
+                    fewshot_as_multiturn=row.chat,
+                    confirm_run_unsafe_code=self.options.allow_code,
+                )
             result.settings = self._settings(lm, row, loaded["tasks"])
         finally:
             lm.scoring, lm.samples, lm.bos, lm.special_tokens = saved
@@ -333,7 +300,7 @@ class Evaluation:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         name = task.replace("/", "_").replace("::", "_")
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", text)
 
     def _write(self, lm: IlladaLM, output: Path, table: str) -> None:
         """Write results.json and table.md."""
@@ -347,8 +314,31 @@ class Evaluation:
             "seeds": {"model": lm.seed, "shots": self.options.shots_seed},
             "results": [asdict(result) for result in self.results],
         }
+        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "results.json", content)
-        (output / "table.md").write_text(table + "\n", encoding="utf-8")
+        write_text(output / "table.md", table + "\n")
+
+
+@contextlib.contextmanager
+def _blaming(task: str) -> Iterator[None]:
+    """Turn an error within the harness into one line about the task's file or data; errors of the model pass.
+
+    Raises:
+        IlladaError: for such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        within = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if isinstance(error, IlladaError | OSError) or IlladaLM.__module__ in within:
+            raise
+        raise _of_task(task, "evaluated", error) from error
+
+
+def _of_task(task: str, what: str, error: Exception) -> IlladaError:
+    """Return what is to be said where the harness trips over a task."""
+    said = f"{type(error).__name__}: {first_line(error)}".removesuffix(f": {type(error).__name__}")
+    return IlladaError(f"task {task} cannot be {what}, check its file and its data: {said}")
 
 
 def _question(sample: dict[str, Any]) -> Any:

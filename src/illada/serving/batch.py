@@ -42,6 +42,8 @@ URLS: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
 }
+BEGINNING = b'{"id": "batch_req_'
+"""How a line of the output begins; a line that a crash tore may have less."""
 PATIENCE = 7 * 86400.0
 """Seconds in which an answer must be there: nobody waits at the other end."""
 
@@ -94,7 +96,7 @@ def _read(file: str) -> Iterator[Line]:
         shape = isinstance(record, dict) and isinstance(record.get("body"), dict)
         if not shape or not isinstance(record.get("custom_id"), str) or not record["custom_id"].isprintable():
             raise IlladaError(f'{where} is not {{"custom_id": TEXT, "method": "POST", "url": URL, "body": {{…}}}}')
-        if record.get("method", "POST") != "POST" or record.get("url") not in URLS:
+        if record.get("method", "POST") != "POST" or record.get("url") not in [*URLS]:
             raise IlladaError(f"{where}: method must be POST and url one of {', '.join(URLS)}")
         if record["custom_id"] in seen:
             raise IlladaError(f"{where}: its custom_id was there before, and answers are told apart by it")
@@ -111,11 +113,16 @@ def _answered(path: Path, wanted: set[str]) -> set[str]:
     content = path.read_bytes()
     done: set[str] = set()
     kept: list[bytes] = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+    whole = content.rfind(b"\n") + 1
+    if (torn := content[whole : whole + len(BEGINNING)]) and not BEGINNING.startswith(torn):
+        raise IlladaError(f"{path} does not end in an answer of a batch: give another --output")
+    for number, line in enumerate(content[:whole].splitlines(keepends=True), 1):
         try:
             record = json.loads(line)
+            if not isinstance(record["custom_id"], str) or type(record["response"]["status_code"]) is not int:
+                raise TypeError("a part is of another type")
             if record["response"]["status_code"] < 500:
-                done.add(str(record["custom_id"]))
+                done.add(record["custom_id"])
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise IlladaError(f"{path} line {number} is no answer of a batch: give another --output") from None

@@ -165,8 +165,13 @@ class Handlers:
                 return encode_plain(self._encoding, text)
             return [*self._encoding.encode(text, add_special_tokens=False)]
 
-        ids = await self._in_encoding_thread(body, encode)
-        texts = [self._tokenizer.decode([token]) for token in ids]
+        def encode_and_show() -> tuple[list[int], list[str]]:
+            # A megabyte has a million tokens: each is shown once, and not in the event loop.
+            ids = encode()
+            texts = {token: self._encoding.decode([token]) for token in set(ids)}
+            return ids, [texts[token] for token in ids]
+
+        ids, texts = await self._in_encoding_thread(body, encode_and_show)
         return {"count": len(ids), "max_model_len": self._context, "tokens": ids, "token_strs": texts}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:

@@ -84,6 +84,21 @@ class Strict(BaseModel):
         return data
 
 
+class JsonBody(Strict):
+    """The whole body of a request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no character") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return data
+
+
 class Decoding(Strict):
     """Decoding options, as in `illada generate`. A missing option keeps the server's value; null takes the default."""
 
@@ -123,7 +138,7 @@ Alternatives = Annotated[int, Field(ge=0, le=20)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_biases)]
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(JsonBody):
     """The fields that all requests for answers share."""
 
     max_tool_calls: Any = None
@@ -163,16 +178,12 @@ class GenerationRequest(Strict):
     def _drop_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair, which is no character") from None
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
         if data.get("tool_choice") == "none":
             data = {name: value for name, value in data.items() if name != "tools"}
         for name, neutral in NEUTRAL.items():
-            if name in data and data[name] is not None and data[name] not in neutral:
+            value = data.get(name)
+            # True is 1, and False is 0, but not in JSON.
+            if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
                 raise ValueError(f"{name} is not supported: {REASONS.get(name, 'leave it out')}")
         return {name: value for name, value in data.items() if name not in NEUTRAL}
 
@@ -390,7 +401,7 @@ class ResponseRequest(GenerationRequest):
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(JsonBody):
     """A text or a conversation whose ids are wanted."""
 
     model: str | None = None
@@ -405,7 +416,7 @@ class TokenizeRequest(Strict):
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(JsonBody):
     """Ids whose text is wanted."""
 
     model: str | None = None
