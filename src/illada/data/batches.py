@@ -14,7 +14,7 @@ window) are others in each epoch. There is no attention across the end of the so
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -108,17 +108,20 @@ class Batches:
             names = " and ".join(source.name for source in sources)
             raise IlladaError(f"the llada rule needs prompts and answers: prepare {names} with --kind chat")
 
-    def plan(self, step: int) -> list[list[Segment]]:
-        """Return the segments of every sample of a step."""
-        count = self.samples_per_step // (2 if self.noise.complementary else 1)
+    def chosen(self, step: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the samples of a step of so many, each with the epoch in which it is seen."""
         shares = [source.share for source in self.shards.sources]
-        samples = []
         for number in range(step * count, (step + 1) * count):
             source, turn = rng.pick_source(number, shares, self.seed, rng.TURN)
             epoch, place = divmod(turn, self._counts[source])
             place = rng.shuffled_index(place, self._counts[source], self.seed, rng.ORDER, epoch)
-            sample = self._first_sample[source] + place
-            samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
+            yield self._first_sample[source] + place, epoch
+
+    def plan(self, step: int) -> list[list[Segment]]:
+        """Return the segments of every sample of a step."""
+        count = self.samples_per_step // (2 if self.noise.complementary else 1)
+        segments_of = self._example if self.rule == "llada" else self._window
+        samples = [segments_of(*one) for one in self.chosen(step, count)]
         if self.rule == "llada":
             # The longest of the step, not of the micro-batch: padding counts in the loss, which must not depend on how
             # the step is divided (ours).

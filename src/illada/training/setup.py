@@ -23,7 +23,7 @@ from illada.training.optional.dropout import Dropout
 from illada.training.optional.flops import check_shape
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.optional.remarks import remarks_on
-from illada.training.parallel import Processes, distribute
+from illada.training.parallel import Objective, Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
 from illada.weights import adapters
 from illada.weights.adapters import base_fingerprint, is_adapted
@@ -33,6 +33,8 @@ from illada.weights.runs import model_folder
 
 class Run:
     """What a recipe names, opened once in each process; the run folder is not touched.
+
+    Post-training has other batches and another loss.
 
     Attributes:
         held_out: validation data; None without validation.
@@ -45,6 +47,8 @@ class Run:
     Raises:
         IlladaError: when data, checkpoint or recipe are missing or do not fit each other.
     """
+
+    loss: type[Objective] = Objective
 
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes, self.folder = recipe, processes, Path(recipe.output)
@@ -60,14 +64,14 @@ class Run:
         start = None if name is None else processes.from_first(lambda: model_folder(name))
         with processes.raise_together():
             config = shape_of(recipe.model, start, self.shards, self.tokenizer)
-            self.batches = make_batches(recipe, self.shards, config, self.tokenizer)
+            self.batches = self.make_batches(config)
             self.model = build_model(recipe, start, config)
             adapted = is_adapted(self.model)
             self.frozen_weights = base_fingerprint(self.model) if adapted else None
             self.remarks = unread + remarks_on(recipe, start, self.model, self.batches, processes.device)
             self.remarks += fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
-            self.objective = distribute(self.model, recipe, processes, cross_entropy)
+            self.objective = distribute(self.model, recipe, processes, cross_entropy, self.loss)
         self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)
         self.optimizers = make_optimizers(self.model, recipe.training)
         # Collected now, while the weights are in their shards: after a pass they may be gathered.
@@ -76,6 +80,10 @@ class Run:
         weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
         self.average = Average(weights, recipe.training.average)
         self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
+
+    def make_batches(self, config: IlladaConfig) -> Batches:
+        """Return the training set as a function of the step."""
+        return make_batches(self.recipe, self.shards, config, self.tokenizer)
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""
