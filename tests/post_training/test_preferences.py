@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
 from reference import reference_bound, reference_preference
 
+GROUPS = Path(__file__).parents[1] / "training" / "groups.py"
 NAMES = ("loss", "accuracy", "margin", "chosen_gap", "rejected_gap", "gradient_norm", "validation_loss")
 
 
@@ -95,6 +100,27 @@ def test_a_live_reference_is_the_kept_one_in_the_first_epoch(make_dpo):
     _, kept = run(make_dpo("kept", **settings))
     _, live = run(make_dpo("live", **settings, dpo={"reference": "live"}))
     close(kept, live)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_is_the_same_run(make_dpo, tmp_path):
+    """Also an odd number of pairs, which leaves a process idle, and adapters."""
+    changes = {"steps": 4, "validate_every": 2, "learning_rate": 1e-3, "samples_per_step": 5}
+    runs = {
+        f"{name} on {count}": (count, make_dpo(f"{name} on {count}", samples_per_batch=4 // count, **changes, **more))
+        for name, more in (("kept", {}), ("live", {"dpo": {"reference": "live"}}), ("adapter", {"rank": 4}))
+        for count in (1, 2)
+    }
+    values = {name: (count, dataclasses.asdict(recipe)) for name, (count, recipe) in runs.items()}
+    (tmp_path / "runs.json").write_text(json.dumps(values))
+    words = [sys.executable, str(GROUPS), str(tmp_path / "runs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    assert all(set(end["codes"]) == {0} for end in ends.values()), ends
+    for name in ("kept", "live", "adapter"):
+        close(*(read_metrics(tmp_path / f"{name} on {count}" / "metrics.jsonl") for count in (1, 2)))
 
 
 @pytest.mark.parametrize(
