@@ -148,6 +148,8 @@ def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):
         Path(folder, "a.txt").write_text("import one as two; def three four five\n" * 200)
     chats = [{"prompt": f"Shift: {n}", "response": str(n + 1)} for n in range(200)]
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pairs = [{"prompt": f"Shift: {n}", "chosen": str(n + 1), "rejected": str(n)} for n in range(9)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     Path("questions.jsonl").write_text(json.dumps({"context": "one", "candidates": [" two", " three"], "answer": 0}))
     Path("runs").mkdir()
     Path("runs/demo").symlink_to(tmp_path / "runs/chat")
