@@ -78,7 +78,7 @@ class Batches:
         noise: of the training. If complementary, a step holds half as many samples, each followed by its complement.
 
     Raises:
-        IlladaError: when the shards do not fill one sample.
+        IlladaError: when the shards do not fill one sample or hold preference pairs.
     """
 
     shards: Shards
@@ -95,6 +95,8 @@ class Batches:
     def __post_init__(self) -> None:
         """Count the samples of each source."""
         sources, llada = self.shards.sources, self.rule == "llada"
+        if self.shards.kind == "preference":
+            raise IlladaError(f"{sources[0].name} holds preference pairs: they are data for `illada dpo`")
         self._counts = [source.documents if llada else source.tokens // self.window for source in sources]
         self._first_sample = list(accumulate(self._counts, initial=0))
         self.samples = self._first_sample[-1]

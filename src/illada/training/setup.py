@@ -101,9 +101,11 @@ def open_validation(path: str, train_shards: Shards) -> Shards:
     """Open held-out data that must come from the tokenizer of the training data.
 
     Raises:
-        IlladaError: when it does not, or holds nothing.
+        IlladaError: when it does not, holds nothing, or holds preference pairs for a run that learns from none.
     """
     shards = Shards.open(path)
+    if shards.kind == "preference" != train_shards.kind:
+        raise IlladaError(f"{path} holds preference pairs: they are data for `illada dpo`")
     if not shards.tokens:
         raise IlladaError(f"{path} holds no tokens: prepare some text to validate on")
     if shards.tokenizer_sha256 != train_shards.tokenizer_sha256:
