@@ -156,7 +156,7 @@ def test_other_data_and_a_causal_start_are_one_line(make_dpo, make_data, tiny_to
     for part in ("train", "validation"):
         recipe = make_dpo()
         setattr(recipe.data, part, str(tmp_path / "chat"))
-        with pytest.raises(IlladaError, match="--kind preference"):
+        with pytest.raises(IlladaError, match="preference"):
             trainer.train(recipe, "dpo", PreferenceTrainer)
 
 

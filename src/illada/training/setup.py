@@ -82,8 +82,24 @@ class Run:
         self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
 
     def make_batches(self, config: IlladaConfig) -> Batches:
-        """Return the training set as a function of the step."""
-        return make_batches(self.recipe, self.shards, config, self.tokenizer)
+        """Return the training set as a function of the step.
+
+        Raises:
+            IlladaError: when a window is longer than the context, data fills none, or a causal model has noise.
+        """
+        data, training, eos = self.recipe.data, self.recipe.training, config.eos_token_id
+        training.check_masks(config.causal)
+        if data.window > config.max_position_embeddings:
+            raise IlladaError(
+                f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
+                "lower it or raise model.max_position_embeddings"
+            )
+        eos = eos if isinstance(eos, int) else self.tokenizer.eos_token_id
+        numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
+        # A complement's p is 1 - p, which must not be less than eps either.
+        low, high = training.mask_range or (EPSILON, 1 - EPSILON if training.complementary else 1.0)
+        noise = Noise(training.noise == "bell", (low, high), training.loss_weight, training.complementary)
+        return Batches(self.shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows, noise)
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""
@@ -139,27 +155,6 @@ def shape_of(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer:
         raise IlladaError(f"the tokenizer of {shards.path} has no mask token: add one and prepare the data again")
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
     return IlladaConfig.preset(recipe.preset, **{**recipe.changes(), "vocab_size": shards.vocab_size, **ids})
-
-
-def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer: Any) -> Batches:
-    """Return the training set as a function of the step.
-
-    Raises:
-        IlladaError: when a window is longer than the context, the data does not fill one, or a causal model has noise.
-    """
-    data, training, eos = recipe.data, recipe.training, config.eos_token_id
-    training.check_masks(config.causal)
-    if data.window > config.max_position_embeddings:
-        raise IlladaError(
-            f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
-            "lower it or raise model.max_position_embeddings"
-        )
-    eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
-    numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
-    # A complement's p is 1 - p, which must not be less than eps either.
-    low, high = training.mask_range or (EPSILON, 1 - EPSILON if training.complementary else 1.0)
-    noise = Noise(training.noise == "bell", (low, high), training.loss_weight, training.complementary)
-    return Batches(shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows, noise)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:

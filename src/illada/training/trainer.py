@@ -56,10 +56,7 @@ class Result:
 def train(recipe: Recipe, title: str = "train", trainer: "type[Trainer] | None" = None) -> Result:
     """Carry out a recipe, from its newest checkpoint if there is one; in each of the processes that torchrun started.
 
-    Args:
-        recipe: the run.
-        title: begins every line on the terminal.
-        trainer: takes the steps; None for those of pre-training and SFT.
+    `trainer` takes the steps; None for those of pre-training and SFT.
 
     Raises:
         IlladaError: bad recipe, missing or unfitting data, or a run folder that belongs to another recipe or trainer.
