@@ -127,8 +127,10 @@ def _draw_preferences(curves: Curves, loss: Any, share: Any) -> None:
     share.set_ylim(0, 1.02)
     gaps = share.twinx()
     for name, colour in (("chosen_gap", COLOURS[2]), ("rejected_gap", COLOURS[1])):
-        curves.draw(gaps, curves.column(name), name.replace("_gap", ""), smooth=True, color=colour)
-    gaps.set_ylabel("bound minus the start's, nats: chosen, rejected")
+        label = f"{name.replace('_gap', '')}, right axis"
+        curves.draw(gaps, curves.column(name), label, smooth=True, color=colour)
+        share.plot([], [], color=colour, label=label)  # for the legend
+    gaps.set_ylabel("bound minus the start's, nats")
 
 
 def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:
