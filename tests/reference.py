@@ -393,3 +393,29 @@ def reference_path(model, context, candidate, settings, right_context=()):
                 masked.remove(i)
             number += 1
     return total, paths
+
+
+def reference_bound(model, context, answer, samples, seed, complementary=False):
+    """Return the bound B(answer | context): mean over samples of (L / l) times the sum of log p over l masked tokens.
+
+    With complements it is the mean of this and of the same for the other L - l tokens, where there are any.
+    """
+    mask, length, total = model.config.mask_token_id, len(answer), 0.0
+    shift = reference_uniform(seed, 18)
+    for i in range(samples):
+        count = 1 + math.floor(length * math.fmod(i / samples + shift, 1.0))
+        rank = sorted(range(length), key=lambda place: reference_uniform(seed, 19, i, place))
+        views = [view for view in (rank[:count], rank[count:] if complementary else []) if view]
+        for masked in views:
+            seen = [mask if place in masked else x for place, x in enumerate(answer)]
+            log_p = log_p_of(model, [*context, *seen])
+            one = sum(float(log_p[len(context) + place, answer[place]]) for place in masked)
+            total += length / len(masked) * one / len(views)
+    return total / samples
+
+
+def reference_preference(bounds, reference, lengths, beta, normalise=False):
+    """Return the mean over pairs of -log σ(β (gap of chosen - gap of rejected)); chosen and rejected alternate."""
+    gaps = [(b - r) / (n if normalise else 1) for b, r, n in zip(bounds, reference, lengths, strict=True)]
+    margins = [beta * (gaps[i] - gaps[i + 1]) for i in range(0, len(gaps), 2)]
+    return sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)

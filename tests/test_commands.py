@@ -28,6 +28,7 @@ REST = {
     "prepare": "texts --tokenizer tok --output data",
     "pretrain": "tiny-cpu-pretrain --data.train data --output run",
     "sft": "tiny-cpu-sft --model.start model --data.train data --output run",
+    "dpo": "dpo --model.start model --data.train data --output run",
     "estimate": "tiny-cpu-pretrain --data.train data --output run",
     "generate": "--model model --prompt text",
     "chat": "--model model",
@@ -130,6 +131,7 @@ SHORT = {
     "tokenizer": "--vocab_size 300",
     "pretrain": f"{SHAPE} {TRAINING}",
     "sft": TRAINING,
+    "dpo": f"{TRAINING} --training.samples_per_step 4",
     "generate": "--max_new_tokens 8 --block_length 4",
     "chat": "--max_new_tokens 8 --block_length 4",
     "score": "--samples 2",
@@ -148,6 +150,8 @@ def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):
         Path(folder, "a.txt").write_text("import one as two; def three four five\n" * 200)
     chats = [{"prompt": f"Shift: {n}", "response": str(n + 1)} for n in range(200)]
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pairs = [{"prompt": f"Shift: {n}", "chosen": str(n + 1), "rejected": str(n)} for n in range(20)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     Path("questions.jsonl").write_text(json.dumps({"context": "one", "candidates": [" two", " three"], "answer": 0}))
     Path("runs").mkdir()
     Path("runs/demo").symlink_to(tmp_path / "runs/chat")

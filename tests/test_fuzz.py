@@ -191,9 +191,13 @@ def write(folder, name, content):
     return str(path)
 
 
-def of_chats(folder, content):
+def of_chats(folder, content, kind="chat"):
     file = write(folder, "chats.jsonl", content)
-    list(read_unit(Unit(file, 0, Path(file).stat().st_size), Options(kind="chat"), ReadStats()))
+    list(read_unit(Unit(file, 0, Path(file).stat().st_size), Options(kind=kind), ReadStats()))
+
+
+def of_preferences(folder, content):
+    of_chats(folder, content, "preference")
 
 
 def of_samples(folder, content):
@@ -243,6 +247,8 @@ FILES = {
     "prompts.jsonl": ({"prompt": "a"}, lambda f, c: read_prompts(None, write(f, "p.jsonl", c))),
     "chats.jsonl": ({"messages": MESSAGES}, of_chats),
     "pairs.jsonl": ({"prompt": "a", "response": "b"}, of_chats),
+    "preferences.jsonl": ({"prompt": "a", "chosen": "b", "rejected": MESSAGES[1:]}, of_preferences),
+    "preferences without prompt.jsonl": ({"chosen": MESSAGES, "rejected": MESSAGES}, of_preferences),
     "samples of eval": (SAMPLE, of_samples),
     "journal of eval": (ENTRY, of_journal),
     "plan.json": ({"tasks": 1, "vocab_size": 5}, of_plan),

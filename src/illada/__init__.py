@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from illada.generation.settings import GenerationSettings
     from illada.model.config import IlladaConfig
     from illada.model.transformer import IlladaForMaskedLM, IlladaModel
+    from illada.post_training.bounds import elbo
     from illada.scoring.confidence import confidence_scores
     from illada.scoring.likelihood import likelihood_scores
     from illada.scoring.optional.candidates import score
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "confidence_scores",
     "diffusion_loss",
+    "elbo",
     "generate",
     "infill",
     "likelihood_scores",
@@ -60,6 +62,7 @@ _HOMES = {
     "StepEvent": "generation.engine",
     "confidence_scores": "scoring.confidence",
     "diffusion_loss": "diffusion.loss",
+    "elbo": "post_training.bounds",
     "generate": "generation.engine",
     "infill": "generation.engine",
     "likelihood_scores": "scoring.likelihood",

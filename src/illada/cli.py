@@ -32,6 +32,7 @@ from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, first_line, needs
 from illada.files import check_yaml
+from illada.post_training.options import DPO_DEFAULTS
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
 Command = Callable[..., None]
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "prepare": data.prepare,
     "pretrain": training.pretrain,
     "sft": training.sft,
+    "dpo": training.dpo,
     "estimate": training.estimate,
     "report": training.report,
     "generate": generation.generate,
@@ -84,6 +86,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "completion": completion,
     "bench": {"generate": bench.generate, "serve": bench.serve},
 }
+DEFAULTS = {"sft": SFT_DEFAULTS, "dpo": DPO_DEFAULTS}
+"""What commands change in TrainingRecipe."""
 FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""
 
@@ -132,10 +136,10 @@ def _options(source: Callable[..., Any]) -> list[_Option]:
 def _add_options(parser: ArgumentParser, command: Command, defaults: Mapping[str, Any]) -> None:
     """Give a command's parser its options; `defaults` are those of the recipe."""
     for option in _options(command):
-        if option.kind is Recipe:
+        if isinstance(option.kind, type) and issubclass(option.kind, Recipe):
             text = "recipe: a YAML file, or one of ours by name (tiny-cpu-pretrain); may come first, without the flag"
             parser.add_argument("--config", action=ActionConfigFile, help=text)
-            parser.add_class_arguments(Recipe)
+            parser.add_class_arguments(option.kind)
             parser.set_defaults(dict(defaults))
         elif _is_options(option.kind):
             several = [field for field in _options(option.kind) if field.item]
@@ -164,7 +168,7 @@ def _build(words: Sequence[str]) -> "_Parser":
         version=version("illada"),
         description="Train, tune, run and score masked diffusion language models.",
     )
-    of_sft = {f"training.{key}": value for key, value in SFT_DEFAULTS.items()}
+    changed = {name: {f"training.{key}": v for key, v in values.items()} for name, values in DEFAULTS.items()}
 
     def add(parent: ArgumentParser, commands: Mapping[str, Any], metavar: str) -> None:
         subcommands = parent.add_subcommands(required=True, metavar=metavar)
@@ -177,7 +181,7 @@ def _build(words: Sequence[str]) -> "_Parser":
             if isinstance(command, dict):
                 add(child, command, "WHAT")
             else:
-                _add_options(child, command, of_sft if name == "sft" or "--sft" in words else {})
+                _add_options(child, command, changed.get("sft" if "--sft" in words else name, {}))
 
     add(parser, COMMANDS, "COMMAND")
     return parser

@@ -107,6 +107,25 @@ def test_conversations_can_be_deduplicated_but_not_filtered(tmp_path, tokens):
     assert prepare(*arguments, dedup="exact").documents == 2
 
 
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+@pytest.mark.parametrize("task_bytes", [300, 10_000_000])
+def test_of_equal_pairs_the_first_stays_whole(tmp_path, tokens, dedup, task_bytes):
+    long = " ".join(f"w{n}" for n in range(50))
+    pair = {"prompt": long, "chosen": "one two three", "rejected": "four"}
+    other = {"prompt": "some", "chosen": "seven", "rejected": "four"}
+    lines = [pair, other, pair, {**other, "chosen": "four", "rejected": "seven"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shards = prepare([str(tmp_path / "pairs.jsonl")], str(tmp_path / "out"), tokens, dedup=dedup, task_bytes=task_bytes)
+    tokenizer, said = load_tokenizer(tokens), []
+    for i in range(shards.documents):
+        start, end, prompt = shards.document_span(i)
+        said.append(tokenizer.decode(shards.read(start + prompt, end - start - prompt - 1).tolist()))
+    first, *swapped = [("one two three", "four"), ("seven", "four"), ("four", "seven")]
+    answers = list(zip(said[::2], said[1::2], strict=True))
+    assert sorted(answers) == sorted([first, *swapped])
+    assert shards.index["odd"]["duplicate_documents"] == 1
+
+
 def test_what_was_prepared_otherwise_is_refused(tmp_path, tokens):
     source = write(tmp_path / "in", GOOD)
     prepare([source], str(tmp_path / "out"), tokens)

@@ -225,6 +225,19 @@ def prepared(tmp_path_factory, tokenizer_folder):
     return settings, content(root / "out")
 
 
+@pytest.fixture(scope="session")
+def prepared_pairs(tmp_path_factory, tokenizer_folder):
+    """Preference pairs prepared without interruption, in several tasks and shards, some ending inside a pair."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_jsonl(root / "pairs.jsonl", *({"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(30)))
+    settings = {"sources": [str(root / "pairs.jsonl")], "tokenizer": tokenizer_folder, "kind": "preference"}
+    settings |= {"task_bytes": 150, "tokens_per_shard": 20}
+    shards = prepare(output=str(root / "out"), **settings)
+    assert shards.documents == 60
+    assert any(shard["documents"] % 2 for shard in shards.index["shards"])
+    return settings, content(root / "out")
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
     settings, _ = prepared
@@ -235,8 +248,9 @@ def test_a_killed_worker_is_one_clear_line(tmp_path, prepared, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(tmp_path, prepared):
-    settings, expected = prepared
+@pytest.mark.parametrize("what", ["prepared", "prepared_pairs"])
+def test_the_number_of_workers_changes_nothing(tmp_path, what, request):
+    settings, expected = request.getfixturevalue(what)
     prepare(output=str(tmp_path / "out"), workers=2, **settings)
     assert content(tmp_path / "out") == expected
 
@@ -269,9 +283,11 @@ prepare.prepare(PrepareSettings(**json.loads(sys.argv[2])))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["document", "finish"])
-def test_a_killed_preparation_continues(tmp_path, prepared, where, monkeypatch):
-    settings, expected = prepared
+@pytest.mark.parametrize(
+    ("what", "where"), [("prepared", "document"), ("prepared", "finish"), ("prepared_pairs", "document")]
+)
+def test_a_killed_preparation_continues(tmp_path, what, where, monkeypatch, request):
+    settings, expected = request.getfixturevalue(what)
     settings = {**settings, "output": str(tmp_path / "out")}
     run = subprocess.run([sys.executable, "-c", KILLED, where, json.dumps(settings)], capture_output=True, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()

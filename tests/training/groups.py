@@ -1,8 +1,8 @@
 """Groups of processes as torchrun would start them, forked from one process that has imported everything already.
 
 Run as a script it trains the recipes in a JSON file, {name: [processes, recipe]}, and prints one JSON object; used by
-test_parallel.py and test_damage.py. A third entry names files of the run to cut short before. Nothing may be computed
-before the forks: threads do not survive them.
+test_parallel.py, test_damage.py and post_training/test_preferences.py. A third entry names files of the run to cut
+short before. Nothing may be computed before the forks: threads do not survive them.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ import peft  # noqa: F401 - once, not in every process
 import torch.distributed as dist
 
 from illada.errors import IlladaError
+from illada.post_training.options import DpoRecipe, DpoSection
+from illada.post_training.preferences import PreferenceTrainer
 from illada.training import trainer
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, ParallelRecipe, Recipe, TrainingRecipe
 
@@ -89,9 +91,13 @@ def train_and_record(values, folder, rank):
     trainer.noisy_batches = look
     kinds = {"model": ModelRecipe, "lora": LoraRecipe, "data": DataRecipe}
     kinds |= {"training": TrainingRecipe, "parallel": ParallelRecipe}
+    kinds |= {"dpo": DpoSection} if "dpo" in values else {}
     parts = {name: kind(**values[name]) for name, kind in kinds.items()}
     try:
-        trainer.train(Recipe(output=values["output"], **parts), "train")
+        if "dpo" in values:
+            trainer.train(DpoRecipe(output=values["output"], **parts), "dpo", PreferenceTrainer)
+        else:
+            trainer.train(Recipe(output=values["output"], **parts), "train")
     except IlladaError as error:
         print(f"error: {error}")
         sys.exit(2)

@@ -23,7 +23,7 @@ def read(monkeypatch):
     """Return the recipe that a command would train."""
     found = []
     monkeypatch.setattr(
-        "illada.training.trainer.train", lambda recipe, title: found.append(recipe) or pytest.skip.Exception
+        "illada.training.trainer.train", lambda recipe, *_: found.append(recipe) or pytest.skip.Exception
     )
 
     def read(*words):
@@ -36,8 +36,8 @@ def read(monkeypatch):
 
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_a_recipe_is_read_and_makes_sense(read, file):
-    start = ("--model.start", "base") if file.stem == "tiny-cpu-sft" else ()
-    command = "sft" if file.stem.endswith("sft") else "pretrain"
+    start = ("--model.start", "base") if file.stem in ("tiny-cpu-sft", "dpo") else ()
+    command = file.stem if file.stem == "dpo" else "sft" if file.stem.endswith("sft") else "pretrain"
     words = ("--data.train", "data", "--data.validation", "held", "--output", "run")
     recipe: Recipe = read(command, str(file), *words, *start)
     recipe.check()

@@ -16,7 +16,7 @@ def tokenizer(
         vocab_size: number of tokens, special ones included.
         max_bytes: bytes of text to train on, from the first.
         text_field: the field that holds the text of a record; of conversations ({"messages": [...]} or {"prompt",
-            "response"}) without it everything said in them counts.
+            "response"}) and preference pairs without it everything said in them counts.
     """
     trained = heavy.train_tokenizer.train_tokenizer_from_files(
         sources, vocab_size=vocab_size, output=output, max_bytes=max_bytes, text_field=text_field
@@ -32,11 +32,15 @@ def prepare(settings: PrepareSettings) -> None:
         print(f"Slurm job {result} completes {settings.output}; the same command continues what was interrupted")
         return
     odd = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.index["odd"].items() if count)
+    pairs = result.kind == "preference"
+    count = f"{result.documents // 2:,} preference pairs" if pairs else f"{result.documents:,} documents"
     print(
-        f"{result.documents:,} documents, {result.tokens:,} tokens, {result.bytes:,} bytes of text in {result.path}"
+        f"{count}, {result.tokens:,} tokens, {result.bytes:,} bytes of text in {result.path}"
         + (f" ({odd})" if odd else "")
     )
-    if result.kind == "chat":
+    if pairs:
+        next_commands(f"illada dpo dpo --model.start MODEL --data.train {settings.output} --output RUN")
+    elif result.kind == "chat":
         next_commands(f"illada sft tiny-cpu-sft --model.start MODEL --data.train {settings.output} --output RUN")
     else:
         next_commands(f"illada pretrain tiny-cpu-pretrain --data.train {settings.output} --output RUN")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
+    import illada.post_training.preferences as preferences
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.optional.candidates as scoring
@@ -51,6 +52,7 @@ MODULES = {
     "generation": "illada.generation.engine",
     "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
+    "preferences": "illada.post_training.preferences",
     "preparation": "illada.preparation.prepare",
     "runs": "illada.weights.runs",
     "scoring": "illada.scoring.optional.candidates",

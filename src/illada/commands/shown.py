@@ -8,6 +8,7 @@ _DECODING = "model max_new_tokens block_length steps_per_block threshold tempera
 SHOWN = {
     "pretrain": f"model.preset model.start {_RECIPE}",
     "sft": f"model.start lora.rank {_RECIPE}",
+    "dpo": f"model.start lora.rank dpo.beta dpo.samples {_RECIPE}",
     "estimate": f"model.preset {_RECIPE} gpus gpu price sft json",
     "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
     "chat": f"{_DECODING} system cache quantize",
@@ -20,7 +21,7 @@ SHOWN = {
 TAKES_MODEL = ("generate", "chat", "score", "serve", "eval", "export")
 """Commands whose first word may be the model, without `--model`."""
 
-TAKES_RECIPE = ("pretrain", "sft", "estimate")
+TAKES_RECIPE = ("pretrain", "sft", "dpo", "estimate")
 """Commands whose first word may be the recipe, without `--config`."""
 
 

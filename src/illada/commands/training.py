@@ -9,6 +9,7 @@ import sys
 from illada.commands import heavy
 from illada.commands.next import next_commands
 from illada.errors import IlladaError
+from illada.post_training.options import DpoRecipe
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
 
@@ -23,10 +24,16 @@ def sft(recipe: Recipe) -> None:
     _train(recipe, "sft")
 
 
+def dpo(recipe: DpoRecipe) -> None:
+    """Tune a model on pairs of answers, one preferred to the other, from a recipe."""
+    _train(recipe, "dpo")
+
+
 def _train(recipe: Recipe, title: str) -> None:
     """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
-    result = heavy.training.train(recipe, title=title)
+    trainer = heavy.preferences.PreferenceTrainer if isinstance(recipe, DpoRecipe) else None
+    result = heavy.training.train(recipe, title, trainer)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks

@@ -14,7 +14,7 @@ window) are others in each epoch. There is no attention across the end of the so
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -78,7 +78,7 @@ class Batches:
         noise: of the training. If complementary, a step holds half as many samples, each followed by its complement.
 
     Raises:
-        IlladaError: when the shards do not fill one sample.
+        IlladaError: when the shards do not fill one sample or hold preference pairs.
     """
 
     shards: Shards
@@ -95,6 +95,8 @@ class Batches:
     def __post_init__(self) -> None:
         """Count the samples of each source."""
         sources, llada = self.shards.sources, self.rule == "llada"
+        if self.shards.kind == "preference":
+            raise IlladaError(f"{sources[0].name} holds preference pairs: they are data for `illada dpo`")
         self._counts = [source.documents if llada else source.tokens // self.window for source in sources]
         self._first_sample = list(accumulate(self._counts, initial=0))
         self.samples = self._first_sample[-1]
@@ -108,17 +110,20 @@ class Batches:
             names = " and ".join(source.name for source in sources)
             raise IlladaError(f"the llada rule needs prompts and answers: prepare {names} with --kind chat")
 
-    def plan(self, step: int) -> list[list[Segment]]:
-        """Return the segments of every sample of a step."""
-        count = self.samples_per_step // (2 if self.noise.complementary else 1)
+    def chosen(self, step: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the samples of a step of so many, each with the epoch in which it is seen."""
         shares = [source.share for source in self.shards.sources]
-        samples = []
         for number in range(step * count, (step + 1) * count):
             source, turn = rng.pick_source(number, shares, self.seed, rng.TURN)
             epoch, place = divmod(turn, self._counts[source])
             place = rng.shuffled_index(place, self._counts[source], self.seed, rng.ORDER, epoch)
-            sample = self._first_sample[source] + place
-            samples.append(self._example(sample, epoch) if self.rule == "llada" else self._window(sample, epoch))
+            yield self._first_sample[source] + place, epoch
+
+    def plan(self, step: int) -> list[list[Segment]]:
+        """Return the segments of every sample of a step."""
+        count = self.samples_per_step // (2 if self.noise.complementary else 1)
+        segments_of = self._example if self.rule == "llada" else self._window
+        samples = [segments_of(*one) for one in self.chosen(step, count)]
         if self.rule == "llada":
             # The longest of the step, not of the micro-batch: padding counts in the loss, which must not depend on how
             # the step is divided (ours).

@@ -70,7 +70,8 @@ class Shards:
         bytes: UTF-8 bytes of the source text, to turn nats per token into bits per byte.
         vocab_size: every id is below it.
         tokenizer_sha256: `tokenizer_sha256` of the tokenizer that made the ids ("" if unknown).
-        kind: "text" or "chat" (of a mixture: "chat" when all its data sets are).
+        kind: "text", "chat" (of a mixture: when all its data sets are), or "preference": document 2i is the chosen
+            and 2i + 1 the rejected side of pair i, which have the same prompt.
         index: all of `index.json`; of a mixture, only the fingerprints of the sources.
         sources: the data sets, in stream order; more than one in a mixture.
 
@@ -114,7 +115,7 @@ class Shards:
 
         Raises:
             IlladaError: when a folder is no data set or has a newer format, when a shard is missing, cut or damaged,
-                when a weight is not above 0, or when two data sets were prepared with different tokenizers.
+                when a weight is not above 0, or when two data sets have different tokenizers or do not mix.
         """
         weights = place if isinstance(place, Mapping) else {os.fspath(place): 1}
         if not weights:
@@ -126,6 +127,8 @@ class Shards:
         if not isinstance(place, Mapping):
             return parts[0]
         for name, part in zip(weights, parts, strict=True):
+            if part.kind != parts[0].kind and "preference" in (part.kind, parts[0].kind):
+                raise IlladaError(f"{name} does not mix with {next(iter(weights))}: one of them holds preference pairs")
             if (part.tokenizer_sha256, part.vocab_size) != (parts[0].tokenizer_sha256, parts[0].vocab_size):
                 raise IlladaError(
                     f"{name} was prepared with another tokenizer than {next(iter(weights))}: use one for both"

@@ -46,7 +46,7 @@ def _assemble(folder: Path) -> None:
         for path, records in stats.pop("failures").items():
             total.count_records(path, records["good"], records["bad"], records["first"])
         counts.update(stats)
-        counts["refused_conversations"] += summary["refused"]
+        counts["refused_pairs" if plan["kind"] == "preference" else "refused_conversations"] += summary["refused"]
         refusal = refusal or summary["first_refused"]
         for shard in summary["shards"]:
             info = ShardInfo(**shard | {"name": f"shard-{len(shards):05d}"})

@@ -28,8 +28,9 @@ class PrepareSettings:
         sources: text files, .jsonl and .parquet files (also .gz for the first two), and folders of them.
         output: the folder to make.
         tokenizer: folder of the tokenizer; a copy goes with the data.
-        kind: "text", or "chat" for records {"messages": [...]} or {"prompt", "response"}; "auto" looks at the first
-            records of the files.
+        kind: "text"; "chat" for records {"messages": [...]} or {"prompt", "response"}; "preference" for pairs of
+            answers, {"prompt" or "messages", "chosen", "rejected"} as in TRL; "auto" looks at the first records of
+            the files.
         text_field: the field (kind "text") that holds the text of a record.
         documents: whether a plain text file is one document or has one per line.
         patterns: which files of a folder are read.
@@ -56,7 +57,7 @@ class PrepareSettings:
     sources: list[str]
     output: str
     tokenizer: str
-    kind: Literal["auto", "text", "chat"] = "auto"
+    kind: Literal["auto", "text", "chat", "preference"] = "auto"
     text_field: str = "text"
     documents: Literal["file", "line"] = "file"
     patterns: list[str] = field(default_factory=lambda: [*PATTERNS])
@@ -86,12 +87,15 @@ class PrepareSettings:
             raise IlladaError("executor slurm needs a partition: `sinfo` lists them")
         if self.executor != "slurm" and (self.partition is not None or self.slurm_options):
             raise IlladaError("partition and slurm_options are for executor slurm")
-        if self.kind not in ("auto", "text", "chat") or self.documents not in ("file", "line"):
+        if self.kind not in ("auto", "text", "chat", "preference") or self.documents not in ("file", "line"):
             raise IlladaError(
-                f"kind is auto, text or chat and documents is file or line, not {self.kind!r} and {self.documents!r}"
+                "kind is auto, text, chat or preference and documents is file or line, "
+                f"not {self.kind!r} and {self.documents!r}"
             )
         if self.split_turns and self.kind == "text":
             raise IlladaError("split_turns is for conversations: add kind chat")
+        if self.split_turns and self.kind == "preference":
+            raise IlladaError("split_turns is for kind chat: a preference pair is about its last answers, leave it out")
         if self.dedup not in ("none", "exact", "minhash"):
             raise IlladaError(f"dedup is none, exact or minhash, not {self.dedup!r}")
         for name in self.filters:
@@ -99,7 +103,7 @@ class PrepareSettings:
                 raise IlladaError(f"no filter {name}: {_NOT_OFFERED[name]}; choose from {', '.join(FILTERS)}")
             if name not in FILTERS:
                 raise IlladaError(f"no filter {name!r}: choose from {', '.join(FILTERS)}")
-        if self.filters and self.kind == "chat":
-            raise IlladaError("filters are for texts, not for conversations: leave them out with kind chat")
+        if self.filters and self.kind in ("chat", "preference"):
+            raise IlladaError(f"filters are for texts, not for conversations: leave them out with kind {self.kind}")
         if self.tokens_per_shard < 1 or self.task_bytes < 0:
             raise IlladaError("tokens_per_shard must be at least 1 and task_bytes at least 0")

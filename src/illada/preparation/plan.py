@@ -51,7 +51,7 @@ def plan(settings: PrepareSettings) -> int:
     files = find_files(settings.sources, settings.patterns, settings.exclude)
     tokenizer = _load_suitable_tokenizer(settings)
     tasks = _divide_into_tasks(files, Options.of(settings), settings.task_bytes)
-    chat = settings.kind == "chat"
+    chat = settings.kind != "text"
     preparation = {
         "sources": [os.path.abspath(source) for source in settings.sources],
         "source_files": len(files),
@@ -154,7 +154,7 @@ def _holds(output: Path, preparation: dict[str, Any]) -> bool:
 
 def _load_suitable_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerFast:
     """Load the tokenizer and check that it has the tokens and the template that the documents need."""
-    tokenizer, name, chat = load_tokenizer(settings.tokenizer), settings.tokenizer, settings.kind == "chat"
+    tokenizer, name, chat = load_tokenizer(settings.tokenizer), settings.tokenizer, settings.kind != "text"
     for needed, token in ((settings.add_bos and not chat, "bos"), (settings.add_eos or chat, "eos")):
         if needed and getattr(tokenizer, f"{token}_token_id") is None:
             raise IlladaError(f"the tokenizer {name} has no {token}_token: set add_{token} to false or use another")

@@ -17,6 +17,7 @@ from illada.preparation.options import PrepareSettings
 from illada.preparation.pipeline import pipeline
 from illada.preparation.plan import LOG, SLURM_LOG, WORK, discard, plan, read_plan
 from illada.preparation.readers import recognise
+from illada.preparation.records import CONTENTS
 
 
 def prepare(settings: PrepareSettings) -> Shards | str:
@@ -41,8 +42,9 @@ def prepare(settings: PrepareSettings) -> Shards | str:
 
 def _prepare(settings: PrepareSettings) -> Shards | str:
     given, settings = settings.kind, recognise(settings)
-    if given == "auto" and settings.kind == "chat":
-        print(f"{settings.sources[0]} holds conversations: prepared with --kind chat", file=sys.stderr)
+    if given == "auto" and settings.kind in ("chat", "preference"):
+        held = CONTENTS[settings.kind]
+        print(f"{settings.sources[0]} holds {held}: prepared with --kind {settings.kind}", file=sys.stderr)
     tasks = plan(settings)
     if not tasks:
         return finish(settings.output)

@@ -21,7 +21,8 @@ from typing import IO, Any, Literal
 
 from illada.errors import IlladaError, needs
 from illada.preparation.options import PrepareSettings
-from illada.text.chat import Message, check_messages
+from illada.preparation.records import CONTENTS, FIELDS, Kind, conversation_of, kind_of_record, pair_of, text_of
+from illada.text.chat import Message
 
 PIECE_CHARACTERS = 1_000_000
 PEEK_RECORDS = 20
@@ -60,7 +61,7 @@ class Unit:
 class Options:
     """How to find documents in files."""
 
-    kind: Literal["text", "chat"] = "text"
+    kind: Kind = "text"
     text_field: str = "text"
     documents: Literal["file", "line"] = "file"
     whole: bool = False
@@ -76,7 +77,7 @@ class Options:
 
 @dataclass
 class Piece:
-    """A stretch of a document, or (kind "chat") a conversation."""
+    """A stretch of a document, a conversation (kind "chat"), or a prompt and its two answers (kind "preference")."""
 
     text: str
     last: bool
@@ -168,8 +169,8 @@ def _format(path: str) -> Literal["text", "jsonl", "parquet"]:
     return "parquet" if name.endswith(".parquet") else "text"
 
 
-def kind_of(path: str, text_field: str = "text") -> Literal["text", "chat"] | None:
-    """Say what the first records of a file are: texts, where they have the field; conversations; else None.
+def kind_of(path: str, text_field: str = "text") -> Kind | None:
+    """Say what the first records of a file are: texts, where they have the field; pairs; conversations; else None.
 
     A file that cannot be read is None too: reading it will say why.
     """
@@ -189,8 +190,8 @@ def kind_of(path: str, text_field: str = "text") -> Literal["text", "chat"] | No
     for record in records:
         if isinstance(record, dict) and text_field in record:
             return "text"
-        if isinstance(record, dict) and _is_conversation(record):
-            return "chat"
+        if kind := kind_of_record(record):
+            return kind
     return None
 
 
@@ -198,20 +199,22 @@ def recognise(settings: PrepareSettings) -> PrepareSettings:
     """Return the settings with a kind: what the files hold, where it is "auto".
 
     Raises:
-        IlladaError: when a source is missing, or some files hold conversations and others texts.
+        IlladaError: when a source is missing, or files differ in what they hold.
     """
     if settings.kind != "auto":
         return settings
     files = find_files(settings.sources, settings.patterns, settings.exclude)
-    first: dict[str, str] = {}
+    first: dict[Kind | None, str] = {}
     for file in files:
-        first.setdefault(kind_of(file.path, settings.text_field) or "unknown", file.path)
-    if "chat" in first and "text" in first:
+        first.setdefault(kind_of(file.path, settings.text_field), file.path)
+    kinds: list[Kind] = [kind for kind in CONTENTS if kind in first]
+    if len(kinds) > 1:
+        one, other = kinds[:2]
         raise IlladaError(
-            f"{first['chat']} holds conversations, {first['text']} text: prepare them one at a time, into two folders "
-            "(--kind chat and --kind text)"
+            f"{first[one]} holds {CONTENTS[one]}, {first[other]} {CONTENTS[other]}: prepare them one at a time, into "
+            f"two folders (--kind {one} and --kind {other})"
         )
-    return replace(settings, kind="chat" if "chat" in first else "text")
+    return replace(settings, kind=kinds[0] if kinds else "text")
 
 
 def divide(file: SourceFile, options: Options, unit_bytes: int) -> list[Unit]:
@@ -231,8 +234,8 @@ def read_unit(unit: Unit, options: Options, stats: ReadStats) -> Iterator[Piece]
         IlladaError: when the file cannot be read, or not one of its records is usable.
     """
     format_ = _format(unit.path)
-    if options.kind == "chat" and format_ == "text":
-        raise IlladaError(f"{unit.path} is plain text: conversations come from .jsonl or .parquet files")
+    if options.kind != "text" and format_ == "text":
+        raise IlladaError(f"{unit.path} is plain text: {CONTENTS[options.kind]} come from .jsonl or .parquet files")
     try:
         if format_ == "text":
             yield from _read_text(unit, options, stats)
@@ -352,7 +355,7 @@ def _parquet_records(unit: Unit, options: Options, stats: ReadStats) -> Iterator
     try:
         with pq.ParquetFile(unit.path) as file:
             names = set(file.schema_arrow.names)
-            wanted = (options.text_field,) if options.kind == "text" else ("messages", "prompt", "response")
+            wanted = FIELDS.get(options.kind, (options.text_field,))
             columns = [name for name in wanted if name in names]
             if not columns:
                 raise IlladaError(f"{unit.path} has no column {' or '.join(wanted)}: it has {', '.join(sorted(names))}")
@@ -402,10 +405,11 @@ def _read_records(
                 raise record
             if not isinstance(record, dict):
                 raise IlladaError("not an object")
-            if options.kind == "chat":
-                pieces = _conversation_pieces(_conversation(record), name, stats)
+            if options.kind == "text":
+                pieces = _pieces(iter((text_of(record, options.text_field),)), name, options, stats)
             else:
-                pieces = _pieces(iter((_text(record, options.text_field),)), name, options, stats)
+                messages = pair_of(record) if options.kind == "preference" else conversation_of(record)
+                pieces = _conversation_pieces(messages, name, options.kind, stats)
         except IlladaError as error:
             bad += 1
             first_failure = first_failure or f"{where}: {error}"
@@ -422,45 +426,15 @@ def _read_records(
         stats.count_records(unit.path, good, bad, first_failure)
 
 
-def _conversation_pieces(messages: Sequence[Message], record: str, stats: ReadStats) -> Iterator[Piece]:
-    """Yield a conversation as one piece, or nothing when the assistant says nothing in it."""
+def _conversation_pieces(messages: Sequence[Message], record: str, kind: Kind, stats: ReadStats) -> Iterator[Piece]:
+    """Yield a conversation or a pair as one piece, or nothing where the assistant or a side of the pair is silent."""
     cleaned = [(message["role"], *_clean(message["content"])) for message in messages]
     replaced = sum(count for _, _, count in cleaned)
     stats.broken_utf8_documents += bool(replaced)
     stats.replaced_characters += replaced
-    if any(content.strip() for role, content, _ in cleaned if role == "assistant"):
+    said = [bool(content.strip()) for role, content, _ in cleaned if role == "assistant"]
+    if all(said[-2:]) if kind == "preference" else any(said):
         plain = [{"role": role, "content": content} for role, content, _ in cleaned]
         yield Piece("\n".join(content for _, content, _ in cleaned), True, record, plain)
     else:
         stats.empty_documents += 1
-
-
-def _is_conversation(record: dict[str, Any]) -> bool:
-    return "messages" in record or ("prompt" in record and "response" in record)
-
-
-def _text(record: dict[str, Any], text_field: str) -> str:
-    text = record.get(text_field)
-    if text_field not in record and _is_conversation(record):
-        raise IlladaError(f"no field {text_field!r}, it is a conversation: set kind chat")
-    if text_field not in record:
-        raise IlladaError(
-            f"no field {text_field!r}; it has {', '.join(map(repr, list(record)[:8]))}: set text_field, or write "
-            'conversations as {"messages": [...]} or {"prompt", "response"}'
-        )
-    if not isinstance(text, str):
-        raise IlladaError(f"field {text_field!r} is not text")
-    return text
-
-
-def _conversation(record: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of a record {"messages": [...]} or {"prompt": ..., "response": ...}."""
-    messages = record.get("messages")
-    if messages is None:
-        if "prompt" not in record or "response" not in record:
-            raise IlladaError("neither messages nor prompt and response")
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
-    return check_messages(messages, "assistant")

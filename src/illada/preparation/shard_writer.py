@@ -140,7 +140,7 @@ def write_index(
         shards: the shards, in stream order.
         vocab_size: every id is below it.
         tokenizer_sha256: hash of the tokenizer's state.
-        kind: "text" or "chat".
+        kind: "text", "chat" or "preference".
         special_ids: the ids put around the documents ("bos", "eos").
         odd: numbers of odd documents or records, by reason.
         provenance: where the data came from.

@@ -21,6 +21,7 @@ from illada.preparation.finish import finish
 from illada.preparation.options import PrepareSettings
 from illada.preparation.plan import TOKENIZER, UNITS, WORK, stats_file, task_folder
 from illada.preparation.readers import Options, ReadStats, Unit, read_unit
+from illada.preparation.records import both_sides
 from illada.preparation.shard_writer import ShardWriter
 from illada.text.chat import encode_conversation, split_turns
 from illada.text.tokenizer import encode_texts, load_tokenizer
@@ -72,10 +73,10 @@ def write_shards(settings: PrepareSettings, data: Iterator[Document], rank: int,
     writer = ShardWriter(partial, len(tokenizer), settings.tokens_per_shard)
     refused, first = 0, ""
     try:
-        if settings.kind == "chat":
-            refused, first = _write_conversations(settings, tokenizer, writer, data)
-        else:
+        if settings.kind == "text":
             _write_texts(settings, tokenizer, writer, data)
+        else:
+            refused, first = _write_conversations(settings, tokenizer, writer, data)
         summary = {"shards": [asdict(shard) for shard in writer.finish()], "sums": writer.sums}
         write_json(partial / "summary.json", {**summary, "refused": refused, "first_refused": first})
         sync(partial)
@@ -110,15 +111,20 @@ def _write_texts(
 def _write_conversations(
     settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast, writer: ShardWriter, data: Iterator[Document]
 ) -> tuple[int, str]:
-    """Return how many conversations the chat template refused, and why it refused the first."""
+    """Write conversations and, as two documents in a row, the sides of a pair, the chosen one first.
+
+    Return how many were refused, by the chat template or for answers that are the same, and why the first was.
+    """
     refused, first = 0, ""
     for document in data:
         messages, record = document.metadata["messages"], document.metadata["record"]
+        pair = settings.kind == "preference"
+        parts = both_sides(messages) if pair else split_turns(messages) if settings.split_turns else [messages]
         try:
-            examples = [
-                (*encode_conversation(tokenizer, part, record), part)
-                for part in (split_turns(messages) if settings.split_turns else [messages])
-            ]
+            examples = [(*encode_conversation(tokenizer, part, record), part) for part in parts]
+            # Of ids, because a template may drop the white space in which the texts differ.
+            if pair and examples[0][0] == examples[1][0]:
+                raise IlladaError(f"{record}: the chosen and the rejected answer are the same")
         except IlladaError as error:
             refused, first = refused + 1, first or str(error)
             continue

@@ -92,7 +92,7 @@ def train_tokenizer_from_files(
             # A compressed file holds more text than its size says, so it has no limit of its own when all is wanted.
             if share < 1:
                 left = min(left, max(1, int(file.size * share)))
-            options = Options("chat" if kind_of(file.path, text_field) == "chat" else "text", text_field)
+            options = Options(kind_of(file.path, text_field) or "text", text_field)
             for piece in read_unit(Unit(file.path, 0, file.size), options, ReadStats()):
                 data = piece.text.encode()[:left]
                 text = data.decode(errors="ignore")

@@ -1,10 +1,9 @@
-"""Monte-Carlo likelihood (LLaDA Eq. 6; spec §6), the baseline of confidence scores; exact for causal models.
+"""The bound on a likelihood by samples (LLaDA Eq. 6; spec §6): a score of candidates, and what post-training rests on.
 
-Shape letters: L candidate tokens · N samples.
+Shape letters: L candidate tokens · N samples, or views where every sample has two.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 import torch
@@ -38,6 +37,27 @@ def masked_tokens(length: int, samples: int, seed: int) -> NDArray[np.bool_]:
     return (rank_NL < torch.tensor(masked_counts(length, samples, seed))[:, None]).numpy()
 
 
+def views(
+    length: int, samples: int, seed: int, complementary: bool = False
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return what each view of an answer masks [N, L], and the weight of its log-probabilities in the bound [N].
+
+    Every view masks something. With complements a sample that masks l of the L tokens is seen a second time with the
+    other L - l masked, and the two count half; where l = L there is no other view (ours: ESPO, arXiv 2512.03759, draws
+    l from 0..L and halves these too, which adds the noise of how often they are drawn).
+    """
+    if length == 1:  # nothing to choose
+        return np.ones((1, 1), dtype=np.bool_), np.ones(1)
+    masked_NL = masked_tokens(length, samples, seed)
+    share_N = np.ones(samples)
+    if complementary:
+        whole_N = masked_NL.all(1).repeat(2)
+        masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)
+        share_N = np.where(whole_N, 1.0, 0.5)[masked_NL.any(1)]
+        masked_NL = masked_NL[masked_NL.any(1)]
+    return masked_NL, share_N * length / (masked_NL.sum(1) * samples)
+
+
 def likelihood_scores(
     model: IlladaForMaskedLM,
     pairs: Sequence[Pair],
@@ -45,6 +65,7 @@ def likelihood_scores(
     seed: int = 0,
     right_context: Sequence[int] = (),
     max_batch_tokens: int = 16_384,
+    complementary: bool = False,
 ) -> list[float]:
     """Return an estimate of a lower bound on log p(candidate | context) in nats, for each pair (LLaDA Eq. 6).
 
@@ -60,6 +81,7 @@ def likelihood_scores(
         seed: of the masks.
         right_context: visible ids after every candidate (authors' evaluation code: one EOS, see `score_layout`).
         max_batch_tokens: most positions of one forward pass; a single pair may exceed it.
+        complementary: see every sample twice, under its mask and under the complement (see `views`).
 
     Raises:
         IlladaError: when `samples` is below 1, a candidate is empty, a pair is longer than the context, or an id is
@@ -76,14 +98,12 @@ def likelihood_scores(
             scores[i] = float(log_p_M.sum())
         return scores
     lengths = {candidate.length for candidate in candidates}
-    masks = {length: masked_tokens(length, samples if length > 1 else 1, seed) for length in lengths}
+    seen = {length: views(length, samples, seed, complementary) for length in lengths}
     queries = (
-        candidates[i].query(masked_L, model.config.mask_id) for i in order for masked_L in masks[candidates[i].length]
+        candidates[i].query(masked_L, model.config.mask_id) for i in order for masked_L in seen[candidates[i].length][0]
     )
     log_probs = target_log_probs(model, queries, max_batch_tokens)
     for i in order:
-        length = candidates[i].length
-        own = islice(log_probs, len(masks[length]))
-        terms = [length / len(log_p_M) * float(log_p_M.sum()) for log_p_M in own]
-        scores[i] = sum(terms) / len(terms)
+        weight_N = seen[candidates[i].length][1]
+        scores[i] = sum(w * float(log_p_M.sum()) for w, log_p_M in zip(weight_N, log_probs, strict=False))
     return scores

@@ -184,8 +184,9 @@ def distribute(
     recipe: Recipe,
     processes: Processes,
     cross_entropy: CrossEntropy = chunked_cross_entropy,
+    loss: type[Objective] = Objective,
 ) -> Objective:
-    """Move the model to its device, in shards when there are several processes; returns its loss.
+    """Move the model to its device, in shards when there are several processes; returns its loss of the given kind.
 
     Each block is gathered when it is needed and released afterwards, or all blocks are gathered for a whole step
     (parallel.gather); embedding, head and last norm are gathered once a pass. Master weights and sums of gradients are
@@ -210,7 +211,7 @@ def distribute(
     recompute(model, settings.recompute)
     if settings.compile:
         model.model.compile_blocks()
-    objective = Objective(model.to(processes.device), processes.device, dtype, cross_entropy)
+    objective = loss(model.to(processes.device), processes.device, dtype, cross_entropy)
     if processes.count == 1:
         return objective
     shape = (settings.replicate, shares // settings.replicate, settings.tensor)

@@ -23,7 +23,7 @@ from illada.training.optional.dropout import Dropout
 from illada.training.optional.flops import check_shape
 from illada.training.optional.kernels import CROSS_ENTROPIES, fuse
 from illada.training.optional.remarks import remarks_on
-from illada.training.parallel import Processes, distribute
+from illada.training.parallel import Objective, Processes, distribute
 from illada.training.recipe import LORA_TARGETS, ModelRecipe, Recipe
 from illada.weights import adapters
 from illada.weights.adapters import base_fingerprint, is_adapted
@@ -33,6 +33,8 @@ from illada.weights.runs import model_folder
 
 class Run:
     """What a recipe names, opened once in each process; the run folder is not touched.
+
+    Post-training has other batches and another loss.
 
     Attributes:
         held_out: validation data; None without validation.
@@ -45,6 +47,8 @@ class Run:
     Raises:
         IlladaError: when data, checkpoint or recipe are missing or do not fit each other.
     """
+
+    loss: type[Objective] = Objective
 
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes, self.folder = recipe, processes, Path(recipe.output)
@@ -60,14 +64,14 @@ class Run:
         start = None if name is None else processes.from_first(lambda: model_folder(name))
         with processes.raise_together():
             config = shape_of(recipe.model, start, self.shards, self.tokenizer)
-            self.batches = make_batches(recipe, self.shards, config, self.tokenizer)
+            self.batches = self.make_batches(config)
             self.model = build_model(recipe, start, config)
             adapted = is_adapted(self.model)
             self.frozen_weights = base_fingerprint(self.model) if adapted else None
             self.remarks = unread + remarks_on(recipe, start, self.model, self.batches, processes.device)
             self.remarks += fuse(self.model, recipe, processes.device)
             cross_entropy = CROSS_ENTROPIES[recipe.training.cross_entropy]
-            self.objective = distribute(self.model, recipe, processes, cross_entropy)
+            self.objective = distribute(self.model, recipe, processes, cross_entropy, self.loss)
         self.dropout = Dropout(self.model, recipe.training.dropout, recipe.training.seed)
         self.optimizers = make_optimizers(self.model, recipe.training)
         # Collected now, while the weights are in their shards: after a pass they may be gathered.
@@ -76,6 +80,26 @@ class Run:
         weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
         self.average = Average(weights, recipe.training.average)
         self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
+
+    def make_batches(self, config: IlladaConfig) -> Batches:
+        """Return the training set as a function of the step.
+
+        Raises:
+            IlladaError: when a window is longer than the context, data fills none, or a causal model has noise.
+        """
+        data, training, eos = self.recipe.data, self.recipe.training, config.eos_token_id
+        training.check_masks(config.causal)
+        if data.window > config.max_position_embeddings:
+            raise IlladaError(
+                f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
+                "lower it or raise model.max_position_embeddings"
+            )
+        eos = eos if isinstance(eos, int) else self.tokenizer.eos_token_id
+        numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
+        # A complement's p is 1 - p, which must not be less than eps either.
+        low, high = training.mask_range or (EPSILON, 1 - EPSILON if training.complementary else 1.0)
+        noise = Noise(training.noise == "bell", (low, high), training.loss_weight, training.complementary)
+        return Batches(self.shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows, noise)
 
     def write_about(self, folder: Path) -> None:
         """Write what a model folder holds besides weights."""
@@ -93,9 +117,11 @@ def open_validation(path: str, train_shards: Shards) -> Shards:
     """Open held-out data that must come from the tokenizer of the training data.
 
     Raises:
-        IlladaError: when it does not, or holds nothing.
+        IlladaError: when it does not, holds nothing, or holds preference pairs for a run that learns from none.
     """
     shards = Shards.open(path)
+    if shards.kind == "preference" != train_shards.kind:
+        raise IlladaError(f"{path} holds preference pairs: they are data for `illada dpo`")
     if not shards.tokens:
         raise IlladaError(f"{path} holds no tokens: prepare some text to validate on")
     if shards.tokenizer_sha256 != train_shards.tokenizer_sha256:
@@ -129,27 +155,6 @@ def shape_of(recipe: ModelRecipe, start: Path | None, shards: Shards, tokenizer:
         raise IlladaError(f"the tokenizer of {shards.path} has no mask token: add one and prepare the data again")
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("mask", "bos", "eos", "pad")}
     return IlladaConfig.preset(recipe.preset, **{**recipe.changes(), "vocab_size": shards.vocab_size, **ids})
-
-
-def make_batches(recipe: Recipe, shards: Shards, config: IlladaConfig, tokenizer: Any) -> Batches:
-    """Return the training set as a function of the step.
-
-    Raises:
-        IlladaError: when a window is longer than the context, the data does not fill one, or a causal model has noise.
-    """
-    data, training, eos = recipe.data, recipe.training, config.eos_token_id
-    training.check_masks(config.causal)
-    if data.window > config.max_position_embeddings:
-        raise IlladaError(
-            f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}: "
-            "lower it or raise model.max_position_embeddings"
-        )
-    eos = eos if isinstance(eos, int) else tokenizer.eos_token_id
-    numbers = (data.window, training.samples_per_step, training.seed, data.split_probability)
-    # A complement's p is 1 - p, which must not be less than eps either.
-    low, high = training.mask_range or (EPSILON, 1 - EPSILON if training.complementary else 1.0)
-    noise = Noise(training.noise == "bell", (low, high), training.loss_weight, training.complementary)
-    return Batches(shards, *numbers, data.boundaries, training.rule, eos, data.shift_windows, noise)
 
 
 def build_model(recipe: Recipe, start: Path | None, config: IlladaConfig) -> IlladaForMaskedLM:

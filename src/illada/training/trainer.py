@@ -53,8 +53,10 @@ class Result:
     """The signal that stopped the run; None when it is complete."""
 
 
-def train(recipe: Recipe, title: str = "train") -> Result:
+def train(recipe: Recipe, title: str = "train", trainer: "type[Trainer] | None" = None) -> Result:
     """Carry out a recipe, from its newest checkpoint if there is one; in each of the processes that torchrun started.
+
+    `trainer` takes the steps; None for those of pre-training and SFT.
 
     Raises:
         IlladaError: bad recipe, missing or unfitting data, or a run folder that belongs to another recipe or trainer.
@@ -63,7 +65,8 @@ def train(recipe: Recipe, title: str = "train") -> Result:
     recipe.check()
     with join(recipe.training.device, recipe.parallel.tensor) as processes:
         try:
-            return Trainer(Run(recipe, processes), title).train()
+            kind = trainer or Trainer
+            return kind(kind.opens(recipe, processes), title).train()
         except DivergedError:
             if processes.first:
                 raise
@@ -73,10 +76,14 @@ def train(recipe: Recipe, title: str = "train") -> Result:
 class Trainer:
     """Carries out a run in one of its processes; all processes make the same calls.
 
+    Post-training makes other batches of a step and another loss of them.
+
     Args:
         run: the opened run.
         title: begins every line on the terminal.
     """
+
+    opens: type[Run] = Run
 
     def __init__(self, run: Run, title: str):
         self.run, self.title, self.settings = run, title, run.recipe.training
@@ -137,13 +144,12 @@ class Trainer:
         """Take one optimiser step and return its record for the log; return None when the run went back instead."""
         run, state = self.run, self.state
         segments = [segment for sample in self.plan(state.step) for segment in sample]
-        loss, loss_by_mask_ratio = self.compute_gradients(self.prefetch(state.step))
+        loss, figures = self.compute_gradients(self.prefetch(state.step))
         norm = gradient_norm(run.parameters)
         rate = self.schedule.learning_rate(state.step)
         record: dict[str, Any] = {
             "loss": loss,
-            "bits_per_byte": bits_per_byte(loss, run.shards.tokens, run.shards.bytes),
-            **({} if run.model.config.causal else {"loss_by_mask_ratio": loss_by_mask_ratio}),
+            **figures,
             "learning_rate": rate,
             "gradient_norm": float(norm),
         }
@@ -167,23 +173,25 @@ class Trainer:
         """Return the segments of every sample of a step."""
         return self.run.batches.plan(data_step(step, self.settings.seed, self.state.returns))
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
+    def micro_batches(self, step: int) -> Iterator[Any]:
         """Make this process's share of a step."""
         run, batches = self.run, self.run.batches
         sizes = (self.settings.samples_per_batch, batches.shards, batches.seed, step, batches.rule)
         how = (batches.eos_token_id, *run.processes.share, run.model.config.causal, batches.noise)
         return noisy_batches(self.plan(step), *sizes, *how)
 
-    def compute_gradients(self, batches: list[Batch]) -> tuple[float, list[float | None]]:
+    def compute_gradients(self, batches: list[Any]) -> tuple[float, dict[str, Any]]:
         """Add up the gradients of this process's share of the step.
 
         Returns:
-            the loss of the whole step in nats per token, and the mean cross-entropy of masked tokens in nats by their
-            chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part without tokens, as without noise).
+            the loss of the whole step in nats per token, and for the log bits per byte and the mean cross-entropy of
+            masked tokens in nats by their chance to be masked, in `BUCKETS` equal parts of 0 to 1 (None for a part
+            without tokens).
         """
         run, device = self.run, self.run.processes.device
         # The loss, then the sum and number of cross-entropies in each bucket of mask ratios.
         sums = torch.zeros(1 + 2 * BUCKETS, device=device)
+        batch: Batch
         for number, batch in enumerate(batches):
             before_pass(run.objective, last=number == len(batches) - 1)
             run.dropout.begin(batch.places, device)
@@ -201,7 +209,10 @@ class Trainer:
                 sums.index_add_(0, bucket_T + BUCKETS, counted_T.to(sums.dtype))
         loss_of_step, *buckets = run.processes.total(*sums.tolist())
         pairs = zip(buckets[:BUCKETS], buckets[BUCKETS:], strict=True)
-        return loss_of_step, [entropy / count if count else None for entropy, count in pairs]
+        figures: dict[str, Any] = {"bits_per_byte": bits_per_byte(loss_of_step, run.shards.tokens, run.shards.bytes)}
+        if not run.model.config.causal:
+            figures["loss_by_mask_ratio"] = [entropy / count if count else None for entropy, count in pairs]
+        return loss_of_step, figures
 
     def recover(self, problem: str) -> bool:
         """Leave out a step with trouble, or go back to the newest checkpoint; return whether the run went back.
@@ -263,16 +274,20 @@ class Trainer:
         """Return the loss of held-out text for the log; request the decay when the loss has stopped falling."""
         settings, state = self.settings, self.state
         loss, own = self.run.average.measure(lambda: self.validation_loss(held_out), self.checkpoints.wait_for_copy)
-        bits, raw = (bits_per_byte(x, held_out.tokens, held_out.bytes) for x in (loss, own))
-        beside = f"  (without the average {raw:.4f})" if settings.average else ""
-        self.log.say(f"step {state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte{beside}")
         state.validation_losses.append(loss)
         waiting = settings.decay_when == "plateau" and state.step < self.schedule.decay_start
         flat = on_plateau(state.validation_losses, settings.plateau_patience, settings.plateau_delta)
         if waiting and flat and self.run.processes.first:
             write_text(self.run.folder / DECAY, f"{state.step}\n")
-        record = {"validation_loss": loss, "validation_bits_per_byte": bits}
-        return record | ({"raw_validation_bits_per_byte": raw} if settings.average else {})
+        return {"validation_loss": loss} | self.describe_validation(loss, own, held_out)
+
+    def describe_validation(self, loss: float, own: float, held_out: Shards) -> dict[str, float]:
+        """Say what a validation showed, and return what of it the log keeps; `own` is without the average."""
+        bits, raw = (bits_per_byte(x, held_out.tokens, held_out.bytes) for x in (loss, own))
+        beside = f"  (without the average {raw:.4f})" if self.settings.average else ""
+        self.log.say(f"step {self.state.step}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte{beside}")
+        record = {"validation_bits_per_byte": bits}
+        return record | ({"raw_validation_bits_per_byte": raw} if self.settings.average else {})
 
     @torch.no_grad()
     def validation_loss(self, held_out: Shards) -> float:

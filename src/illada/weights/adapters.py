@@ -7,7 +7,8 @@ sampler work unchanged. The base weights are frozen; only `attach(..., merge=Tru
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def add_adapter(
 def is_adapted(model: IlladaForMaskedLM) -> bool:
     """Say whether an adapter lies beside the model's weights."""
     return hasattr(model, "peft_config")
+
+
+@contextmanager
+def without_adapter(model: IlladaForMaskedLM) -> Iterator[None]:
+    """Let an adapted model compute with its frozen weights alone, as it began."""
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    # Not PEFT's enable_adapters: that also changes which parameters are trained, under the feet of FSDP.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_tensors(model: IlladaForMaskedLM) -> dict[str, Tensor]:

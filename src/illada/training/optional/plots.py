@@ -69,13 +69,15 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     bound = any(curves.column("loss_by_mask_ratio")[-1] for curves in found)
     if len(found) == 1:
         _draw_one(found[0], loss, ratio, norm)
+        _draw_preferences(found[0], loss, ratio)
     else:
         _draw_several(found, loss, ratio, norm)
     for number, curves in enumerate(found):
         colour = COLOURS[number % len(COLOURS)]
         label = "last ten seconds" if len(found) == 1 else curves.name
         curves.draw(speed, curves.column("tokens_per_second"), label, smooth=True, color=colour)
-    loss.set_ylabel("bits per byte" + " (upper bound)" * bound)
+    if not loss.get_ylabel():
+        loss.set_ylabel("bits per byte" + " (upper bound)" * bound)
     norm.set_yscale("log")
     norm.set_ylabel("gradient norm")
     speed.set_ylim(bottom=0)
@@ -109,6 +111,26 @@ def _draw_one(curves: Curves, loss: Any, ratio: Any, norm: Any) -> None:
     rate = norm.twinx()
     curves.draw(rate, curves.column("learning_rate"), "learning rate", color=COLOURS[1])
     rate.set_ylabel("learning rate", color=COLOURS[1])
+
+
+def _draw_preferences(curves: Curves, loss: Any, share: Any) -> None:
+    """Draw what a run on pairs has in place of bits per byte: its loss, accuracies and gaps to the start."""
+    if not any(value is not None for value in curves.column("margin")):
+        return
+    curves.draw(loss, curves.column("loss"), "training", smooth=True)
+    curves.draw(loss, curves.column("validation_loss"), "held out", marker=".", color=INK)
+    loss.set_ylabel("loss, nats a pair")
+    share.set_visible(True)
+    curves.draw(share, curves.column("accuracy"), "pairs in order, training", smooth=True)
+    curves.draw(share, curves.column("validation_accuracy"), "pairs in order, held out", marker=".", color=INK)
+    share.set_ylabel("share of pairs")
+    share.set_ylim(0, 1.02)
+    gaps = share.twinx()
+    for name, colour in (("chosen_gap", COLOURS[2]), ("rejected_gap", COLOURS[1])):
+        label = f"{name.replace('_gap', '')}, right axis"
+        curves.draw(gaps, curves.column(name), label, smooth=True, color=colour)
+        share.plot([], [], color=colour, label=label)  # for the legend
+    gaps.set_ylabel("bound minus the start's, nats")
 
 
 def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:

@@ -1,0 +1,1 @@
+"""What follows SFT: preferences (dpo), on the trainer and the estimates of the other rooms."""

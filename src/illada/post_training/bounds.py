@@ -1,0 +1,190 @@
+"""The bound on an answer's likelihood with a gradient: the quantity that every loss of post-training is made of.
+
+    B(y | x) = sum over views of weight · sum over masked i of log p(y_i | view, x)
+
+`elbo` estimates the same without a gradient.
+
+Shape letters: T packed tokens · M masked ones · A answers · N views of one answer · L its tokens · D width · V
+vocabulary · C rows of one chunk.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada import rng
+from illada.diffusion.loss import LOGITS_BYTES
+from illada.model.attention import Packing
+from illada.model.transformer import IlladaForMaskedLM
+from illada.scoring.layout import Pair
+from illada.scoring.likelihood import likelihood_scores, views
+from illada.training.parallel import Objective
+
+ANSWER = 20  # the random stream that gives every answer its masks; scoring's streams lie below
+
+
+def noise_seed(seed: int, number: int, epoch: int) -> int:
+    """Return the seed of the masks of one answer, or of all answers that are compared, in an epoch."""
+    return int(rng.bits(seed, ANSWER, number, epoch))
+
+
+def elbo(
+    model: IlladaForMaskedLM,
+    pairs: Sequence[Pair],
+    samples: int = 8,
+    seed: int = 0,
+    complementary: bool = False,
+    max_batch_tokens: int = 16_384,
+) -> list[float]:
+    """Return an estimate of the bound B(answer | context) in nats for each (context ids, answer ids).
+
+    Masks are a function of seed, sample and place in the answer alone: two models, or two answers of one length, are
+    compared under the same ones. Noise levels are spread evenly over the samples. The estimate is without bias, and
+    `likelihood_scores` is the same where nothing is complementary.
+
+    Args:
+        model: the network; of a causal one the bound is the likelihood itself.
+        pairs: contexts and answers; an answer may end with its EOS.
+        samples: noise levels, with one mask each.
+        seed: of the masks.
+        complementary: also see each answer under the complement of every mask: twice the passes, less noise.
+        max_batch_tokens: most positions of one forward pass.
+
+    Raises:
+        IlladaError: as `likelihood_scores` does.
+    """
+    return likelihood_scores(model, pairs, samples, seed, (), max_batch_tokens, complementary)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with an answer, and the noise under which the answer is seen."""
+
+    ids: NDArray[np.int64]
+    """Prompt and answer."""
+    prompt: int
+    """Tokens of the prompt."""
+    seed: int
+    """Of its masks (`noise_seed`)."""
+
+    @property
+    def length(self) -> int:
+        """L, the answer's tokens."""
+        return len(self.ids) - self.prompt
+
+
+@dataclass(frozen=True)
+class Views:
+    """Answers under noise, packed for one forward pass, on the host."""
+
+    clean_T: Tensor
+    """Token ids, int64."""
+    masked_T: Tensor
+    """What the model does not see and is asked for, bool."""
+    weight_T: Tensor
+    """Weight of each log-probability in its answer's bound, fp32; meaningful where masked."""
+    answer_T: Tensor
+    """Number of the answer, int64."""
+    packing: Packing
+    lengths_A: Tensor
+    """Tokens of each answer, fp32."""
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], samples: int, complementary: bool) -> "Views":
+        """Mask and pack answers; all views of one lie beside each other."""
+        clean, masked, weight, number, lengths = [], [], [], [], []
+        for place, answer in enumerate(answers):
+            masked_NL, weight_N = views(answer.length, samples, answer.seed, complementary)
+            shape = (len(masked_NL), len(answer.ids))
+            hidden = np.zeros(shape, dtype=np.bool_)
+            hidden[:, answer.prompt :] = masked_NL
+            clean.append(np.broadcast_to(answer.ids, shape).ravel())
+            masked.append(hidden.ravel())
+            weight.append(weight_N.repeat(shape[1]))
+            number.append(np.full(hidden.size, place))
+            lengths += [shape[1]] * shape[0]
+        clean_T, masked_T, weight_T, answer_T = (
+            torch.from_numpy(np.concatenate(parts)) for parts in (clean, masked, weight, number)
+        )
+        lengths_A = torch.tensor([answer.length for answer in answers], dtype=torch.float32)
+        return cls(clean_T, masked_T, weight_T.float(), answer_T, Packing(tuple(lengths)), lengths_A)
+
+
+class BoundsObjective(Objective):
+    """Gives the bounds of a batch of answers, from which a loss is made; a module as its base is, for FSDP."""
+
+    def forward(self, batch: Views) -> Tensor:  # type: ignore[override]
+        """Return the bound of each answer in nats, fp32 [A]."""
+        half = self.dtype != "fp32"
+        clean_T, masked_T, weight_T, answer_T = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.clean_T, batch.masked_T, batch.weight_T, batch.answer_T)
+        )
+        at_M = masked_T.nonzero()[:, 0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            noisy_T = clean_T.masked_fill(masked_T, self.model.config.mask_id)
+            hidden_TD = self.model.model.packed(noisy_T, batch.packing)
+            head_VD, mask = self.model.lm_head.weight, self.model.config.mask_id
+            log_p_M = log_probabilities(hidden_TD[at_M], head_VD, clean_T[at_M], mask)
+        bounds_A = log_p_M.new_zeros(len(batch.lengths_A))
+        return bounds_A.index_add(0, answer_T[at_M], weight_T[at_M] * log_p_M)
+
+
+def log_probabilities(hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, mask_id: int | None) -> Tensor:
+    """Return log p(target) through a linear head, fp32 [M], without ever holding positions x vocabulary.
+
+    The softmax leaves out MASK, which is no token of a text, as scoring does; `mask_id` None leaves it in, as the
+    authors of post-training methods do. Under autocast the products run in its dtype, as in `chunked_cross_entropy`.
+    """
+    device = hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    with torch.autocast(device, enabled=False):
+        return _LogProbabilities.apply(hidden_MD, head_VD, target_M, mask_id, dtype)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """Computes the logits of a chunk of rows twice, forwards and backwards, and keeps none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, mask_id: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_MD, head_VD, target_M)
+        ctx.mask_id, ctx.dtype = mask_id, dtype
+        head = head_VD.to(dtype)
+        log_p = [
+            _logits(hidden_CD, head, mask_id).log_softmax(-1).gather(1, target_C[:, None])[:, 0]
+            for hidden_CD, target_C in zip(hidden_MD.split(_rows(head)), target_M.split(_rows(head)), strict=True)
+        ]
+        return torch.cat(log_p) if log_p else hidden_MD.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        hidden_MD, head_VD, target_M = ctx.saved_tensors
+        head = head_VD.to(ctx.dtype)
+        grad_hidden_MD, grad_head_VD = torch.empty_like(hidden_MD), torch.zeros_like(head_VD)
+        for start in range(0, hidden_MD.shape[0], _rows(head)):
+            rows = slice(start, start + _rows(head))
+            slope_CV = _logits(hidden_MD[rows], head, ctx.mask_id).softmax(-1).neg_()  # d log p(y) / d logits
+            ones_C1 = torch.ones_like(target_M[rows, None], dtype=slope_CV.dtype)
+            slope_CV.scatter_add_(1, target_M[rows, None], ones_C1).mul_(grad_outputs[0][rows, None])
+            slope_CV = slope_CV.to(ctx.dtype)
+            grad_hidden_MD[rows] = (slope_CV @ head).to(hidden_MD.dtype)
+            grad_head_VD += slope_CV.T @ hidden_MD[rows].to(ctx.dtype)
+        return grad_hidden_MD, grad_head_VD, None, None, None
+
+
+def _rows(head_VD: Tensor) -> int:
+    return max(64, LOGITS_BYTES // (4 * head_VD.shape[0]))
+
+
+def _logits(hidden_CD: Tensor, head_VD: Tensor, mask_id: int | None) -> Tensor:
+    logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+    if mask_id is not None:
+        logits_CV[:, mask_id] = -torch.inf
+    return logits_CV
