@@ -5,6 +5,7 @@ import json as json_format
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from illada.commands import heavy
 from illada.commands.next import next_commands
@@ -12,6 +13,9 @@ from illada.errors import IlladaError
 from illada.post_training.options import DpoRecipe, RlRecipe
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from illada.training.trainer import Trainer
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -37,7 +41,7 @@ def rl(recipe: RlRecipe) -> None:
 def _train(recipe: Recipe, title: str) -> None:
     """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
-    trainer = None
+    trainer: type[Trainer] | None = None
     if isinstance(recipe, DpoRecipe):
         trainer = heavy.preferences.PreferenceTrainer
     if isinstance(recipe, RlRecipe):

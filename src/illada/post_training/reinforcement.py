@@ -196,7 +196,7 @@ class RlTrainer(Trainer):
     # A rollout
 
     def rollout_of(self, step: int) -> Rollout:
-        """Return the answers that a step learns from: those of this process's memory, of the run folder, or new ones."""
+        """Return the answers that a step learns from: in memory, in the run folder, or made now."""
         number, run = step // self.section.inner_steps, self.run
         if self.rollout is None or self.rollout.number != number:
             with run.processes.raise_together():
@@ -243,7 +243,7 @@ class RlTrainer(Trainer):
             longest = max(map(len, prompts), default=0)
             if longest + settings.block_length + 1 > room:
                 raise IlladaError(
-                    f"a problem has {longest} tokens, which leaves no room for an answer in data.window {room}: raise it"
+                    f"a problem has {longest} tokens, which leaves no room for an answer in data.window {room}"
                 )
             seeds = [int(rng.bits(self.settings.seed, SAMPLING, number, place)) & (2**62 - 1) for place in places]
             each = [

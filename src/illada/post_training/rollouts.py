@@ -31,7 +31,8 @@ class Rollout:
 
     Attributes:
         number: of the rollout, from 0.
-        records: of each answer: problem (its text), text, ids, prompt (its tokens), rewards (by name), passes, finished.
+        records: of each answer: problem (its text), text, ids, prompt (its tokens), rewards (by name), passes,
+            finished (whether it ended by itself).
         figures: advantage [A]; old and reference, of each inner step one after another (reference is empty where
             nothing keeps the model near its start).
     """
