@@ -159,7 +159,7 @@ class RlSection:
 
     method: Method = "espo"
     tasks: list[str] | None = None
-    reward: str | dict[str, float] | None = None
+    reward: dict[str, float] | str | None = None  # in this order, or the command line takes a dictionary for a name
     exclude: list[str] | None = None
     answers: int = 6
     inner_steps: int = 8
