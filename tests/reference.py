@@ -419,3 +419,24 @@ def reference_preference(bounds, reference, lengths, beta, normalise=False):
     gaps = [(b - r) / (n if normalise else 1) for b, r, n in zip(bounds, reference, lengths, strict=True)]
     margins = [beta * (gaps[i] - gaps[i + 1]) for i in range(0, len(gaps), 2)]
     return sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)
+
+
+def reference_policy(method, new, old, start, advantage, lengths, epsilon, beta, psi):
+    """Return the mean over answers of their losses under espo, gdsd or diffu-grpo (see `illada.post_training.policy`).
+
+    `new`, `old` and `start` are sums of log-probabilities; for diffu-grpo lists of log-probabilities of each token.
+    """
+    total = 0.0
+
+    def surrogate(ratio, a):
+        return -min(ratio * a, max(1 - epsilon, min(1 + epsilon, ratio)) * a)
+
+    for now, before, first, a, n in zip(new, old, start, advantage, lengths, strict=True):
+        if method == "gdsd":
+            total += (max(-epsilon, min(epsilon, (now - before) / n)) - psi * a) ** 2
+        elif method == "espo":
+            total += surrogate(math.exp((now - before) / n), a) + beta * (now - first) ** 2 / (2 * n)
+        else:
+            for x, y, z in zip(now, before, first, strict=True):
+                total += (surrogate(math.exp(x - y), a) + beta * (math.exp(z - x) - (z - x) - 1)) / n
+    return total / len(lengths)

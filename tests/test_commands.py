@@ -29,6 +29,7 @@ REST = {
     "pretrain": "tiny-cpu-pretrain --data.train data --output run",
     "sft": "tiny-cpu-sft --model.start model --data.train data --output run",
     "dpo": "dpo --model.start model --data.train data --output run",
+    "rl": "rl --model.start model --rl.tasks sorting --output run",
     "estimate": "tiny-cpu-pretrain --data.train data --output run",
     "generate": "--model model --prompt text",
     "chat": "--model model",

@@ -20,8 +20,9 @@ import peft  # noqa: F401 - once, not in every process
 import torch.distributed as dist
 
 from illada.errors import IlladaError
-from illada.post_training.options import DpoRecipe, DpoSection
+from illada.post_training.options import DpoRecipe, DpoSection, RlData, RlRecipe, RlSection
 from illada.post_training.preferences import PreferenceTrainer
+from illada.post_training.reinforcement import RlTrainer
 from illada.training import trainer
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, ParallelRecipe, Recipe, TrainingRecipe
 
@@ -92,10 +93,13 @@ def train_and_record(values, folder, rank):
     kinds = {"model": ModelRecipe, "lora": LoraRecipe, "data": DataRecipe}
     kinds |= {"training": TrainingRecipe, "parallel": ParallelRecipe}
     kinds |= {"dpo": DpoSection} if "dpo" in values else {}
+    kinds |= {"rl": RlSection, "data": RlData} if "rl" in values else {}
     parts = {name: kind(**values[name]) for name, kind in kinds.items()}
     try:
         if "dpo" in values:
             trainer.train(DpoRecipe(output=values["output"], **parts), "dpo", PreferenceTrainer)
+        elif "rl" in values:
+            trainer.train(RlRecipe(output=values["output"], **parts), "rl", RlTrainer)
         else:
             trainer.train(Recipe(output=values["output"], **parts), "train")
     except IlladaError as error:

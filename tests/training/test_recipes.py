@@ -36,11 +36,14 @@ def read(monkeypatch):
 
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_a_recipe_is_read_and_makes_sense(read, file):
-    start = ("--model.start", "base") if file.stem in ("tiny-cpu-sft", "dpo") else ()
-    command = file.stem if file.stem == "dpo" else "sft" if file.stem.endswith("sft") else "pretrain"
+    start = ("--model.start", "base") if file.stem in ("tiny-cpu-sft", "dpo", "rl") else ()
+    start += ("--rl.reward", '{exact: 1, "own:short": 0.1}') if file.stem == "rl" else ()
+    command = file.stem if file.stem in ("dpo", "rl") else "sft" if file.stem.endswith("sft") else "pretrain"
     words = ("--data.train", "data", "--data.validation", "held", "--output", "run")
     recipe: Recipe = read(command, str(file), *words, *start)
     recipe.check()
+    if file.stem == "rl":
+        assert recipe.rl.reward == {"exact": 1, "own:short": 0.1}
     if file.stem in SIZES:
         config = IlladaConfig.preset(recipe.model.preset, **recipe.model.changes())
         heads = config.num_attention_heads + config.num_key_value_heads

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
     import illada.post_training.preferences as preferences
+    import illada.post_training.reinforcement as reinforcement
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.optional.candidates as scoring
@@ -54,6 +55,7 @@ MODULES = {
     "plots": "illada.training.optional.plots",
     "preferences": "illada.post_training.preferences",
     "preparation": "illada.preparation.prepare",
+    "reinforcement": "illada.post_training.reinforcement",
     "runs": "illada.weights.runs",
     "scoring": "illada.scoring.optional.candidates",
     "server": "illada.serving.server",

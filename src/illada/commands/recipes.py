@@ -16,7 +16,7 @@ def recipe_file(name: str) -> str:
         IlladaError: when there is neither, naming ours.
     """
     path = Path(name)
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return name
     ours = {file.stem: file for folder in FOLDERS for file in sorted(folder.glob("*.yaml"))}
     stem = path.name.removesuffix(".yaml")

@@ -9,6 +9,7 @@ SHOWN = {
     "pretrain": f"model.preset model.start {_RECIPE}",
     "sft": f"model.start lora.rank {_RECIPE}",
     "dpo": f"model.start lora.rank dpo.beta dpo.samples {_RECIPE}",
+    "rl": f"model.start lora.rank rl.method rl.tasks rl.reward rl.answers rl.inner_steps rl.settings {_RECIPE}",
     "estimate": f"model.preset {_RECIPE} gpus gpu price sft json",
     "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
     "chat": f"{_DECODING} system cache quantize",
@@ -21,7 +22,7 @@ SHOWN = {
 TAKES_MODEL = ("generate", "chat", "score", "serve", "eval", "export")
 """Commands whose first word may be the model, without `--model`."""
 
-TAKES_RECIPE = ("pretrain", "sft", "dpo", "estimate")
+TAKES_RECIPE = ("pretrain", "sft", "dpo", "rl", "estimate")
 """Commands whose first word may be the recipe, without `--config`."""
 
 

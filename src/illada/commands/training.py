@@ -5,13 +5,17 @@ import json as json_format
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from illada.commands import heavy
 from illada.commands.next import next_commands
 from illada.errors import IlladaError
-from illada.post_training.options import DpoRecipe
+from illada.post_training.options import DpoRecipe, RlRecipe
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from illada.training.trainer import Trainer
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -29,10 +33,19 @@ def dpo(recipe: DpoRecipe) -> None:
     _train(recipe, "dpo")
 
 
+def rl(recipe: RlRecipe) -> None:
+    """Tune a model on rewards of its own answers, from a recipe."""
+    _train(recipe, "rl")
+
+
 def _train(recipe: Recipe, title: str) -> None:
     """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
-    trainer = heavy.preferences.PreferenceTrainer if isinstance(recipe, DpoRecipe) else None
+    trainer: type[Trainer] | None = None
+    if isinstance(recipe, DpoRecipe):
+        trainer = heavy.preferences.PreferenceTrainer
+    if isinstance(recipe, RlRecipe):
+        trainer = heavy.reinforcement.RlTrainer
     result = heavy.training.train(recipe, title, trainer)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))

@@ -1,1 +1,1 @@
-"""What follows SFT: preferences (dpo), on the trainer and the estimates of the other rooms."""
+"""What follows SFT: preferences (dpo) and rewards (rl), on the trainer and the estimates of the other rooms."""

@@ -4,11 +4,11 @@
 
 `elbo` estimates the same without a gradient.
 
-Shape letters: T packed tokens · M masked ones · A answers · N views of one answer · L its tokens · D width · V
-vocabulary · C rows of one chunk.
+Shape letters: T packed tokens · M those asked for · A answers · N views of one answer · S its tokens, the prompt's
+included · L its own · D width · V vocabulary · C rows of one chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,11 @@ from illada.scoring.layout import Pair
 from illada.scoring.likelihood import likelihood_scores, views
 from illada.training.parallel import Objective
 
-ANSWER = 20  # the random stream that gives every answer its masks; scoring's streams lie below
+ANSWER, PROMPT = 20, 21
+"""Random streams: the masks of every answer, and what is hidden of its prompt; scoring's lie below."""
+
+Masks = Callable[[int, int, int, bool], tuple[NDArray[np.bool_], NDArray[np.float64]]]
+"""`views` or a function that takes and returns the same."""
 
 
 def noise_seed(seed: int, number: int, epoch: int) -> int:
@@ -84,10 +88,12 @@ class Views:
 
     clean_T: Tensor
     """Token ids, int64."""
-    masked_T: Tensor
-    """What the model does not see and is asked for, bool."""
+    hidden_T: Tensor
+    """What the model does not see, bool."""
+    asked_T: Tensor
+    """What it is asked for: the hidden tokens of the answers, bool."""
     weight_T: Tensor
-    """Weight of each log-probability in its answer's bound, fp32; meaningful where masked."""
+    """Weight of each log-probability in its answer's sum, fp32; meaningful where asked for."""
     answer_T: Tensor
     """Number of the answer, int64."""
     packing: Packing
@@ -95,44 +101,63 @@ class Views:
     """Tokens of each answer, fp32."""
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], samples: int, complementary: bool) -> "Views":
-        """Mask and pack answers; all views of one lie beside each other."""
-        clean, masked, weight, number, lengths = [], [], [], [], []
+    def of(
+        cls, answers: Sequence[Answer], samples: int, complementary: bool, masks: Masks = views, hide: float = 0.0
+    ) -> "Views":
+        """Mask and pack answers; all views of one lie beside each other.
+
+        Args:
+            answers: the answers.
+            samples: noise levels of each.
+            complementary: with complements.
+            masks: what the views of an answer mask, and their weights.
+            hide: chance that a token of the prompt is hidden too.
+        """
+        clean, hidden, asked, weight, number, lengths = [], [], [], [], [], []
         for place, answer in enumerate(answers):
-            masked_NL, weight_N = views(answer.length, samples, answer.seed, complementary)
+            masked_NL, weight_N = masks(answer.length, samples, answer.seed, complementary)
             shape = (len(masked_NL), len(answer.ids))
-            hidden = np.zeros(shape, dtype=np.bool_)
-            hidden[:, answer.prompt :] = masked_NL
+            asked_NS = np.zeros(shape, dtype=np.bool_)
+            asked_NS[:, answer.prompt :] = masked_NL
+            hidden_NS = asked_NS.copy()
+            if hide:
+                draws = rng.uniform(
+                    answer.seed, PROMPT, torch.arange(len(masked_NL))[:, None], torch.arange(answer.prompt)
+                )
+                hidden_NS[:, : answer.prompt] = (draws < hide).numpy()
             clean.append(np.broadcast_to(answer.ids, shape).ravel())
-            masked.append(hidden.ravel())
+            hidden.append(hidden_NS.ravel())
+            asked.append(asked_NS.ravel())
             weight.append(weight_N.repeat(shape[1]))
-            number.append(np.full(hidden.size, place))
+            number.append(np.full(asked_NS.size, place))
             lengths += [shape[1]] * shape[0]
-        clean_T, masked_T, weight_T, answer_T = (
-            torch.from_numpy(np.concatenate(parts)) for parts in (clean, masked, weight, number)
-        )
+        columns = (torch.from_numpy(np.concatenate(parts)) for parts in (clean, hidden, asked, weight, number))
+        clean_T, hidden_T, asked_T, weight_T, answer_T = columns
         lengths_A = torch.tensor([answer.length for answer in answers], dtype=torch.float32)
-        return cls(clean_T, masked_T, weight_T.float(), answer_T, Packing(tuple(lengths)), lengths_A)
+        return cls(clean_T, hidden_T, asked_T, weight_T.float(), answer_T, Packing(tuple(lengths)), lengths_A)
+
+    def sums(self, log_p_M: Tensor) -> Tensor:
+        """Return the weighted sum of the log-probabilities of each answer [A]: its bound, under `views`."""
+        at_M = self.asked_T.nonzero()[:, 0]
+        weight_M, answer_M = (column[at_M].to(log_p_M.device) for column in (self.weight_T, self.answer_T))
+        return log_p_M.new_zeros(len(self.lengths_A)).index_add(0, answer_M, weight_M * log_p_M)
 
 
-class BoundsObjective(Objective):
-    """Gives the bounds of a batch of answers, from which a loss is made; a module as its base is, for FSDP."""
+class AnswersObjective(Objective):
+    """Gives the log-probabilities of answers under noise, of which a loss is made."""
 
     def forward(self, batch: Views) -> Tensor:  # type: ignore[override]
-        """Return the bound of each answer in nats, fp32 [A]."""
+        """Return log p of each token that is asked for, in nats, fp32 [M]."""
         half = self.dtype != "fp32"
-        clean_T, masked_T, weight_T, answer_T = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (batch.clean_T, batch.masked_T, batch.weight_T, batch.answer_T)
+        clean_T, hidden_T, asked_T = (
+            tensor.to(self.device, non_blocking=True) for tensor in (batch.clean_T, batch.hidden_T, batch.asked_T)
         )
-        at_M = masked_T.nonzero()[:, 0]
+        at_M = asked_T.nonzero()[:, 0]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            noisy_T = clean_T.masked_fill(masked_T, self.model.config.mask_id)
+            noisy_T = clean_T.masked_fill(hidden_T, self.model.config.mask_id)
             hidden_TD = self.model.model.packed(noisy_T, batch.packing)
             head_VD, mask = self.model.lm_head.weight, self.model.config.mask_id
-            log_p_M = log_probabilities(hidden_TD[at_M], head_VD, clean_T[at_M], mask)
-        bounds_A = log_p_M.new_zeros(len(batch.lengths_A))
-        return bounds_A.index_add(0, answer_T[at_M], weight_T[at_M] * log_p_M)
+            return log_probabilities(hidden_TD[at_M], head_VD, clean_T[at_M], mask)
 
 
 def log_probabilities(hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, mask_id: int | None) -> Tensor:

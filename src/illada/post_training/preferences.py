@@ -26,7 +26,7 @@ from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.files import write_bytes
 from illada.model.config import IlladaConfig
-from illada.post_training.bounds import Answer, BoundsObjective, Views, noise_seed
+from illada.post_training.bounds import Answer, AnswersObjective, Views, noise_seed
 from illada.post_training.options import DpoRecipe, DpoSection
 from illada.training.parallel import Objective, Processes, before_pass, distribute, release
 from illada.training.setup import Run
@@ -177,7 +177,7 @@ class PreferenceRun(Run):
     """
 
     recipe: DpoRecipe
-    loss = BoundsObjective
+    loss = AnswersObjective
 
     def __init__(self, recipe: DpoRecipe, processes: Processes):
         super().__init__(recipe, processes)
@@ -190,7 +190,7 @@ class PreferenceRun(Run):
         if recipe.dpo.reference == "live" and not is_adapted(self.model):
             start = processes.from_first(lambda: model_folder(recipe.model.start or ""))
             model, _ = load_model(str(start), "fp32", "cpu")
-            self.copy = distribute(model.requires_grad_(False), recipe, processes, loss=BoundsObjective).eval()
+            self.copy = distribute(model.requires_grad_(False), recipe, processes, loss=AnswersObjective).eval()
 
     def make_batches(self, config: IlladaConfig) -> Batches:
         """Return the pairs as a function of the step."""
@@ -240,7 +240,7 @@ class PreferenceTrainer(Trainer):
         bounds_A = torch.zeros(shards.documents)
         run.objective.eval()
         for batch in self._batches([(n, 0) for n in range(shards.documents // 2)], shards, part):
-            found_A = run.objective(batch.views).cpu()
+            found_A = batch.views.sums(run.objective(batch.views)).cpu()
             for number, pair_2, weight in zip(batch.sample_P, found_A.view(-1, 2), batch.weight_P, strict=True):
                 if weight:
                     bounds_A[2 * number : 2 * number + 2] = pair_2
@@ -268,7 +268,7 @@ class PreferenceTrainer(Trainer):
             before_pass(run.objective, last=number == len(batches) - 1)
             key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * len(batches) + number)
             with rng.seeded(device, *key) if run.recipe.lora.dropout else nullcontext():
-                bounds_A = run.objective(batch.views)
+                bounds_A = batch.views.sums(run.objective(batch.views))
             found = self._preference(bounds_A, reference_A, batch)
             found.loss.backward()
             for name, value in {"loss": found.loss.detach(), **found.figures}.items():
@@ -288,12 +288,12 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             found_A: Tensor
             if self.run.copy is not None:
-                found_A = self.run.copy(batch.views)
+                found_A = batch.views.sums(self.run.copy(batch.views))
                 release(self.run.copy)
                 return found_A
             self.run.objective.eval()
             with without_adapter(self.run.model):
-                found_A = self.run.objective(batch.views)
+                found_A = batch.views.sums(self.run.objective(batch.views))
             release(self.run.objective)
             self.run.objective.train()
             return found_A
@@ -307,7 +307,8 @@ class PreferenceTrainer(Trainer):
         count = min(whole, settings.validation_samples or whole)
         sums: dict[str, float] = {}
         for batch in self._batches([(i * whole // count, 0) for i in range(count)], held_out, "held_out"):
-            found = self._preference(run.objective(batch.views), self._reference(batch, "held_out"), batch)
+            bounds_A = batch.views.sums(run.objective(batch.views))
+            found = self._preference(bounds_A, self._reference(batch, "held_out"), batch)
             for name, value in {"loss": found.loss, **found.figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         release(run.objective)

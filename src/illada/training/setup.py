@@ -53,11 +53,7 @@ class Run:
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes, self.folder = recipe, processes, Path(recipe.output)
         with processes.raise_together():
-            self.shards = Shards.open(recipe.data.train)
-            held_out = recipe.data.validation
-            self.held_out = None if held_out is None else open_validation(held_out, self.shards)
-            unread = check_data((recipe.data.train, held_out), (processes.rank, processes.count))
-            self.tokenizer = load_tokenizer(self.shards.path / "tokenizer")
+            unread = self.open_data()
             self.hook = CheckpointHook(self.folder, recipe.log.evaluate)
         # Once, by one process: it may be a hub name, or a run whose newest checkpoint changes.
         name = recipe.model.start
@@ -80,6 +76,14 @@ class Run:
         weights = adapters.adapter_tensors(self.model) if adapted else {name: p.detach() for name, p in named.items()}
         self.average = Average(weights, recipe.training.average)
         self.tensors = weights | moments(self.optimizers, {p: name for name, p in named.items()}) | self.average.tensors
+
+    def open_data(self) -> list[str]:
+        """Open training data, held-out data and tokenizer; return what a user should know of them."""
+        data, processes = self.recipe.data, self.processes
+        self.shards = Shards.open(data.train)
+        self.held_out = None if data.validation is None else open_validation(data.validation, self.shards)
+        self.tokenizer = load_tokenizer(self.shards.path / "tokenizer")
+        return check_data((data.train, data.validation), (processes.rank, processes.count))
 
     def make_batches(self, config: IlladaConfig) -> Batches:
         """Return the training set as a function of the step.

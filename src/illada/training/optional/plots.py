@@ -70,6 +70,7 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     if len(found) == 1:
         _draw_one(found[0], loss, ratio, norm)
         _draw_preferences(found[0], loss, ratio)
+        _draw_rewards(found[0], loss, ratio)
     else:
         _draw_several(found, loss, ratio, norm)
     for number, curves in enumerate(found):
@@ -131,6 +132,24 @@ def _draw_preferences(curves: Curves, loss: Any, share: Any) -> None:
         curves.draw(gaps, curves.column(name), label, smooth=True, color=colour)
         share.plot([], [], color=colour, label=label)  # for the legend
     gaps.set_ylabel("bound minus the start's, nats")
+
+
+def _draw_rewards(curves: Curves, reward: Any, rest: Any) -> None:
+    """Draw what a run on rewards has in place of bits per byte."""
+    if not any(value is not None for value in curves.column("reward")):
+        return
+    curves.draw(reward, curves.column("reward"), "training", smooth=True)
+    curves.draw(reward, curves.column("validation_reward"), "held out, without sampling", marker=".", color=INK)
+    reward.set_ylabel("mean reward of an answer")
+    rest.set_visible(True)
+    for name, label in (
+        ("zero_groups", "problems with equal rewards"),
+        ("clipped", "clipped"),
+        ("passes_per_token", "passes a token"),
+        ("kl", "distance to the start, nats a token"),
+    ):
+        curves.draw(rest, curves.column(name), label, smooth=True)
+    rest.set_ylabel("shares, passes, nats")
 
 
 def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:

@@ -1,0 +1,375 @@
+"""Reinforcement learning from rewards: the run and the trainer of `illada rl`.
+
+A rollout serves rl.inner_steps steps: problems are answered by the model as it is, answers are judged, and in each step
+their log-probabilities are moved by their advantages (`policy`) under new masks.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from illada import rng
+from illada.data.batches import Batches, Segment
+from illada.data.shards import Shards
+from illada.errors import IlladaError
+from illada.generation.engine import generate
+from illada.generation.settings import GenerationSettings, settings_for
+from illada.model.config import IlladaConfig
+from illada.model.transformer import IlladaForMaskedLM
+from illada.post_training.bounds import AnswersObjective, Views
+from illada.post_training.options import RlRecipe, RlSection
+from illada.post_training.policy import MASKS, advantages, objective
+from illada.post_training.problems import Problem, Problems, messages_of, read_problems
+from illada.post_training.rewards import Judge
+from illada.post_training.rollouts import Rollout, as_tensor, no_difference, summary, thin_out
+from illada.text.chat import encode_any
+from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
+from illada.training.parallel import Objective, Processes, before_pass, distribute, release
+from illada.training.setup import Run, build_model
+from illada.training.trainer import Result, Trainer
+from illada.weights.adapters import is_adapted, without_adapter
+from illada.weights.load import load_model
+from illada.weights.runs import checkpoints, model_folder
+
+SAMPLING = 22  # the random stream of answers' seeds
+ALIKE = 5
+"""After so many rollouts of which nothing could be learnt the run says so."""
+
+
+class ProblemData(Shards):
+    """What a run on problems has in place of prepared tokens."""
+
+    def __init__(self, problems: Problems, tokenizer: Any):
+        self.kind, self.tokens, self.bytes, self.documents = "problems", 0, 0, 0
+        self.tokenizer_sha256, self.vocab_size = tokenizer_sha256(tokenizer), len(tokenizer)
+        self.index = {"provenance": {"source_fingerprint": problems.fingerprint}}
+        self.sources, self.path = [], Path(problems.name)
+
+
+class AnswerBatches(Batches):
+    """Answers as a function from step number; what they are is known once their rollout is made."""
+
+    def __post_init__(self) -> None:
+        """Count an epoch as a step: problems have none."""
+        self.samples = self.samples_per_step
+
+
+class RlRun(Run):
+    """A run on problems.
+
+    Attributes:
+        problems: to train on.
+        held_out_problems: to answer at validations.
+        rewards: names and weights.
+        decoding: settings of the answers.
+        copy: the start beside the model, where answers are held near it and no adapter can be left out; else None.
+    """
+
+    recipe: RlRecipe
+    loss = AnswersObjective
+
+    def __init__(self, recipe: RlRecipe, processes: Processes):
+        super().__init__(recipe, processes)
+        self.decoding = settings_for(self.model, decoding_of(recipe.rl))
+        self.copy: Objective | None = None
+        if recipe.rl.beta and recipe.rl.method != "gdsd" and not is_adapted(self.model):
+            start = processes.from_first(lambda: model_folder(recipe.model.start or ""))
+            model, _ = load_model(str(start), "fp32", "cpu")
+            self.copy = distribute(model.requires_grad_(False), recipe, processes, loss=AnswersObjective).eval()
+
+    def open_data(self) -> list[str]:
+        """Open the problems; the tokenizer is the start's."""
+        data, section = self.recipe.data, self.recipe.rl
+        decoding_of(section)
+        tasks, exclude = section.tasks or [], section.exclude or []
+        self.problems = Problems(tasks, str(data.train), self.recipe.training.seed, exclude)
+        held_out = data.validation
+        self.held_out_problems = [] if held_out is None else read_problems(held_out)
+        self.rewards = weights_of(section, self.problems)
+        self.tokenizer = load_tokenizer(model_folder(self.recipe.model.start or ""))
+        self.shards = ProblemData(self.problems, self.tokenizer)
+        self.held_out = self.shards if self.held_out_problems else None
+        return []
+
+    def make_batches(self, config: IlladaConfig) -> Batches:
+        """Return what stands for the answers.
+
+        Raises:
+            IlladaError: when the start is causal, or the window longer than its context.
+        """
+        recipe, window = self.recipe, self.recipe.data.window
+        if config.causal:
+            raise IlladaError(f"{recipe.model.start} is causal and has no masks: rl tunes models of masked diffusion")
+        if window > config.max_position_embeddings:
+            raise IlladaError(
+                f"data.window {window} is longer than the model's context {config.max_position_embeddings}: lower it"
+            )
+        return AnswerBatches(
+            self.shards, window, recipe.training.samples_per_step, recipe.training.seed, 0.0, rule="llada"
+        )
+
+
+def decoding_of(section: RlSection) -> GenerationSettings:
+    """Return the settings of the answers, with temperature 1 where the recipe says none.
+
+    Raises:
+        IlladaError: when one is unknown or out of range.
+    """
+    known = {item.name for item in fields(GenerationSettings)} - {"eos_token_id", "seed"}
+    given = section.settings or {}
+    if unknown := sorted(given.keys() - known):
+        raise IlladaError(f"rl.settings has no {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+    try:
+        return GenerationSettings(**{"temperature": 1.0, **given})
+    except TypeError as error:
+        raise IlladaError(f"rl.settings: {error}") from None
+
+
+def weights_of(section: RlSection, problems: Problems) -> dict[str, float]:
+    """Return the rewards and their weights: the recipe's, else those of the tasks."""
+    if section.reward is None:
+        return dict.fromkeys(problems.rewards, 1.0)
+    return {section.reward: 1.0} if isinstance(section.reward, str) else dict(section.reward)
+
+
+class RlTrainer(Trainer):
+    """Takes the steps of `illada rl`."""
+
+    opens = RlRun
+    run: RlRun
+
+    def __init__(self, run: RlRun, title: str):
+        super().__init__(run, title)
+        self.section = run.recipe.rl
+        self.rollout: Rollout | None = None
+        self.plain: IlladaForMaskedLM | None = None
+        self.alike = 0  # rollouts in a row of which nothing could be learnt
+
+    def train(self) -> Result:
+        """Take the remaining steps beside the process that judges answers."""
+        # The rewards are looked for before the run folder is claimed.
+        with Judge(self.run.rewards, self.section.reward_seconds) as self.judge:
+            return super().train()
+
+    # The batches of a step
+
+    def plan(self, step: int) -> list[list[Segment]]:
+        """Return the segments of every answer of a step: once for every view."""
+        rollout = self.rollout_of(step)
+        views = self.section.samples * (2 if self.is_complementary else 1)
+        lengths = [len(record["ids"]) for record in rollout.records]
+        return [[Segment(place, step, 0, 0, length, 0)] * views for place, length in enumerate(lengths)]
+
+    @property
+    def is_complementary(self) -> bool:
+        """Whether views have complements, which a wholly masked answer has not."""
+        return self.section.complementary and self.section.method != "diffu-grpo"
+
+    def micro_batches(self, step: int) -> Iterator[Any]:  # noqa: ARG002
+        """Make nothing ahead: the answers of the next step may depend on this one."""
+        return iter(())
+
+    def views(self, rollout: Rollout, inner_step: int) -> Iterator[tuple[list[int], Views, bool]]:
+        """Yield the places of answers, their views, and whether they count, for this process's share of a step.
+
+        All processes get the same number; one that runs out of answers repeats the first, which does not count then.
+        """
+        rank, ranks = self.run.processes.share
+        count, size, section = len(rollout.records), self.settings.samples_per_batch, self.section
+        share = -(-count // ranks)
+        end = min(share * (rank + 1), count)
+        hide = section.hide_prompt if section.method == "diffu-grpo" else 0.0
+        for first in range(share * rank, share * (rank + 1), size):
+            places = [0] if first >= end else [*range(first, min(first + size, end))]
+            answers = [rollout.answer(place, self.settings.seed, inner_step) for place in places]
+            masks = MASKS[section.method]
+            yield places, Views.of(answers, section.samples, self.is_complementary, masks, hide), first < end
+
+    # A rollout
+
+    def rollout_of(self, step: int) -> Rollout:
+        """Return the answers that a step learns from: in memory, in the run folder, or made now."""
+        number, run = step // self.section.inner_steps, self.run
+        if self.rollout is None or self.rollout.number != number:
+            with run.processes.raise_together():
+                self.rollout = Rollout.read(run.folder, number)
+            if self.rollout is None:
+                self.rollout = self.make_rollout(number)
+                if run.processes.first:
+                    self.rollout.write(run.folder)
+                    kept = [int(path.name.removeprefix("step-")) for path in checkpoints(run.folder)] or [0]
+                    thin_out(run.folder, kept[0] // self.section.inner_steps, self.section.keep_every)
+        return self.rollout
+
+    def make_rollout(self, number: int) -> Rollout:
+        """Answer the problems of a rollout, judge the answers, and note what the model and its start say of them."""
+        section, run = self.section, self.run
+        count = self.settings.samples_per_step // section.answers
+        problems = [run.problems[number * count + place] for place in range(count) for _ in range(section.answers)]
+        records = self.answer(problems, run.decoding, number)
+        rewards_A = as_tensor([record["rewards"]["reward"] for record in records])
+        rollout = Rollout(number, records, {"advantage": advantages(rewards_A, section.answers)})
+        old, reference = [], []
+        for inner_step in range(section.inner_steps):
+            old.append(self.sums(rollout, inner_step, run.objective))
+            if section.beta and section.method != "gdsd":
+                with nullcontext() if run.copy is not None else without_adapter(run.model):
+                    reference.append(self.sums(rollout, inner_step, run.copy or run.objective))
+        rollout.figures["old"] = torch.cat(old)
+        rollout.figures["reference"] = torch.cat(reference) if reference else torch.zeros(0)
+        return rollout
+
+    def answer(self, problems: list[Problem], settings: GenerationSettings, number: int) -> list[dict[str, Any]]:
+        """Return a record of an answer to each problem, in every process; each process answers a share.
+
+        Raises:
+            IlladaError: when a prompt leaves no room for an answer, or a reward does not work.
+        """
+        run, (rank, ranks) = self.run, self.run.processes.share
+        network, share = self.whole_model(), -(-len(problems) // ranks)
+        places = range(share * rank, min(share * (rank + 1), len(problems)))
+        own = [problems[place] for place in places]
+        with run.processes.raise_together():
+            room = run.recipe.data.window
+            prompts = [encode_any(messages_of(problem), run.tokenizer, "a problem") for problem in own]
+            longest = max(map(len, prompts), default=0)
+            if longest + settings.block_length + 1 > room:
+                raise IlladaError(
+                    f"a problem has {longest} tokens, which leaves no room for an answer in data.window {room}"
+                )
+            seeds = [int(rng.bits(self.settings.seed, SAMPLING, number, place)) & (2**62 - 1) for place in places]
+            each = [
+                replace(settings, seed=seed, max_new_tokens=min(settings.max_new_tokens, room - len(prompt) - 1))
+                for seed, prompt in zip(seeds, prompts, strict=True)
+            ]
+            half = self.settings.dtype != "fp32"
+            with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=half):
+                answers = generate(network, prompts, each, run.tokenizer)
+            rewards = self.judge(own, [answer.text or "" for answer in answers])
+        eos = run.tokenizer.eos_token_id
+        records = [
+            {
+                "problem": messages_of(problem)[-1]["content"],
+                "text": answer.text,
+                "ids": [*prompt, *answer.ids, *([eos] if answer.finish_reason == "stop" or not answer.ids else [])],
+                "prompt": len(prompt),
+                "rewards": found,
+                "passes": answer.forwards,
+                "finished": answer.finish_reason == "stop",
+            }
+            for problem, prompt, answer, found in zip(own, prompts, answers, rewards, strict=True)
+        ]
+        return gathered(run.processes, records)
+
+    def whole_model(self) -> IlladaForMaskedLM:
+        """Return the network with all its weights in this process; all processes call this together."""
+        run = self.run
+        if run.processes.count == 1 and not run.recipe.parallel.compile:
+            return run.model
+        if self.plain is None:
+            start = model_folder(run.recipe.model.start or "")
+            self.plain = build_model(run.recipe, start, run.model.config).to(run.processes.device)
+        weights = dict(run.model.named_parameters())
+        for name, parameter in self.plain.named_parameters():
+            held = weights[name.replace("_orig_mod.", "")].detach()
+            parameter.data.copy_(held.full_tensor() if isinstance(held, DTensor) else held)
+        return self.plain
+
+    @torch.no_grad()
+    def sums(self, rollout: Rollout, inner_step: int, network: Objective) -> Tensor:
+        """Return what `objective` compares with: the sums of all answers [A], or of diffu-grpo their tokens [M]."""
+        found: dict[int, list[float]] = {}
+        network.eval()
+        for places, batch, counts in self.views(rollout, inner_step):
+            log_p_M = network(batch)
+            if self.section.method == "diffu-grpo":
+                values = log_p_M.split([self.numbers(rollout, place) for place in places])
+            else:
+                values = batch.sums(log_p_M).split(1)
+            if counts:
+                found |= {place: value.tolist() for place, value in zip(places, values, strict=True)}
+        release(network)
+        network.train(network is self.run.objective)
+        pairs = dict(gathered(self.run.processes, [*found.items()]))
+        return as_tensor([number for place in sorted(pairs) for number in pairs[place]])
+
+    def numbers(self, rollout: Rollout, place: int) -> int:
+        """Return how many numbers `sums` has for an answer."""
+        record = rollout.records[place]
+        by_token = self.section.method == "diffu-grpo"
+        return self.section.samples * (len(record["ids"]) - record["prompt"]) if by_token else 1
+
+    # A step
+
+    def compute_gradients(self, batches: list[Any]) -> tuple[float, dict[str, Any]]:  # noqa: ARG002
+        """Add up the gradients of this process's share of the step; return the loss and the figures of the step."""
+        run, step, device = self.run, self.state.step, self.run.processes.device
+        rollout, inner_step = self.rollout_of(step), step % self.section.inner_steps
+        sizes = [self.numbers(rollout, place) for place in range(len(rollout.records))]
+        ends = [*accumulate(sizes)]
+
+        def of(name: str, places: list[int]) -> Tensor | None:
+            every = rollout.figures[name]
+            if not len(every):
+                return None
+            now = every.view(self.section.inner_steps, -1)[inner_step]
+            return torch.cat([now[ends[place] - sizes[place] : ends[place]] for place in places]).to(device)
+
+        sums: dict[str, float] = {"loss": 0.0}
+        parts = [*self.views(rollout, inner_step)]
+        for number, (places, batch, counts) in enumerate(parts):
+            before_pass(run.objective, last=number == len(parts) - 1)
+            key = (self.settings.seed, rng.DROPOUT, step, run.processes.share[0] * len(parts) + number)
+            with rng.seeded(device, *key) if run.recipe.lora.dropout else nullcontext():
+                log_p_M = run.objective(batch)
+            old = of("old", places)
+            assert old is not None
+            weight = 1 / len(rollout.records) if counts else 0.0
+            weight_A = torch.full((len(places),), weight, device=device)
+            advantage_A = rollout.figures["advantage"][places].to(device)
+            found = objective(self.section, batch, log_p_M, old, of("reference", places), advantage_A, weight_A)
+            found.loss.backward()
+            for name, value in {"loss": found.loss.detach(), **found.figures}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        loss, *figures = run.processes.total(*sums.values())
+        record = dict(zip([*sums][1:], figures, strict=True)) | summary(rollout.records, self.section.answers)
+        if inner_step == 0:
+            self.remark(record)
+        return loss, record
+
+    def remark(self, record: dict[str, Any]) -> None:
+        """Say when nothing has been learnt for some rollouts."""
+        self.alike = self.alike + 1 if record["zero_groups"] == 1 else 0
+        if self.alike == ALIKE:
+            self.log.say(f"warning: for {ALIKE} rollouts {no_difference(record['reward'])}")
+
+    # Validation
+
+    def validate(self, held_out: Shards) -> dict[str, float]:  # noqa: ARG002 (problems, not tokens)
+        """Answer held-out problems without sampling, and return their mean rewards for the log."""
+        run = self.run
+        problems = run.held_out_problems[: self.settings.validation_samples]
+        settings = replace(run.decoding, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
+        records = self.answer(problems, settings, 0)
+        found = summary(records, 1)
+        wrong = sum(record["rewards"]["reward"] < 1 for record in records) / len(records)
+        self.log.say(f"step {self.state.step}  held out: reward {found['reward']:.4f}  of 1: {1 - wrong:.1%}")
+        names = {name: value for name, value in found.items() if name != "zero_groups"}
+        return {f"validation_{name}": value for name, value in names.items()} | {"validation_full": 1 - wrong}
+
+
+def gathered(processes: Processes, items: list[Any]) -> list[Any]:
+    """Return the items of all shares, in the shares' order, in every process."""
+    if processes.count == 1:
+        return items
+    parts: list[Any] = [None] * processes.count
+    dist.all_gather_object(parts, items)
+    return [item for part in parts[:: processes.tensor] for item in part]
