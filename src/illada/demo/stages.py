@@ -197,7 +197,7 @@ def _recipe(
             samples_per_batch=64,
             warmup_steps=100,
             final_learning_rate=2e-5,
-            optimizer="muon",  # three times fewer tokens than AdamW at this size (docs/study.md)
+            optimizer="muon",  # learns several times sooner than AdamW at this size (docs/log.md)
             beta2=0.98,
             dtype="fp32",  # bf16 is slower below a width of 256 on a CPU (benchmarks/RESULTS.md)
             seed=seed,
