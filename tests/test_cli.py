@@ -204,7 +204,7 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         "illada.training.trainer.train",
-        lambda recipe, title: seen.update({title: recipe}) or SimpleNamespace(interrupted=None, model="x"),
+        lambda recipe, title, *_: seen.update({title: recipe}) or SimpleNamespace(interrupted=None, model="x"),
     )
     words = ["--output", "x", "--data.train", "d", "--model.preset", "1m", "--training.samples_per_batch=3"]
     cli.main(["sft", *words])
@@ -363,7 +363,7 @@ def test_candidates_and_samples_that_cannot_be_used(work, fails):
 
 
 def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):
-    def diverge(recipe, title):
+    def diverge(*_):
         raise DivergedError("loss nan at step 3")
 
     monkeypatch.setattr("illada.training.trainer.train", diverge)

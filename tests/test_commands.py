@@ -76,6 +76,8 @@ def completed(words: list[str]) -> list[str]:
         options = options[1:]
     if name == "eval" and not given & {"--paper", "--task_files", "--tasks"}:
         options.append(("--paper", "base"))
+    if name == "rl" and "--data.train" in given:
+        options = [option for option in options if option[0] != "--rl.tasks"]
     if name in ("generate", "score") and "--file" in given:
         options = options[:1]
     if name == "pretrain" and "--model.start" in given:

@@ -9,7 +9,10 @@ SHOWN = {
     "pretrain": f"model.preset model.start {_RECIPE}",
     "sft": f"model.start lora.rank {_RECIPE}",
     "dpo": f"model.start lora.rank dpo.beta dpo.samples {_RECIPE}",
-    "rl": f"model.start lora.rank rl.method rl.tasks rl.reward rl.answers rl.inner_steps rl.settings {_RECIPE}",
+    "rl": (
+        "config output model.start lora.rank data.train data.window training.steps training.samples_per_step "
+        "training.learning_rate training.device rl.method rl.tasks rl.reward rl.answers rl.settings"
+    ),
     "estimate": f"model.preset {_RECIPE} gpus gpu price sft json",
     "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
     "chat": f"{_DECODING} system cache quantize",

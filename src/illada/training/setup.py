@@ -34,8 +34,6 @@ from illada.weights.runs import model_folder
 class Run:
     """What a recipe names, opened once in each process; the run folder is not touched.
 
-    Post-training has other batches and another loss.
-
     Attributes:
         held_out: validation data; None without validation.
         objective: the loss of the network.

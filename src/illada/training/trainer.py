@@ -76,8 +76,6 @@ def train(recipe: Recipe, title: str = "train", trainer: "type[Trainer] | None" 
 class Trainer:
     """Carries out a run in one of its processes; all processes make the same calls.
 
-    Post-training makes other batches of a step and another loss of them.
-
     Args:
         run: the opened run.
         title: begins every line on the terminal.
