@@ -422,7 +422,7 @@ def reference_preference(bounds, reference, lengths, beta, normalise=False):
 
 
 def reference_policy(method, new, old, start, advantage, lengths, epsilon, beta, psi):
-    """Return the mean over answers of their losses under espo, gdsd or diffu-grpo (see `illada.post_training.policy`).
+    """Return the mean loss of answers (espo, gdsd), or of their tokens (diffu-grpo), see `illada.post_training.policy`.
 
     `new`, `old` and `start` are sums of log-probabilities; for diffu-grpo lists of log-probabilities of each token.
     """
@@ -438,5 +438,5 @@ def reference_policy(method, new, old, start, advantage, lengths, epsilon, beta,
             total += surrogate(math.exp((now - before) / n), a) + beta * (now - first) ** 2 / (2 * n)
         else:
             for x, y, z in zip(now, before, first, strict=True):
-                total += (surrogate(math.exp(x - y), a) + beta * (math.exp(z - x) - (z - x) - 1)) / n
-    return total / len(lengths)
+                total += surrogate(math.exp(x - y), a) + beta * (math.exp(z - x) - (z - x) - 1)
+    return total / (sum(lengths) if method == "diffu-grpo" else len(lengths))

@@ -94,7 +94,7 @@ def test_the_losses_are_the_plain_ones(method, beta):
         sums = batch.sums(log_p).detach()
         old, first = sums + torch.randn(3), sums + torch.randn(3)
         plain = [values.tolist() for values in (sums, old, first)]
-    weight = torch.full((3,), 1 / 3)
+    weight = batch.lengths_A / batch.lengths_A.sum() if method == "diffu-grpo" else torch.full((3,), 1 / 3)
     found = objective(section, batch, log_p, old, first if beta else None, torch.tensor(advantage), weight)
     expected = reference_policy(method, *plain, advantage, lengths, 0.1, beta if method != "gdsd" else 0.0, 10.0)
     assert found.loss.item() == pytest.approx(expected, rel=1e-5)

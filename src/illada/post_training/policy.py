@@ -8,8 +8,9 @@ masks before the answers of this rollout changed the model, ℓ_ref at the start
                  (arXiv 2512.03759)
     gdsd         (clip(ℓ - ℓ_old, -εL, εL) / L - ψ A)², ℓ without weights (arXiv 2605.29398; how far their clip lets
                  a token go is not known here, ours is ε)
-    diffu-grpo   the same as espo for each token by itself, from one pass with the whole answer masked and some of the
-                 prompt hidden, and exp(r) - r - 1 with r = ℓ_ref - ℓ for the last term (arXiv 2504.12216)
+    diffu-grpo   the same as espo for each token by itself, a mean over tokens, from one pass with the whole answer
+                 masked and some of the prompt hidden, and exp(r) - r - 1 with r = ℓ_ref - ℓ for the last term
+                 (arXiv 2504.12216)
 
 Shape letters: A answers · G answers to one problem · M tokens asked for · L tokens of one answer · N views.
 """
@@ -82,14 +83,13 @@ def objective(
         old: the same sums [A] before (diffu-grpo: log-probabilities [M]).
         reference: the same at the start of the run; None where beta is 0.
         advantage_A: of the answers.
-        weight_A: of the answers in the loss.
+        weight_A: of the answers in the loss (diffu-grpo: spread over their tokens).
     """
     device = log_p_M.device
     lengths_A = batch.lengths_A.to(device)
     if section.method == "diffu-grpo":
         at_M = batch.asked_T.nonzero()[:, 0]
         answer_M, share_M = batch.answer_T[at_M].to(device), batch.weight_T[at_M].to(device)
-        # A token's weight: its answer's, divided by the answer's tokens.
         weight_M = (weight_A / lengths_A)[answer_M] * share_M
         return _clipped(section, log_p_M - old, advantage_A[answer_M], weight_M, reference, log_p_M)
     sums_A = batch.sums(log_p_M)

@@ -332,8 +332,7 @@ class RlTrainer(Trainer):
                 log_p_M = run.objective(batch)
             old = of("old", places)
             assert old is not None
-            weight = 1 / len(rollout.records) if counts else 0.0
-            weight_A = torch.full((len(places),), weight, device=device)
+            weight_A = self.weights(rollout)[places].to(device) * float(counts)
             advantage_A = rollout.figures["advantage"][places].to(device)
             found = objective(self.section, batch, log_p_M, old, of("reference", places), advantage_A, weight_A)
             found.loss.backward()
@@ -344,6 +343,11 @@ class RlTrainer(Trainer):
         if inner_step == 0:
             self.remark(record)
         return loss, record
+
+    def weights(self, rollout: Rollout) -> Tensor:
+        """Return the weight of each answer in the loss [A], with the sum 1: by their tokens under diffu-grpo."""
+        sizes_A = as_tensor([self.numbers(rollout, place) for place in range(len(rollout.records))])
+        return sizes_A / sizes_A.sum()
 
     def remark(self, record: dict[str, Any]) -> None:
         """Say when nothing has been learnt for some rollouts."""
