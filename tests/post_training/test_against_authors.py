@@ -1,6 +1,7 @@
 """The losses against the authors' own code, from the user's checkouts: ILLADA_ESPO and ILLADA_D1.
 
-These name folders with ML-GSAI/ESPO and dllm-reasoning/d1. Only the functions named here are run; what they need of their libraries is stood in for.
+These name folders with ML-GSAI/ESPO and dllm-reasoning/d1. Only the functions named here are run; what they need of
+their libraries is stood in for.
 """
 
 import ast
