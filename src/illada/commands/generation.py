@@ -52,7 +52,7 @@ def generate(
     if not chat and slot_tokens is None:
         _check_plain(model.model, tokenizer, prompts)
     if all(not show_ids(tokenizer, answer.ids).strip() for answer in answers):
-        _explain_nothing(model.model)
+        _explain_nothing(model.model, blank=any(answer.ids for answer in answers))
     for text, answer in zip(prompts, answers, strict=True):
         if json:
             record = {"prompt": text, "text": show_ids(tokenizer, answer.ids)}
@@ -79,11 +79,13 @@ def _ends_a_token(tokenizer: Any, text: str) -> bool:
     return all(more[: len(ids)] == ids for more in longer)
 
 
-def _explain_nothing(model: str) -> None:
-    """Say why a model may answer nothing."""
+def _explain_nothing(model: str, blank: bool) -> None:
+    """Say why a model may answer nothing, or nothing but white space."""
     if heavy.runs.converted_only(model):
         train = f"illada pretrain --model.start {model} --data.train DATA --output RUN"
         _say(f"nothing was written: {model} was converted and not trained yet, it is no model before: {train}")
+    elif blank:
+        _say("only white space was written: the model may want other prompts, or more training")
     else:
         _say("nothing was written: the model ends at once; it may want other prompts, or more training")
 

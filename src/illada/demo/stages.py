@@ -94,13 +94,13 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
     pretrain, warmup, sft = _recipes(output, scale, seed)
     stage("2/7  Pre-training on text")
     _train(pretrain, "pre-training")
-    stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's, for answers of any length")
+    stage("3/7  Fine-tuning on instructions: by LLaDA's rule, then by the paper's")
     _train(warmup, "LLaDA's rule")
     _train(sft, "paper's rule")
     if not (output / "model").exists():
         with new_folder(output / "model") as folder:
             shutil.copytree(output / "sft" / "model", folder, dirs_exist_ok=True)
-    stage("4/7  Text: bits per byte on held-out files")
+    stage("4/7  Text: bits per byte on held-out files (a minute or two)")
     results: dict[str, Any] = {"settings": {"quick": quick, "seed": seed, **asdict(scale)}}
     results["text"] = _measure_text(output, data, scale)
     stage("5/7  Answers: accuracy on held-out problems, and how few passes suffice")
@@ -296,6 +296,8 @@ def _measure_answers(output: Path, scale: Scale, seed: int, console: Console) ->
     samples: dict[str, list[dict[str, Any]]] = {}
     runs = [(steps, task) for steps in scale.steps_per_block for task in scale.tasks]
     for steps, task in track(runs, description="answering", console=console, disable=not console.is_terminal):
+        if not console.is_terminal:
+            print(f"answering: {task}, passes a block: {steps}", file=sys.stderr, flush=True)
         settings = replace(_decoding(scale, tokenizer), steps_per_block=steps)
         questions = [example.messages[:1] for example in problems[task]]
         answers = generate(model, questions, settings, tokenizer=tokenizer)
@@ -382,7 +384,7 @@ def _record_denoising(model: Any, tokenizer: Any, scale: Scale, seed: int) -> di
 
 def _print_summary(output: Path, results: dict[str, Any]) -> None:
     bits = results["text"]["bits_per_byte"]
-    lines: Sequence[str] = [
+    lines = [
         "",
         f"held-out text     {bits['model']:.3f} bits/byte (bound)   unigram {bits['unigram']:.3f}   "
         f"bigram {bits['bigram']:.3f}",
@@ -396,5 +398,9 @@ def _print_summary(output: Path, results: dict[str, Any]) -> None:
         "",
         f"report            {output / 'report.html'}",
         f"talk to it        illada chat --model {output / 'model'} --block_length 16 --max_new_tokens 48",
+        f"or on a page      illada serve --model {output / 'model'} --block_length 16 --max_new_tokens 48",
+        f"continue text     illada generate --model {output / 'pretrain' / 'model'} --prompt 'import'",
     ]
+    if results["settings"]["quick"]:
+        lines.append("all seven tasks   make demo, without QUICK=1: a quarter of an hour")
     print("\n".join(lines))

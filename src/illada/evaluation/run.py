@@ -124,7 +124,8 @@ class Evaluation:
                     result = self.add(lm, row, column)
                     if result is None or lm.rank:
                         continue
-                    values = ", ".join(f"{name} {value:.4g}" for name, (value, _) in result.metrics.items())
+                    metrics = result.metrics.items()
+                    values = ", ".join(f"{name.removesuffix(',none')} {value:.4g}" for name, (value, _) in metrics)
                     name = " ".join(filter(None, (column.label, row.name)))
                     print(f"{name}: {values or result.status}", file=sys.stderr, flush=True)
                     table = markdown(self.results, self.rows, self.options.paper, self._conditions(lm))

@@ -201,7 +201,8 @@ class PreferenceRun(Run):
             raise IlladaError(
                 f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}"
             )
-        batches = PairBatches(self.shards, data.window, recipe.training.samples_per_step, recipe.training.seed, 0.0)
+        numbers = (data.window, recipe.training.samples_per_step, recipe.training.seed, 0.0)
+        batches = PairBatches(self.shards, *numbers, rule="llada")
         batches.views = recipe.dpo.samples * (1 + recipe.dpo.complementary)
         return batches
 

@@ -122,7 +122,7 @@ def find_files(sources: Sequence[str], patterns: Sequence[str], exclude: Sequenc
         if root.is_dir():
             paths = sorted(_walk(root, patterns, exclude))
             if not paths:
-                raise IlladaError(f"{source} holds no file that matches {' '.join(patterns)}: set patterns")
+                raise IlladaError(f"{source} holds no file that matches {' '.join(patterns)}: give other --patterns")
         elif root.is_file():
             if root.suffix.lower() == ".json":
                 raise IlladaError(f"{source} is JSON, one record per line is needed: convert it and name it .jsonl")

@@ -81,7 +81,8 @@ def answer_batch(file: str, output: str, model: ModelOptions, defaults: Generati
         server = ServerSettings(max_requests=2**20, request_timeout=PATIENCE)  # at_once is the limit
         handlers = Handlers(network, tokenizer, model_name(model.model), server, defaults)
         asyncio.run(_answer_all(handlers, left, path, at_once))
-    print(f"{output}: {len(lines)} answers", file=sys.stderr)
+    refused = sum(json.loads(line)["response"]["status_code"] != 200 for line in path.read_text("utf-8").splitlines())
+    print(f"{output}: {len(lines) - refused} answers, {refused} refused (their lines say why)", file=sys.stderr)
 
 
 def _read(file: str) -> Iterator[Line]:

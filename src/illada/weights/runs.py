@@ -187,6 +187,8 @@ def tuned_on_chats(path: str) -> bool:
     if re.search("instruct|chat", Path(path).name, re.IGNORECASE):
         return True
     recipe = next((p / RECIPE for p in (Path(path), *Path(path).absolute().parents[:3]) if is_run(p)), None)
+    if recipe is None:
+        return (Path(path).absolute().parent / "demo.json").is_file()  # the demo's model, copied out of its run
     try:
         train = read_recipe(recipe)["data"]["train"] if recipe else []
         names = [train] if isinstance(train, str) else list(train)

@@ -42,7 +42,8 @@ class Pace:
         loss = sum(self._losses) / len(self._losses) if self._losses else record["loss"]
         elapsed = time.monotonic() - self.started
         left = elapsed / max(step - self.first_step, 1) * (total - step)
+        more = "".join(f"{name} {record[name]:.3f}  " for name in ("reward", "accuracy") if name in record)
         return (
-            f"loss {loss:.3f}  lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,} tokens/s  "
+            f"loss {loss:.3f}  {more}lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,} tokens/s  "
             f"{duration(elapsed)} elapsed, {duration(left)} left"
         )

@@ -58,7 +58,11 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     Raises:
         IlladaError: when a folder holds no metrics, the output cannot be written, or matplotlib is not installed.
     """
-    target = _checked(Path(runs[0]) / "report.png" if output is None else Path(output))
+    given = None if output is None else _checked(Path(output))
+    for run in runs:
+        if not Path(run).is_dir():
+            raise IlladaError(f"no run at {run}: the folder does not exist")
+    target = given or _checked(Path(runs[0]) / "report.png")
     found, alike = [], len({Path(run).name for run in runs}) < len(runs)
     for run in runs:
         records = read_metrics(Path(run) / "metrics.jsonl")
