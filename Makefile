@@ -26,7 +26,7 @@ dictionary: setup  # a model that explains words: hours on 2 cores; texts from D
 
 test: lint types unit package
 
-quick: lint types  # the same without what takes more than a second: under two minutes
+quick: lint types  # the same without what takes more than a second: a minute and a half on 2 cores
 	$(PYTEST) -m "not slow"
 
 lint: setup

@@ -362,6 +362,19 @@ def test_candidates_and_samples_that_cannot_be_used(work, fails):
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "warns"),
+    [("sft", "text", True), ("sft", "chat", False), ("pretrain", "chat", True), ("pretrain", "text", False)],
+)
+def test_data_of_another_kind_than_usual_are_named(command, kind, warns, tmp_path, monkeypatch, capsys):
+    result = SimpleNamespace(interrupted=None, model="x")
+    monkeypatch.setattr("illada.training.trainer.train", lambda *_: result)
+    (tmp_path / "index.json").write_text(json.dumps({"kind": kind}))
+    words = ["--model.start", "x", "--training.steps", "3", "--output", "x", "--data.train", str(tmp_path)]
+    cli.main([command, *words])
+    assert (f"{command}: warning: {tmp_path} holds" in capsys.readouterr().err) == warns
+
+
 def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):
     def diverge(*_):
         raise DivergedError("loss nan at step 3")

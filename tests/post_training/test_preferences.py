@@ -67,12 +67,14 @@ def test_the_first_step_is_the_plain_one(make_dpo, start, pairs, complementary):
         assert kept[document].item() == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_preferred(make_dpo):
     _, records = run(make_dpo(steps=40))
     assert records[-1]["validation_accuracy"] >= 0.75
     assert records[-1]["chosen_gap"] > records[-1]["rejected_gap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["kept", "live"])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_micro_batches_and_restarts_change_nothing(make_dpo, monkeypatch, reference, rank):

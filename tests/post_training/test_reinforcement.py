@@ -105,7 +105,7 @@ def test_advantages_leave_the_answer_itself_out():
     assert advantages(torch.tensor([1.0, 0, 0, 2, 2, 2]), 3).tolist() == [1.0, -0.5, -0.5, 0, 0, 0]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(name, marks=[pytest.mark.slow] * (name == "library")) for name in TASKS])
 def test_problems_are_a_function_of_seed_and_number(task, tmp_path):
     problems, again = Problems([task], "", 3), Problems([task], "", 3)
     drawn = [problems[n] for n in range(8)]
@@ -132,6 +132,7 @@ def test_a_file_comes_again_in_another_order(tmp_path):
     assert sorted(epochs[0]) == sorted(epochs[1]) != epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_steps_raise_what_is_better_than_the_rest(make_rl):
     """In every rollout the mean of ρ A is 0 at first, and above it after steps on the same answers."""
     _, records = run(make_rl(steps=24, samples_per_step=24, learning_rate=1e-3, rl={"beta": 0, "inner_steps": 8}))
@@ -140,6 +141,7 @@ def test_steps_raise_what_is_better_than_the_rest(make_rl):
         assert records[first + 7]["loss"] < -1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "rank", "more"),
     [("espo", None, {}), ("gdsd", 4, {}), ("diffu-grpo", 4, {"samples": 1}), ("espo", 4, {})],
