@@ -222,7 +222,8 @@ def test_sft_has_its_own_defaults(work, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("nonsense", "invalid choice: 'nonsense'"),
+        ("nonsense", "no command 'nonsense': choose demo"),
+        ("genrate", "no command 'genrate': did you mean generate?"),
         ("prepare", "missing: files or folders to read, --output, --tokenizer"),
         ("prepare a.txt --tokenizer t", "missing: --output"),
         ("generate", "missing: --model"),
@@ -360,19 +361,6 @@ def test_candidates_and_samples_that_cannot_be_used(work, fails):
     assert "samples must be at least 1" in fails(
         *score, "--candidates", "a b c", "--method", "likelihood", "--samples", "0"
     )
-
-
-@pytest.mark.parametrize(
-    ("command", "kind", "warns"),
-    [("sft", "text", True), ("sft", "chat", False), ("pretrain", "chat", True), ("pretrain", "text", False)],
-)
-def test_data_of_another_kind_than_usual_are_named(command, kind, warns, tmp_path, monkeypatch, capsys):
-    result = SimpleNamespace(interrupted=None, model="x")
-    monkeypatch.setattr("illada.training.trainer.train", lambda *_: result)
-    (tmp_path / "index.json").write_text(json.dumps({"kind": kind}))
-    words = ["--model.start", "x", "--training.steps", "3", "--output", "x", "--data.train", str(tmp_path)]
-    cli.main([command, *words])
-    assert (f"{command}: warning: {tmp_path} holds" in capsys.readouterr().err) == warns
 
 
 def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):

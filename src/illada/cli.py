@@ -254,6 +254,11 @@ class _Parser(ArgumentParser):
             return f"{match[1]} has keys of its own: give them one by one, as --{match[1]}.KEY VALUE (see --help)"
         if match := re.fullmatch(r'expected "(\w+)\.subcommand" to be one of \{(.*?)\}.*', line):
             return f"what to {match[1]} is missing or unknown: choose {match[2].replace(',', ' or ')}"
+        if match := re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", line):
+            names = re.findall(r"'(\w+)'", match[2])
+            close = difflib.get_close_matches(match[1], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(names)}"
+            return f"no command {match[1]!r}: {hint}"
         if match := re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", line):
             return f"{match[1]} needs a value"
         return line

@@ -1,5 +1,6 @@
 """The recipes that travel with the package: `illada pretrain tiny-cpu-pretrain`."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from illada.errors import IlladaError
@@ -22,4 +23,6 @@ def recipe_file(name: str) -> str:
     stem = path.name.removesuffix(".yaml")
     if stem in ours and str(path.parent) in (".", "recipes"):
         return str(ours[stem])
-    raise IlladaError(f"no recipe at {name}: give a file, or one of {', '.join(ours)}")
+    close = get_close_matches(stem, ours, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"give a file, or one of {', '.join(ours)}"
+    raise IlladaError(f"no recipe at {name}: {hint}")

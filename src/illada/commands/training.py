@@ -5,14 +5,11 @@ import json as json_format
 import os
 import signal
 import sys
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from illada.commands import heavy
 from illada.commands.next import next_commands
 from illada.errors import IlladaError
-from illada.files import read_json
 from illada.post_training.options import DpoRecipe, RlRecipe
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
@@ -44,7 +41,6 @@ def rl(recipe: RlRecipe) -> None:
 def _train(recipe: Recipe, title: str) -> None:
     """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
-    _warn_of_kind(recipe.data.train, title)
     trainer: type[Trainer] | None = None
     if isinstance(recipe, DpoRecipe):
         trainer = heavy.preferences.PreferenceTrainer
@@ -60,23 +56,6 @@ def _train(recipe: Recipe, title: str) -> None:
             use = f"illada generate --model {result.model} --prompt 'Once upon a time'"
             use += f"\nillada sft tiny-cpu-sft --model.start {result.model} --data.train CHATS --output RUN"
         next_commands(use, f"illada report {recipe.output}")
-
-
-OTHER = {
-    "sft": ("text", "holds texts, not conversations: `illada pretrain --model.start` goes on with texts"),
-    "pretrain": ("chat", "holds conversations, of which `illada sft` makes answers: here they are texts like others"),
-}
-"""The kind of data that a command takes and that is probably meant for another."""
-
-
-def _warn_of_kind(train: str | dict[str, float], title: str) -> None:
-    """Say when the prepared data are of the kind that another command is for."""
-    kind, what = OTHER.get(title, ("", ""))
-    for name in [train] if isinstance(train, str) else train:
-        with suppress(IlladaError):  # opening the data says it better
-            index = Path(name) / "index.json"
-            if kind and index.is_file() and read_json(index).get("kind") == kind and os.environ.get("RANK", "0") == "0":
-                print(f"{title}: warning: {name} {what}", file=sys.stderr)
 
 
 def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:  # noqa: ARG001 (the parser reads sft)
