@@ -24,7 +24,7 @@ from typing import Any
 
 from texts import write_if_new
 
-from illada.toy_tasks import LETTERS, sudoku_grids
+from illada.toy_tasks import LETTERS, sudoku_grids, sudoku_solutions
 
 FOLDER = Path(__file__).with_name("data")
 Record = dict[str, Any]
@@ -103,7 +103,7 @@ def sudoku_problem(puzzle: str) -> Record:
     def rows(cells: str) -> str:
         return "\n".join(" ".join(cells[i : i + 4]) for i in range(0, 16, 4))
 
-    accepted = [rows(grid) for grid in solutions(puzzle)]
+    accepted = [rows(grid) for grid in sudoku_solutions(puzzle)]
     group = "one solution" if len(accepted) == 1 else "several solutions"
     return {"prompt": rows(puzzle.replace("0", "_")), "response": accepted[0], "accepted": accepted, "group": group}
 
@@ -114,14 +114,9 @@ def sudokus(seed: str, excluded: set[str]) -> Iterator[str]:
     while True:
         grid, hidden = rng.choice(sudoku_grids()), set(rng.sample(range(16), 8))
         puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
-        if puzzle not in excluded and len(solutions(puzzle)) == 1:
+        if puzzle not in excluded and len(sudoku_solutions(puzzle)) == 1:
             excluded.add(puzzle)
             yield puzzle
-
-
-def solutions(puzzle: str) -> list[str]:
-    """Return all solved grids that have a puzzle's digits."""
-    return [grid for grid in sudoku_grids() if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
 
 
 def write(name: str, files: dict[str, list[Record]], folder: Path) -> None:

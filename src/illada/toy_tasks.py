@@ -98,7 +98,13 @@ def _sudoku_patterns() -> list[str]:
     return sorted({_relabelled(grid) for grid in sudoku_grids()})
 
 
-def _rows(cells: str) -> str:
+def sudoku_solutions(puzzle: str) -> list[str]:
+    """Return the solved grids that agree with a puzzle of 16 digits, where 0 is empty."""
+    return [grid for grid in sudoku_grids() if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
+
+
+def sudoku_rows(cells: str) -> str:
+    """Return 16 cells in four lines."""
     return "\n".join(cells[i : i + 4] for i in range(0, 16, 4))
 
 
@@ -107,10 +113,10 @@ def _sudoku(rng: random.Random) -> tuple[Example, bool]:
     hidden = rng.sample(range(16), rng.randint(6, 9))
     puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
     # Draw again until the clues leave one solution.
-    if sum(all(p in ("0", g) for p, g in zip(puzzle, other, strict=True)) for other in sudoku_grids()) > 1:
+    if len(sudoku_solutions(puzzle)) > 1:
         return _sudoku(rng)
     held_out = _sudoku_patterns().index(_relabelled(grid)) % 4 == 3  # three of the 12 patterns
-    return Example("sudoku", f"Solve\n{_rows(puzzle)}", _rows(grid)), held_out
+    return Example("sudoku", f"Solve\n{sudoku_rows(puzzle)}", sudoku_rows(grid)), held_out
 
 
 def standard_library() -> Path:

@@ -15,10 +15,11 @@ from illada.errors import IlladaError
 from illada.post_training.bounds import Answer, Views
 from illada.post_training.options import RlData, RlRecipe, RlSection
 from illada.post_training.policy import MASKS, advantages, objective
-from illada.post_training.problems import TASKS, Problems, solutions
+from illada.post_training.problems import TASKS, Problems
 from illada.post_training.reinforcement import RlTrainer
 from illada.post_training.rewards import REWARDS
 from illada.post_training.rollouts import numbers_of
+from illada.toy_tasks import sudoku_solutions
 from illada.training import trainer
 from illada.training.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
 from illada.weights.runs import read_metrics
@@ -121,8 +122,8 @@ def test_problems_are_a_function_of_seed_and_number(task, tmp_path):
 
 def test_sudokus_have_one_solution():
     problems = Problems(["sudoku"], "", 0)
-    assert all(len(solutions(problems[n]["puzzle"])) == 1 for n in range(20))
-    assert len(solutions("0" * 16)) == 288
+    assert all(len(sudoku_solutions(problems[n]["puzzle"])) == 1 for n in range(20))
+    assert len(sudoku_solutions("0" * 16)) == 288
 
 
 def test_a_file_comes_again_in_another_order(tmp_path):

@@ -15,8 +15,6 @@ masks before the answers of this rollout changed the model, ℓ_ref at the start
 Shape letters: A answers · G answers to one problem · M tokens asked for · L tokens of one answer · N views.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from illada.post_training.bounds import Masks, Views
 from illada.post_training.options import Method, RlSection
+from illada.post_training.shared import Loss
 from illada.scoring.likelihood import masked_tokens, views
 
 
@@ -54,17 +53,6 @@ MASKS: dict[Method, Masks] = {"espo": views, "gdsd": unweighted, "diffu-grpo": w
 """What the views of an answer mask under each method, and the weights of their log-probabilities."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A loss of answers, and what of it is worth a look."""
-
-    loss: Tensor
-    """Weighted sum over the answers, with gradient."""
-    figures: dict[str, Tensor]
-    """Weighted sums: kl (to the start, nats a token), clipped (share of answers, or tokens, whose gradient the clip
-    took away)."""
-
-
 def objective(
     section: RlSection,
     batch: Views,
@@ -73,8 +61,11 @@ def objective(
     reference: Tensor | None,
     advantage_A: Tensor,
     weight_A: Tensor,
-) -> Objective:
+) -> Loss:
     """Return the loss of a batch of answers under the recipe's method.
+
+    Its figures are kl (to the start, nats a token) and clipped (share of answers, or tokens, whose gradient the clip
+    took away).
 
     Args:
         section: method and its numbers.
@@ -98,13 +89,13 @@ def objective(
         limited_A = change_A.clamp(-section.epsilon, section.epsilon)
         loss_A = (limited_A - section.psi * advantage_A).square()
         clipped_A = (change_A.detach() != limited_A.detach()).float()
-        return Objective((weight_A * loss_A).sum(), {"clipped": (weight_A * clipped_A).sum()})
+        return Loss((weight_A * loss_A).sum(), {"clipped": (weight_A * clipped_A).sum()})
     found = _clipped(section, change_A, advantage_A, weight_A)
     if reference is None:
         return found
     kl_A = (sums_A - reference).square() / (2 * lengths_A)
     kl = (weight_A * kl_A).sum()
-    return Objective(found.loss + section.beta * kl, {**found.figures, "kl": kl.detach()})
+    return Loss(found.loss + section.beta * kl, {**found.figures, "kl": kl.detach()})
 
 
 def _clipped(
@@ -114,7 +105,7 @@ def _clipped(
     weight: Tensor,
     reference: Tensor | None = None,
     log_p: Tensor | None = None,
-) -> Objective:
+) -> Loss:
     """Return the clipped surrogate of answers or tokens; of tokens with the distance to the start."""
     ratio = change.exp()
     limited = ratio.clamp(1 - section.epsilon, 1 + section.epsilon)
@@ -126,4 +117,4 @@ def _clipped(
         distance = reference - log_p
         kl = (weight * (distance.exp() - distance - 1)).sum()
         loss, figures["kl"] = loss + section.beta * kl, kl.detach()
-    return Objective(loss, figures)
+    return Loss(loss, figures)

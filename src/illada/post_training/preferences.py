@@ -20,21 +20,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from illada import rng
 from illada.data.batches import Batches, Segment
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.files import write_bytes
 from illada.model.config import IlladaConfig
-from illada.post_training.bounds import Answer, AnswersObjective, Views, noise_seed
+from illada.post_training.bounds import Answer, Views, noise_seed
 from illada.post_training.options import DpoRecipe, DpoSection
-from illada.training.parallel import Objective, Processes, before_pass, distribute, release
-from illada.training.setup import Run
-from illada.training.trainer import Trainer
+from illada.post_training.shared import AnswersRun, AnswersTrainer, Loss, measuring, share_of
+from illada.training.parallel import Processes
 from illada.training.validation import VALIDATION_SEED
-from illada.weights.adapters import is_adapted, without_adapter
-from illada.weights.load import load_model
-from illada.weights.runs import model_folder
+from illada.weights.adapters import without_adapter
 
 REFERENCE = "reference.safetensors"
 """The file in a run folder with the bounds of the start, "train" and "held_out", fp32 [A]."""
@@ -106,21 +102,15 @@ def pair_batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[PairBatch]:
-    """Yield the share of one of `ranks` processes of pairs (number, epoch), so many in a batch.
-
-    All processes get the same number of batches; one that runs out of pairs repeats the first with weight 0.
-    """
-    share = -(-len(pairs) // ranks)
-    end = min(share * (rank + 1), len(pairs))
-    for first in range(share * rank, share * (rank + 1), per_batch):
-        idle = first >= end
-        own = pairs[:1] if idle else pairs[first : min(first + per_batch, end)]
+    """Yield the share of one of `ranks` processes of pairs (number, epoch), so many in a batch (`share_of`)."""
+    for places, counts in share_of(len(pairs), per_batch, rank, ranks):
+        own = [pairs[place] for place in places]
         answers = [
             read_answer(shards, 2 * number + part, noise_seed(seed, number, epoch))
             for number, epoch in own
             for part in range(2)
         ]
-        weight_P = torch.full((len(own),), 0.0 if idle else 1 / len(pairs))
+        weight_P = torch.full((len(own),), 1 / len(pairs) if counts else 0.0)
         numbers = torch.tensor([number for number, _ in own])
         yield PairBatch(Views.of(answers, section.samples, section.complementary), numbers, weight_P)
 
@@ -131,21 +121,13 @@ def read_answer(shards: Shards, document: int, seed: int) -> Answer:
     return Answer(shards.read(start, end - start), prompt, seed)
 
 
-@dataclass(frozen=True)
-class Preference:
-    """The loss of pairs, and what of it is worth a look."""
-
-    loss: Tensor
-    """Weighted sum over the pairs, in nats, with gradient."""
-    figures: dict[str, Tensor]
-    """Weighted sums: accuracy (share of pairs whose margin is above 0), margin (argument of σ), chosen_gap and
-    rejected_gap (bound of the model minus that of the start, in nats)."""
-
-
 def preference(
     bounds_A: Tensor, reference_A: Tensor, lengths_A: Tensor, weight_P: Tensor, beta: float, normalise: bool = False
-) -> Preference:
+) -> Loss:
     """Return the loss of pairs of answers from the bounds of model and reference, each in nats [A].
+
+    Its figures are accuracy (share of pairs whose margin is above 0), margin (argument of σ), chosen_gap and
+    rejected_gap (bound of the model minus that of the start, in nats).
 
     Args:
         bounds_A: of the model, with gradient.
@@ -166,48 +148,35 @@ def preference(
             "rejected_gap": gap_A[1::2],
         }
         figures = {name: (weight_P * value_P).sum().detach() for name, value_P in values.items()}
-    return Preference((weight_P * -logsigmoid(margin_P)).sum(), figures)
+    return Loss((weight_P * -logsigmoid(margin_P)).sum(), figures)
 
 
-class PreferenceRun(Run):
-    """A run on pairs.
-
-    Attributes:
-        copy: the start beside the model, where that computes its bounds in every step; else None.
-    """
+class PreferenceRun(AnswersRun):
+    """A run on pairs."""
 
     recipe: DpoRecipe
-    loss = AnswersObjective
 
     def __init__(self, recipe: DpoRecipe, processes: Processes):
         super().__init__(recipe, processes)
         with processes.raise_together():
-            for data in (self.held_out,) if self.held_out is not None else ():
-                if data.kind != "preference":
-                    raise IlladaError(f"{data.path} holds no pairs: prepare it with --kind preference")
-                check_lengths(data, recipe.data.window)
-        self.copy: Objective | None = None
-        if recipe.dpo.reference == "live" and not is_adapted(self.model):
-            start = processes.from_first(lambda: model_folder(recipe.model.start or ""))
-            model, _ = load_model(str(start), "fp32", "cpu")
-            self.copy = distribute(model.requires_grad_(False), recipe, processes, loss=AnswersObjective).eval()
+            if self.held_out is not None:
+                if self.held_out.kind != "preference":
+                    raise IlladaError(f"{self.held_out.path} holds no pairs: prepare it with --kind preference")
+                check_lengths(self.held_out, recipe.data.window)
+        if recipe.dpo.reference == "live":
+            self.open_copy()
 
     def make_batches(self, config: IlladaConfig) -> Batches:
         """Return the pairs as a function of the step."""
         recipe, data = self.recipe, self.recipe.data
-        if config.causal:
-            raise IlladaError(f"{recipe.model.start} is causal and has no masks: dpo tunes models of masked diffusion")
-        if data.window > config.max_position_embeddings:
-            raise IlladaError(
-                f"data.window {data.window} is longer than the model's context {config.max_position_embeddings}"
-            )
+        self.check_start(config, "dpo")
         numbers = (data.window, recipe.training.samples_per_step, recipe.training.seed, 0.0)
         batches = PairBatches(self.shards, *numbers, rule="llada")
         batches.views = recipe.dpo.samples * (1 + recipe.dpo.complementary)
         return batches
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(AnswersTrainer):
     """Takes the steps of `illada dpo`."""
 
     opens = PreferenceRun
@@ -239,14 +208,12 @@ class PreferenceTrainer(Trainer):
         """Return the bounds of all answers by the network as it is, fp32 [A]; each process computes a share."""
         run = self.run
         bounds_A = torch.zeros(shards.documents)
-        run.objective.eval()
-        for batch in self._batches([(n, 0) for n in range(shards.documents // 2)], shards, part):
-            found_A = batch.views.sums(run.objective(batch.views)).cpu()
-            for number, pair_2, weight in zip(batch.sample_P, found_A.view(-1, 2), batch.weight_P, strict=True):
-                if weight:
-                    bounds_A[2 * number : 2 * number + 2] = pair_2
-        release(run.objective)
-        run.objective.train()
+        with measuring(run.objective):
+            for batch in self._batches([(n, 0) for n in range(shards.documents // 2)], shards, part):
+                found_A = batch.views.sums(run.objective(batch.views)).cpu()
+                for number, pair_2, weight in zip(batch.sample_P, found_A.view(-1, 2), batch.weight_P, strict=True):
+                    if weight:
+                        bounds_A[2 * number : 2 * number + 2] = pair_2
         return torch.tensor(run.processes.total(*bounds_A.tolist()), dtype=torch.float32)
 
     def _batches(self, pairs: list[tuple[int, int]], shards: Shards, part: str) -> Iterator[PairBatch]:
@@ -262,22 +229,15 @@ class PreferenceTrainer(Trainer):
 
     def compute_gradients(self, batches: list[PairBatch]) -> tuple[float, dict[str, Any]]:
         """Add up the gradients of this process's share of the step; return the loss and the figures of the step."""
-        run, device = self.run, self.run.processes.device
-        sums: dict[str, float] = {}
+        losses = []
         for number, batch in enumerate(batches):
             reference_A = self._reference(batch, "train")
-            before_pass(run.objective, last=number == len(batches) - 1)
-            key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * len(batches) + number)
-            with rng.seeded(device, *key) if run.recipe.lora.dropout else nullcontext():
-                bounds_A = batch.views.sums(run.objective(batch.views))
-            found = self._preference(bounds_A, reference_A, batch)
-            found.loss.backward()
-            for name, value in {"loss": found.loss.detach(), **found.figures}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        loss, *figures = run.processes.total(*sums.values())
-        return loss, dict(zip([*sums][1:], figures, strict=True))
+            bounds_A = batch.views.sums(self.log_p(batch.views, number, len(batches)))
+            losses.append(self._preference(bounds_A, reference_A, batch))
+            losses[-1].loss.backward()
+        return self.total(losses)
 
-    def _preference(self, bounds_A: Tensor, reference_A: Tensor, batch: PairBatch) -> Preference:
+    def _preference(self, bounds_A: Tensor, reference_A: Tensor, batch: PairBatch) -> Loss:
         section, device = self.run.recipe.dpo, bounds_A.device
         parts = (reference_A.to(device), batch.views.lengths_A.to(device), batch.weight_P.to(device))
         return preference(bounds_A, *parts, section.beta, section.normalise)
@@ -286,36 +246,22 @@ class PreferenceTrainer(Trainer):
         """Return the start's bounds of a batch [A]."""
         if part in self.reference:
             return self.reference[part].view(-1, 2)[batch.sample_P].flatten()
-        with torch.no_grad():
-            found_A: Tensor
-            if self.run.copy is not None:
-                found_A = batch.views.sums(self.run.copy(batch.views))
-                release(self.run.copy)
-                return found_A
-            self.run.objective.eval()
-            with without_adapter(self.run.model):
-                found_A = batch.views.sums(self.run.objective(batch.views))
-            release(self.run.objective)
-            self.run.objective.train()
-            return found_A
+        start = self.run.copy or self.run.objective
+        beside = nullcontext() if self.run.copy is not None else without_adapter(self.run.model)
+        with torch.no_grad(), measuring(start), beside:
+            return batch.views.sums(start(batch.views))
 
     @torch.no_grad()
     def validation_loss(self, held_out: Shards) -> float:
         """Return the loss of held-out pairs under masks of their own; each process computes a share."""
-        run, settings = self.run, self.settings
-        run.objective.eval()
         whole = held_out.documents // 2
-        count = min(whole, settings.validation_samples or whole)
-        sums: dict[str, float] = {}
-        for batch in self._batches([(i * whole // count, 0) for i in range(count)], held_out, "held_out"):
-            bounds_A = batch.views.sums(run.objective(batch.views))
-            found = self._preference(bounds_A, self._reference(batch, "held_out"), batch)
-            for name, value in {"loss": found.loss, **found.figures}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        release(run.objective)
-        run.objective.train()
-        loss, *figures = run.processes.total(*sums.values())
-        self.held_out = dict(zip([*sums][1:], figures, strict=True))
+        count = min(whole, self.settings.validation_samples or whole)
+        losses = []
+        with measuring(self.run.objective):
+            for batch in self._batches([(i * whole // count, 0) for i in range(count)], held_out, "held_out"):
+                bounds_A = batch.views.sums(self.run.objective(batch.views))
+                losses.append(self._preference(bounds_A, self._reference(batch, "held_out"), batch))
+        loss, self.held_out = self.total(losses)
         return loss
 
     def describe_validation(self, loss: float, own: float, held_out: Shards) -> dict[str, float]:  # noqa: ARG002 (the base has text)

@@ -10,9 +10,9 @@ from typing import Any
 
 from illada import rng
 from illada.errors import IlladaError
-from illada.files import parse_json, read_text
+from illada.files import parse_json, read_lines
 from illada.toy_tasks import TASKS as TOYS
-from illada.toy_tasks import sudoku_grids
+from illada.toy_tasks import sudoku_grids, sudoku_rows, sudoku_solutions
 
 Problem = dict[str, Any]
 """A record {"prompt" | "messages", ...}; what else it holds is for its reward."""
@@ -24,23 +24,14 @@ def _sudoku(draw: random.Random) -> Problem:
         grid = draw.choice(sudoku_grids())
         hidden = draw.sample(range(16), draw.randint(4, 12))
         puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
-        if len(solutions(puzzle)) == 1:
+        if len(sudoku_solutions(puzzle)) == 1:
             return sudoku_problem(puzzle)
 
 
 def sudoku_problem(puzzle: str) -> Problem:
     """Return a 4x4 sudoku (16 digits, 0 is empty) as a problem; all its solutions are right."""
-    first, *others = map(_rows, solutions(puzzle))
-    return {"prompt": f"Solve\n{_rows(puzzle)}", "puzzle": puzzle, "answer": first, "accepted": others}
-
-
-def solutions(puzzle: str) -> list[str]:
-    """Return the solved grids that agree with a puzzle."""
-    return [grid for grid in sudoku_grids() if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
-
-
-def _rows(cells: str) -> str:
-    return "\n".join(cells[i : i + 4] for i in range(0, 16, 4))
+    first, *others = map(sudoku_rows, sudoku_solutions(puzzle))
+    return {"prompt": f"Solve\n{sudoku_rows(puzzle)}", "puzzle": puzzle, "answer": first, "accepted": others}
 
 
 def _countdown(draw: random.Random) -> Problem:
@@ -167,9 +158,7 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def _lines(path: str) -> Iterator[Problem]:
-    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             record = parse_json(line)
         except ValueError as error:

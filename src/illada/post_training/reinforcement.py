@@ -7,7 +7,6 @@ their log-probabilities are moved by their advantages (`policy`) under new masks
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,19 @@ from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
-from illada.post_training.bounds import AnswersObjective, Views
+from illada.post_training.bounds import Views
 from illada.post_training.options import RlRecipe, RlSection
 from illada.post_training.policy import MASKS, advantages, objective
 from illada.post_training.problems import Problem, Problems, messages_of, read_problems
 from illada.post_training.rewards import Judge
 from illada.post_training.rollouts import Rollout, as_tensor, no_difference, summary, thin_out
+from illada.post_training.shared import AnswersRun, AnswersTrainer, measuring, share_of
 from illada.text.chat import encode_any
 from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
-from illada.training.parallel import Objective, Processes, before_pass, distribute, release
-from illada.training.setup import Run, build_model
-from illada.training.trainer import Result, Trainer
-from illada.weights.adapters import is_adapted, without_adapter
-from illada.weights.load import load_model
+from illada.training.parallel import Objective, Processes
+from illada.training.setup import build_model
+from illada.training.trainer import Result
+from illada.weights.adapters import without_adapter
 from illada.weights.runs import checkpoints, model_folder
 
 SAMPLING = 22  # the random stream of answers' seeds
@@ -62,7 +61,7 @@ class AnswerBatches(Batches):
         self.samples = self.samples_per_step
 
 
-class RlRun(Run):
+class RlRun(AnswersRun):
     """A run on problems.
 
     Attributes:
@@ -70,25 +69,21 @@ class RlRun(Run):
         held_out_problems: to answer at validations.
         rewards: names and weights.
         decoding: settings of the answers.
-        copy: the start beside the model, where answers are held near it and no adapter can be left out; else None.
     """
 
     recipe: RlRecipe
-    loss = AnswersObjective
+    decoding: GenerationSettings
 
     def __init__(self, recipe: RlRecipe, processes: Processes):
         super().__init__(recipe, processes)
-        self.decoding = settings_for(self.model, decoding_of(recipe.rl))
-        self.copy: Objective | None = None
-        if recipe.rl.beta and recipe.rl.method != "gdsd" and not is_adapted(self.model):
-            start = processes.from_first(lambda: model_folder(recipe.model.start or ""))
-            model, _ = load_model(str(start), "fp32", "cpu")
-            self.copy = distribute(model.requires_grad_(False), recipe, processes, loss=AnswersObjective).eval()
+        self.decoding = settings_for(self.model, self.decoding)
+        if recipe.rl.beta and recipe.rl.method != "gdsd":
+            self.open_copy()
 
     def open_data(self) -> list[str]:
         """Open the problems; the tokenizer is the start's."""
         data, section = self.recipe.data, self.recipe.rl
-        decoding_of(section)
+        self.decoding = decoding_of(section)
         tasks, exclude = section.tasks or [], section.exclude or []
         self.problems = Problems(tasks, str(data.train), self.recipe.training.seed, exclude)
         held_out = data.validation
@@ -100,18 +95,9 @@ class RlRun(Run):
         return []
 
     def make_batches(self, config: IlladaConfig) -> Batches:
-        """Return what stands for the answers.
-
-        Raises:
-            IlladaError: when the start is causal, or the window longer than its context.
-        """
+        """Return what stands for the answers."""
         recipe, window = self.recipe, self.recipe.data.window
-        if config.causal:
-            raise IlladaError(f"{recipe.model.start} is causal and has no masks: rl tunes models of masked diffusion")
-        if window > config.max_position_embeddings:
-            raise IlladaError(
-                f"data.window {window} is longer than the model's context {config.max_position_embeddings}: lower it"
-            )
+        self.check_start(config, "rl")
         return AnswerBatches(
             self.shards, window, recipe.training.samples_per_step, recipe.training.seed, 0.0, rule="llada"
         )
@@ -140,7 +126,7 @@ def weights_of(section: RlSection, problems: Problems) -> dict[str, float]:
     return {section.reward: 1.0} if isinstance(section.reward, str) else dict(section.reward)
 
 
-class RlTrainer(Trainer):
+class RlTrainer(AnswersTrainer):
     """Takes the steps of `illada rl`."""
 
     opens = RlRun
@@ -178,20 +164,12 @@ class RlTrainer(Trainer):
         return iter(())
 
     def views(self, rollout: Rollout, inner_step: int) -> Iterator[tuple[list[int], Views, bool]]:
-        """Yield the places of answers, their views, and whether they count, for this process's share of a step.
-
-        All processes get the same number; one that runs out of answers repeats the first, which does not count then.
-        """
-        rank, ranks = self.run.processes.share
-        count, size, section = len(rollout.records), self.settings.samples_per_batch, self.section
-        share = -(-count // ranks)
-        end = min(share * (rank + 1), count)
+        """Yield the places of answers, their views, and whether they count, for this process's share of a step."""
+        section, count = self.section, len(rollout.records)
         hide = section.hide_prompt if section.method == "diffu-grpo" else 0.0
-        for first in range(share * rank, share * (rank + 1), size):
-            places = [0] if first >= end else [*range(first, min(first + size, end))]
+        for places, counts in share_of(count, self.settings.samples_per_batch, *self.run.processes.share):
             answers = [rollout.answer(place, self.settings.seed, inner_step) for place in places]
-            masks = MASKS[section.method]
-            yield places, Views.of(answers, section.samples, self.is_complementary, masks, hide), first < end
+            yield places, Views.of(answers, section.samples, self.is_complementary, MASKS[section.method], hide), counts
 
     # A rollout
 
@@ -279,7 +257,7 @@ class RlTrainer(Trainer):
             self.plain = build_model(run.recipe, start, run.model.config).to(run.processes.device)
         weights = dict(run.model.named_parameters())
         for name, parameter in self.plain.named_parameters():
-            held = weights[name.replace("_orig_mod.", "")].detach()
+            held = weights[name].detach()
             parameter.data.copy_(held.full_tensor() if isinstance(held, DTensor) else held)
         return self.plain
 
@@ -287,17 +265,14 @@ class RlTrainer(Trainer):
     def sums(self, rollout: Rollout, inner_step: int, network: Objective) -> Tensor:
         """Return what `objective` compares with: the sums of all answers [A], or of diffu-grpo their tokens [M]."""
         found: dict[int, list[float]] = {}
-        network.eval()
-        for places, batch, counts in self.views(rollout, inner_step):
-            log_p_M = network(batch)
-            if self.section.method == "diffu-grpo":
-                values = log_p_M.split([self.numbers(rollout, place) for place in places])
-            else:
-                values = batch.sums(log_p_M).split(1)
-            if counts:
-                found |= {place: value.tolist() for place, value in zip(places, values, strict=True)}
-        release(network)
-        network.train(network is self.run.objective)
+        with measuring(network):
+            for places, batch, counts in self.views(rollout, inner_step):
+                values = log_p_M = network(batch)
+                if self.section.method != "diffu-grpo":
+                    values = batch.sums(log_p_M)
+                parts = values.split([self.numbers(rollout, place) for place in places])
+                if counts:
+                    found |= {place: part.tolist() for place, part in zip(places, parts, strict=True)}
         pairs = dict(gathered(self.run.processes, [*found.items()]))
         return as_tensor([number for place in sorted(pairs) for number in pairs[place]])
 
@@ -311,43 +286,32 @@ class RlTrainer(Trainer):
 
     def compute_gradients(self, batches: list[Any]) -> tuple[float, dict[str, Any]]:  # noqa: ARG002
         """Add up the gradients of this process's share of the step; return the loss and the figures of the step."""
-        run, step, device = self.run, self.state.step, self.run.processes.device
+        step, device = self.state.step, self.run.processes.device
         rollout, inner_step = self.rollout_of(step), step % self.section.inner_steps
         sizes = [self.numbers(rollout, place) for place in range(len(rollout.records))]
-        ends = [*accumulate(sizes)]
+        every_A = as_tensor(sizes) / sum(sizes)  # all answers alike, or under diffu-grpo all tokens
 
         def of(name: str, places: list[int]) -> Tensor | None:
             every = rollout.figures[name]
             if not len(every):
                 return None
-            now = every.view(self.section.inner_steps, -1)[inner_step]
-            return torch.cat([now[ends[place] - sizes[place] : ends[place]] for place in places]).to(device)
+            own = every.view(self.section.inner_steps, -1)[inner_step].split(sizes)
+            return torch.cat([own[place] for place in places]).to(device)
 
-        sums: dict[str, float] = {"loss": 0.0}
-        parts = [*self.views(rollout, inner_step)]
+        losses, parts = [], [*self.views(rollout, inner_step)]
         for number, (places, batch, counts) in enumerate(parts):
-            before_pass(run.objective, last=number == len(parts) - 1)
-            key = (self.settings.seed, rng.DROPOUT, step, run.processes.share[0] * len(parts) + number)
-            with rng.seeded(device, *key) if run.recipe.lora.dropout else nullcontext():
-                log_p_M = run.objective(batch)
+            log_p_M = self.log_p(batch, number, len(parts))
             old = of("old", places)
             assert old is not None
-            weight_A = self.weights(rollout)[places].to(device) * float(counts)
+            weight_A = every_A[places].to(device) * float(counts)
             advantage_A = rollout.figures["advantage"][places].to(device)
-            found = objective(self.section, batch, log_p_M, old, of("reference", places), advantage_A, weight_A)
-            found.loss.backward()
-            for name, value in {"loss": found.loss.detach(), **found.figures}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        loss, *figures = run.processes.total(*sums.values())
-        record = dict(zip([*sums][1:], figures, strict=True)) | summary(rollout.records, self.section.answers)
+            losses.append(objective(self.section, batch, log_p_M, old, of("reference", places), advantage_A, weight_A))
+            losses[-1].loss.backward()
+        loss, figures = self.total(losses)
+        record = figures | summary(rollout.records, self.section.answers)
         if inner_step == 0:
             self.remark(record)
         return loss, record
-
-    def weights(self, rollout: Rollout) -> Tensor:
-        """Return the weight of each answer in the loss [A], with the sum 1: by their tokens under diffu-grpo."""
-        sizes_A = as_tensor([self.numbers(rollout, place) for place in range(len(rollout.records))])
-        return sizes_A / sizes_A.sum()
 
     def remark(self, record: dict[str, Any]) -> None:
         """Say when nothing has been learnt for some rollouts."""
