@@ -2,11 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +18,9 @@ from illada.training import trainer
 from illada.training.recipe import ModelRecipe
 from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
+from process_groups import run_groups
 from reference import reference_bound, reference_preference
 
-GROUPS = Path(__file__).parents[1] / "training" / "groups.py"
 NAMES = ("loss", "accuracy", "margin", "chosen_gap", "rejected_gap", "gradient_norm", "validation_loss")
 
 
@@ -113,13 +109,7 @@ def test_any_number_of_processes_is_the_same_run(make_dpo, tmp_path):
         for name, more in (("kept", {}), ("live", {"dpo": {"reference": "live"}}), ("adapter", {"rank": 4}))
         for count in (1, 2)
     }
-    values = {name: (count, dataclasses.asdict(recipe)) for name, (count, recipe) in runs.items()}
-    (tmp_path / "runs.json").write_text(json.dumps(values))
-    words = [sys.executable, str(GROUPS), str(tmp_path / "runs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    ends = json.loads(done.stdout)
+    ends = run_groups(tmp_path, runs)
     assert all(set(end["codes"]) == {0} for end in ends.values()), ends
     for name in ("kept", "live", "adapter"):
         close(*(read_metrics(tmp_path / f"{name} on {count}" / "metrics.jsonl") for count in (1, 2)))

@@ -1,10 +1,6 @@
 """Reinforcement learning: the plain losses, problems, and the same run however it is cut, killed or divided."""
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +19,8 @@ from illada.toy_tasks import sudoku_solutions
 from illada.training import trainer
 from illada.training.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
 from illada.weights.runs import read_metrics
+from process_groups import run_groups
 from reference import reference_policy
-
-GROUPS = Path(__file__).parents[1] / "training" / "groups.py"
 
 
 @pytest.fixture
@@ -177,13 +172,8 @@ def test_any_number_of_processes_is_the_same_run(make_rl, tmp_path):
     for name, more in (("espo", {}), ("adapter", {"rank": 4}), ("tokens", {"rl": {"method": "diffu-grpo"}})):
         for count in (1, 2):
             recipe = make_rl(f"{name} on {count}", steps=4, samples_per_step=15, samples_per_batch=8 // count, **more)
-            runs[recipe.output.rpartition("/")[2]] = (count, dataclasses.asdict(recipe))
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    words = [sys.executable, str(GROUPS), str(tmp_path / "runs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    ends = json.loads(done.stdout)
+            runs[Path(recipe.output).name] = (count, recipe)
+    ends = run_groups(tmp_path, runs)
     assert all(set(end["codes"]) == {0} for end in ends.values()), ends
     for name in ("espo", "adapter", "tokens"):
         close(*(read_metrics(tmp_path / f"{name} on {count}" / "metrics.jsonl") for count in (1, 2)))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_parallel import run_groups
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +23,7 @@ from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import Objective, recompute
 from illada.training.trainer import train
 from illada.weights.runs import read_metrics
+from process_groups import run_groups
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PACKING = Packing((20, 20, 13))

@@ -1,13 +1,7 @@
 """One run on 1, 2 and 4 processes: the same noise, the same losses to rounding, the same files at the end."""
 
-import dataclasses
-import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,24 +11,9 @@ from illada.data.collate import noisy_batches
 from illada.errors import IlladaError
 from illada.training.trainer import train
 from illada.weights.runs import read_metrics
+from process_groups import run_groups
 
 pytestmark = pytest.mark.slow
-
-GROUPS = (str(Path(__file__).with_name("groups.py")),)
-
-
-def run_groups(folder, runs, program=GROUPS):
-    """Train recipes, {name: (processes, recipe)}, each in a folder of its name; returns how they ended."""
-    values = {}
-    for name, (processes, recipe) in runs.items():
-        recipe.output = str(folder / name)
-        values[name] = (processes, dataclasses.asdict(recipe))
-    (folder / "runs.json").write_text(json.dumps(values))
-    words = [sys.executable, *program, folder / "runs.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def assert_same_run(folder, ends, name, other, loss=1e-5, weight=2e-5):
