@@ -440,3 +440,19 @@ def reference_policy(method, new, old, start, advantage, lengths, epsilon, beta,
             for x, y, z in zip(now, before, first, strict=True):
                 total += surrogate(math.exp(x - y), a) + beta * (math.exp(z - x) - (z - x) - 1)
     return total / (sum(lengths) if method == "diffu-grpo" else len(lengths))
+
+
+def reference_certainty(views, entropy_weight, temperature):
+    """Return the loss of an answer, the sum over its views, each logits and ids of what is asked for (dParallel)."""
+    total = 0.0
+    for logits, ids in views:
+        entropies = []
+        for row, target in zip(logits, ids, strict=True):
+            log_p = [float(x) for x in torch.log_softmax(row.double(), 0)]
+            total += -log_p[target] / len(ids)
+            if log_p[target] == max(log_p):
+                q = [math.exp(x / temperature) for x in log_p]
+                q = [x / sum(q) for x in q]
+                entropies.append(-sum(x * math.log(x) for x in q if x))
+        total += entropy_weight * sum(entropies) / max(1, len(entropies))
+    return total

@@ -32,7 +32,7 @@ from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, first_line, needs
 from illada.files import check_yaml
-from illada.post_training.options import DPO_DEFAULTS, RL_DEFAULTS
+from illada.post_training.options import DISTILL_DEFAULTS, DPO_DEFAULTS, RL_DEFAULTS
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 
 Command = Callable[..., None]
@@ -71,6 +71,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "sft": training.sft,
     "dpo": training.dpo,
     "rl": training.rl,
+    "distill": training.distill,
     "estimate": training.estimate,
     "report": training.report,
     "generate": generation.generate,
@@ -87,7 +88,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "completion": completion,
     "bench": {"generate": bench.generate, "serve": bench.serve},
 }
-DEFAULTS = {"sft": SFT_DEFAULTS, "dpo": DPO_DEFAULTS, "rl": RL_DEFAULTS}
+DEFAULTS = {"sft": SFT_DEFAULTS, "dpo": DPO_DEFAULTS, "rl": RL_DEFAULTS, "distill": DISTILL_DEFAULTS}
 """What commands change in TrainingRecipe."""
 FROM_THE_MODEL = {"eos_token_id"}
 """Settings that a command takes from the model."""

@@ -1,6 +1,6 @@
-"""The losses against the authors' own code, from the user's checkouts: ILLADA_ESPO and ILLADA_D1.
+"""The losses against the authors' own code, from the user's checkouts: ILLADA_ESPO, ILLADA_D1 and ILLADA_DPARALLEL.
 
-These name folders with ML-GSAI/ESPO and dllm-reasoning/d1. Only the functions named here are run; what they need of
+These name folders with ML-GSAI/ESPO, dllm-reasoning/d1 and czg1225/dParallel. Only the functions named here are run; what they need of
 their libraries is stood in for.
 """
 
@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from illada.post_training.bounds import Answer, AnswersObjective, Views
-from illada.post_training.options import RlSection
+from illada.post_training.certainty import CertaintyObjective, Written, certainty_loss
+from illada.post_training.options import DistillSection, RlSection
 from illada.post_training.policy import MASKS, objective
 from illada.scoring.likelihood import masked_tokens
 
@@ -135,3 +136,38 @@ def test_diffu_grpo_loss(untied, seed):
     expected.backward()
     found.loss.backward()
     torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dparallel_loss(untied, seed):
+    """One answer, as they normalise over a batch; both masks are ours, and MASK is left out as we leave it out."""
+    code = authors("ILLADA_DPARALLEL", "LLaDA/llada_train.py", "compute_loss")
+    torch.manual_seed(seed)
+    ids, mask = torch.randint(6, 60, (3 + 8,)), untied.config.mask_token_id
+    answer = Written(ids.numpy(), 3, torch.arange(8).numpy(), 8)
+    with torch.no_grad():  # so that something is predicted right
+        first, _ = answer.views(DistillSection(), slice(0, 4), 0.5, (seed,))
+        place = int(np.flatnonzero(first.asked)[0])
+        ids[place] = untied(ids.masked_fill(torch.from_numpy(first.hidden), mask)[None]).logits[0, place].argmax()
+    views = answer.views(DistillSection(), slice(0, 4), 0.5, (seed,))
+    masked = [torch.from_numpy(view.asked)[None] for view in views]
+    noisy = [ids.masked_fill(torch.from_numpy(view.hidden), mask)[None] for view in views]
+    code["forward_process_semi_ar"] = lambda *_: (*noisy, *masked)
+
+    def answer_of(input_ids):
+        logits = untied(input_ids).logits
+        return SimpleNamespace(logits=logits.index_fill(2, torch.tensor([mask]), -1e9))
+
+    self = SimpleNamespace(mask_token_id=mask, temperature=0.5, entropy_weight=2, block_size=4)
+    expected = code["compute_loss"](self, answer_of, {"input_ids": ids[None], "prompt_lengths": torch.tensor([3])})
+    expected.backward()
+    theirs = untied.lm_head.weight.grad.clone()
+    untied.zero_grad()
+    batch = Views.pack(views, [2, 2])
+    said = CertaintyObjective(untied, torch.device("cpu"), "fp32")(batch)
+    assert said.right_M.sum() > 0
+    found = certainty_loss(batch, said, 2.0, torch.ones(2))
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(untied.lm_head.weight.grad, theirs, rtol=1e-3, atol=1e-5)
+    untied.zero_grad()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from illada.errors import IlladaError
 from illada.post_training.bounds import Answer, Views
-from illada.post_training.options import RlData, RlRecipe, RlSection
+from illada.post_training.options import ProblemFiles, RlRecipe, RlSection
 from illada.post_training.policy import MASKS, advantages, objective
 from illada.post_training.problems import TASKS, Problems
 from illada.post_training.reinforcement import RlTrainer
@@ -53,7 +53,7 @@ def make_rl(start, tmp_path, monkeypatch):
         return RlRecipe(
             output=str(tmp_path / name),
             model=ModelRecipe(start=str(start)),
-            data=RlData(**{**files, **(data or {})}),
+            data=ProblemFiles(**{**files, **(data or {})}),
             lora=LoraRecipe(rank=rank),
             training=TrainingRecipe(**{**settings, **training}),
             rl=RlSection(**{**section, **(rl or {})}),

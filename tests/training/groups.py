@@ -20,7 +20,16 @@ import peft  # noqa: F401 - once, not in every process
 import torch.distributed as dist
 
 from illada.errors import IlladaError
-from illada.post_training.options import DpoRecipe, DpoSection, RlData, RlRecipe, RlSection
+from illada.post_training.distillation import DistillTrainer
+from illada.post_training.options import (
+    DistillRecipe,
+    DistillSection,
+    DpoRecipe,
+    DpoSection,
+    ProblemFiles,
+    RlRecipe,
+    RlSection,
+)
 from illada.post_training.preferences import PreferenceTrainer
 from illada.post_training.reinforcement import RlTrainer
 from illada.training import trainer
@@ -66,6 +75,13 @@ def group(world, action, said):
     return [codes[pid] for pid in pids]
 
 
+POST_TRAINING = {
+    "dpo": (DpoRecipe, DpoSection, PreferenceTrainer),
+    "rl": (RlRecipe, RlSection, RlTrainer),
+    "distill": (DistillRecipe, DistillSection, DistillTrainer),
+}
+
+
 def train_and_record(values, folder, rank):
     """Train, and write a hash of every segment that this process sees: ids, mask and weights, by step.
 
@@ -92,16 +108,15 @@ def train_and_record(values, folder, rank):
     trainer.noisy_batches = look
     kinds = {"model": ModelRecipe, "lora": LoraRecipe, "data": DataRecipe}
     kinds |= {"training": TrainingRecipe, "parallel": ParallelRecipe}
-    kinds |= {"dpo": DpoSection} if "dpo" in values else {}
-    kinds |= {"rl": RlSection, "data": RlData} if "rl" in values else {}
+    title = next((name for name in POST_TRAINING if name in values), "train")
+    recipe, section, kind = POST_TRAINING.get(title, (Recipe, None, None))
+    if section is not None:
+        kinds[title] = section
+    if title in ("rl", "distill"):
+        kinds["data"] = ProblemFiles
     parts = {name: kind(**values[name]) for name, kind in kinds.items()}
     try:
-        if "dpo" in values:
-            trainer.train(DpoRecipe(output=values["output"], **parts), "dpo", PreferenceTrainer)
-        elif "rl" in values:
-            trainer.train(RlRecipe(output=values["output"], **parts), "rl", RlTrainer)
-        else:
-            trainer.train(Recipe(output=values["output"], **parts), "train")
+        trainer.train(recipe(output=values["output"], **parts), title, kind)
     except IlladaError as error:
         print(f"error: {error}")
         sys.exit(2)

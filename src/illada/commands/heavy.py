@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
+    import illada.post_training.distillation as distillation
     import illada.post_training.preferences as preferences
     import illada.post_training.reinforcement as reinforcement
     import illada.preparation.prepare as preparation
@@ -47,6 +48,7 @@ MODULES = {
     "comparison": "illada.evaluation.compare",
     "convert": "illada.weights.convert",
     "demo": "illada.demo.stages",
+    "distillation": "illada.post_training.distillation",
     "estimation": "illada.training.optional.estimate",
     "evaluation": "illada.evaluation.run",
     "export": "illada.weights.export",

@@ -13,6 +13,11 @@ SHOWN = {
         "config output model.start lora.rank data.train data.window training.steps training.samples_per_step "
         "training.learning_rate training.device rl.method rl.tasks rl.reward rl.answers rl.settings"
     ),
+    "distill": (
+        "config output model.start lora.rank data.train data.validation data.window training.epochs "
+        "training.samples_per_step training.learning_rate training.device distill.tasks distill.problems "
+        "distill.reward distill.settings distill.masks distill.thresholds"
+    ),
     "estimate": f"model.preset {_RECIPE} gpus gpu price sft json",
     "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
     "chat": f"{_DECODING} system cache quantize",
@@ -25,7 +30,7 @@ SHOWN = {
 TAKES_MODEL = ("generate", "chat", "score", "serve", "eval", "export")
 """Commands whose first word may be the model, without `--model`."""
 
-TAKES_RECIPE = ("pretrain", "sft", "dpo", "rl", "estimate")
+TAKES_RECIPE = ("pretrain", "sft", "dpo", "rl", "distill", "estimate")
 """Commands whose first word may be the recipe, without `--config`."""
 
 

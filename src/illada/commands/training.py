@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from illada.commands import heavy
 from illada.commands.next import next_commands
 from illada.errors import IlladaError
-from illada.post_training.options import DpoRecipe, RlRecipe
+from illada.post_training.options import DistillRecipe, DpoRecipe, RlRecipe
 from illada.training.optional.options import EstimateOptions
 from illada.training.recipe import Recipe
 
@@ -38,6 +38,11 @@ def rl(recipe: RlRecipe) -> None:
     _train(recipe, "rl")
 
 
+def distill(recipe: DistillRecipe) -> None:
+    """Tune a model to give its own answers in fewer passes, from a recipe."""
+    _train(recipe, "distill")
+
+
 def _train(recipe: Recipe, title: str) -> None:
     """Train, and name the commands that go on from there."""
     recipe.check()  # at once, before torch is loaded
@@ -46,6 +51,8 @@ def _train(recipe: Recipe, title: str) -> None:
         trainer = heavy.preferences.PreferenceTrainer
     if isinstance(recipe, RlRecipe):
         trainer = heavy.reinforcement.RlTrainer
+    if isinstance(recipe, DistillRecipe):
+        trainer = heavy.distillation.DistillTrainer
     result = heavy.training.train(recipe, title, trainer)
     if result.interrupted:
         sys.exit(128 + signal.Signals(result.interrupted))

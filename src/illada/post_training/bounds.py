@@ -10,7 +10,7 @@ included · L its own · D width · V vocabulary · C rows of one chunk.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +82,20 @@ class Answer:
         return len(self.ids) - self.prompt
 
 
+class View(NamedTuple):
+    """An answer behind its prompt, as the model sees it."""
+
+    ids: NDArray[np.int64]
+    hidden: NDArray[np.bool_]
+    """What it does not see."""
+    asked: NDArray[np.bool_]
+    """What it is asked for."""
+    weight: float
+    """Of each log-probability in the answer's sum."""
+    answer: int
+    """Number of the answer."""
+
+
 @dataclass(frozen=True)
 class Views:
     """Answers under noise, packed for one forward pass, on the host."""
@@ -113,11 +127,10 @@ class Views:
             masks: what the views of an answer mask, and their weights.
             hide: chance that a token of the prompt is hidden too.
         """
-        clean, hidden, asked, weight, number, lengths = [], [], [], [], [], []
+        rows = []
         for place, answer in enumerate(answers):
             masked_NL, weight_N = masks(answer.length, samples, answer.seed, complementary)
-            shape = (len(masked_NL), len(answer.ids))
-            asked_NS = np.zeros(shape, dtype=np.bool_)
+            asked_NS = np.zeros((len(masked_NL), len(answer.ids)), dtype=np.bool_)
             asked_NS[:, answer.prompt :] = masked_NL
             hidden_NS = asked_NS.copy()
             if hide:
@@ -125,16 +138,30 @@ class Views:
                     answer.seed, PROMPT, torch.arange(len(masked_NL))[:, None], torch.arange(answer.prompt)
                 )
                 hidden_NS[:, : answer.prompt] = (draws < hide).numpy()
-            clean.append(np.broadcast_to(answer.ids, shape).ravel())
-            hidden.append(hidden_NS.ravel())
-            asked.append(asked_NS.ravel())
-            weight.append(weight_N.repeat(shape[1]))
-            number.append(np.full(asked_NS.size, place))
-            lengths += [shape[1]] * shape[0]
-        columns = (torch.from_numpy(np.concatenate(parts)) for parts in (clean, hidden, asked, weight, number))
-        clean_T, hidden_T, asked_T, weight_T, answer_T = columns
-        lengths_A = torch.tensor([answer.length for answer in answers], dtype=torch.float32)
-        return cls(clean_T, hidden_T, asked_T, weight_T.float(), answer_T, Packing(tuple(lengths)), lengths_A)
+            rows += [
+                View(answer.ids, hidden_S, asked_S, weight, place)
+                for hidden_S, asked_S, weight in zip(hidden_NS, asked_NS, weight_N.tolist(), strict=True)
+            ]
+        return cls.pack(rows, [answer.length for answer in answers])
+
+    @classmethod
+    def pack(cls, rows: Sequence[View], lengths: Sequence[int]) -> "Views":
+        """Pack views for one pass.
+
+        Args:
+            rows: the views.
+            lengths: tokens of each answer.
+        """
+        sizes = [len(row.ids) for row in rows]
+        clean_T, hidden_T, asked_T = (
+            torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
+            for name in ("ids", "hidden", "asked")
+        )
+        repeats = torch.tensor(sizes)
+        weight_T = torch.tensor([row.weight for row in rows], dtype=torch.float32).repeat_interleave(repeats)
+        answer_T = torch.tensor([row.answer for row in rows]).repeat_interleave(repeats)
+        lengths_A = torch.tensor(lengths, dtype=torch.float32)
+        return cls(clean_T, hidden_T, asked_T, weight_T, answer_T, Packing(tuple(sizes)), lengths_A)
 
     def sums(self, log_p_M: Tensor) -> Tensor:
         """Return the weighted sum of the log-probabilities of each answer [A]: its bound, under `views`."""
@@ -146,8 +173,8 @@ class Views:
 class AnswersObjective(Objective):
     """Gives the log-probabilities of answers under noise, of which a loss is made."""
 
-    def forward(self, batch: Views) -> Tensor:  # type: ignore[override]
-        """Return log p of each token that is asked for, in nats, fp32 [M]."""
+    def forward(self, batch: Views) -> Any:  # type: ignore[override]
+        """Return log p of each token that is asked for, in nats, fp32 [M], or what else `ask` returns."""
         half = self.dtype != "fp32"
         clean_T, hidden_T, asked_T = (
             tensor.to(self.device, non_blocking=True) for tensor in (batch.clean_T, batch.hidden_T, batch.asked_T)
@@ -156,8 +183,11 @@ class AnswersObjective(Objective):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             noisy_T = clean_T.masked_fill(hidden_T, self.model.config.mask_id)
             hidden_TD = self.model.model.packed(noisy_T, batch.packing)
-            head_VD, mask = self.model.lm_head.weight, self.model.config.mask_id
-            return log_probabilities(hidden_TD[at_M], head_VD, clean_T[at_M], mask)
+            return self.ask(hidden_TD[at_M], clean_T[at_M])
+
+    def ask(self, hidden_MD: Tensor, target_M: Tensor) -> Any:
+        """Return what the head says of the tokens that are asked for."""
+        return log_probabilities(hidden_MD, self.model.lm_head.weight, target_M, self.model.config.mask_id)
 
 
 def log_probabilities(hidden_MD: Tensor, head_VD: Tensor, target_M: Tensor, mask_id: int | None) -> Tensor:

@@ -111,11 +111,11 @@ RL_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class RlData(DataRecipe):
-    """Where problems come from, if not from rl.tasks.
+class ProblemFiles(DataRecipe):
+    """Where problems come from, if not from tasks that draw them.
 
     Args:
-        train: jsonl file of problems, {"prompt" or "messages", "answer", ...} a line; none with rl.tasks.
+        train: jsonl file of problems, {"prompt" or "messages", ...} a line; none with tasks.
         validation: jsonl file of held-out problems, answered at validations without sampling; none for no validation.
         window: most tokens of a prompt with its answer.
         split_probability: of pretrain.
@@ -132,7 +132,48 @@ class RlData(DataRecipe):
 
 
 @dataclass
-class RlSection:
+class ProblemsSection:
+    """What runs on problems share.
+
+    Args:
+        tasks: problems that are drawn; none with data.train.
+        reward: how answers are judged.
+        exclude: jsonl files of problems that must never be trained on.
+        settings: decoding of the answers.
+        reward_seconds: most seconds of one reward of one answer.
+    """
+
+    tasks: list[str] | None = None
+    reward: dict[str, float] | str | None = None  # in this order, or the command line takes a dictionary for a name
+    exclude: list[str] | None = None
+    settings: dict[str, Any] | None = None
+    reward_seconds: float = 10.0
+
+    def check_ranges(self, command: str, ranges: dict[str, tuple[float, float]]) -> None:
+        """Check that numbers lie between bounds, both included; raises IlladaError as `Recipe.check` does."""
+        for name, (least, most) in {**ranges, "reward_seconds": (0.001, 1e6)}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise IlladaError(f"{command}.{name} is {value:g}: it must be between {least:g} and {most:g}")
+
+
+def check_problems(recipe: Recipe, section: ProblemsSection, command: str) -> None:
+    """Check that a run on problems has one source of them.
+
+    Raises:
+        IlladaError: when it has none or two, or is to go back to other data.
+    """
+    check_own_noise(recipe, command)
+    if bool(recipe.data.train) == bool(section.tasks):
+        raise IlladaError(
+            f"give exactly one of {command}.tasks (problems that are drawn) and data.train (a file of them)"
+        )
+    if recipe.training.on_spike == "rollback":
+        raise IlladaError("training.on_spike rollback needs other data to go on with: take none or skip")
+
+
+@dataclass
+class RlSection(ProblemsSection):
     """Reinforcement learning from rewards that can be computed.
 
     Args:
@@ -158,9 +199,6 @@ class RlSection:
     """
 
     method: Method = "espo"
-    tasks: list[str] | None = None
-    reward: dict[str, float] | str | None = None  # in this order, or the command line takes a dictionary for a name
-    exclude: list[str] | None = None
     answers: int = 6
     inner_steps: int = 8
     samples: int = 2
@@ -169,26 +207,23 @@ class RlSection:
     beta: float = 0.001
     psi: float = 10.0
     hide_prompt: float = 0.15
-    settings: dict[str, Any] | None = None
-    reward_seconds: float = 10.0
     keep_every: int = 20
 
     def check(self) -> None:
         """Check the section; raises IlladaError as `Recipe.check` does."""
-        for name, least, most in (
-            ("answers", 2, 1024),
-            ("inner_steps", 1, 1024),
-            ("samples", 1, 1024),
-            ("epsilon", 1e-9, 100),
-            ("beta", 0, 1e6),
-            ("psi", 1e-9, 1e6),
-            ("hide_prompt", 0, 0.999),
-            ("reward_seconds", 0.001, 1e6),
-            ("keep_every", 1, 10**9),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise IlladaError(f"rl.{name} is {value:g}: it must be between {least:g} and {most:g}")
+        self.check_ranges(
+            "rl",
+            {
+                "answers": (2, 1024),
+                "inner_steps": (1, 1024),
+                "samples": (1, 1024),
+                "epsilon": (1e-9, 100),
+                "beta": (0, 1e6),
+                "psi": (1e-9, 1e6),
+                "hide_prompt": (0, 0.999),
+                "keep_every": (1, 10**9),
+            },
+        )
 
 
 @dataclass
@@ -206,17 +241,15 @@ class RlRecipe(Recipe):
         rl: problems, rewards, answers and the loss.
     """
 
-    data: RlData = field(default_factory=RlData)
+    data: ProblemFiles = field(default_factory=ProblemFiles)
     rl: RlSection = field(default_factory=RlSection)
 
     def check(self) -> None:
         """Check what can be checked without opening anything; raises IlladaError as `Recipe.check` does."""
         super().check()
-        check_own_noise(self, "rl")
+        check_problems(self, self.rl, "rl")
         self.rl.check()
         training, section = self.training, self.rl
-        if bool(self.data.train) == bool(section.tasks):
-            raise IlladaError("give exactly one of rl.tasks (problems that are drawn) and data.train (a file of them)")
         if self.data.train and section.reward is None:
             raise IlladaError("rl.reward is missing: say how answers to the problems of data.train are judged")
         if training.samples_per_step % section.answers:
@@ -224,7 +257,98 @@ class RlRecipe(Recipe):
                 f"training.samples_per_step is {training.samples_per_step}: it must be a multiple of rl.answers "
                 f"{section.answers}"
             )
-        if training.on_spike == "rollback":
-            raise IlladaError("training.on_spike rollback needs other data to go on with: take none or skip")
         if training.steps is None:
             raise IlladaError("training.steps is missing: problems have no epochs")
+
+
+DISTILL_DEFAULTS: dict[str, Any] = {
+    "epochs": 6.0,
+    "samples_per_step": 64,
+    "samples_per_batch": 16,
+    "learning_rate": 2e-5,
+    "final_learning_rate": 2e-6,
+    "warmup_steps": 20,
+    "decay": "linear",
+    "validate_every": 200,
+    "validation_samples": 200,
+}
+"""What `illada distill` changes in TrainingRecipe (epochs and rate are dParallel's for adapters; the rest is ours)."""
+
+
+@dataclass
+class DistillSection(ProblemsSection):
+    """Certainty training on the start's own careful answers, so that it needs fewer passes (dParallel, 2509.26488).
+
+    Args:
+        tasks: problems that are drawn: sudoku, countdown, or tasks of the demo (addition, sorting, ...); none with
+            data.train.
+        problems: how many problems the start answers; none for all of data.train.
+        reward: how answers are judged, as in rl: only those with the full reward of 1 are learnt from, and held-out
+            ones are counted by it; none for the tasks' own, and with data.train to learn from all answers that ended
+            by themselves, and to count held-out ones that are the same as the start's.
+        exclude: jsonl files of problems that must never be trained on.
+        settings: how the start answers; one token a pass where nothing else is said.
+        reward_seconds: most seconds of one reward of one answer.
+        masks: what is hidden of a block: "random" tokens (dParallel), or those that the start wrote last ("order", so
+            that the model sees what it will see in decoding; d3LLM, 2601.07568).
+        mask_ratio: share of a block that is hidden, in the first and in the last step (dParallel: 0.5 and 0.5; d3LLM:
+            0 and 0.8).
+        complementary: also learn from the rest of the block, behind the other mask (both papers).
+        block_length: tokens of a block; none for that of the settings (dParallel: 32).
+        entropy_weight: of the entropy of what is predicted right, beside the cross-entropy (dParallel: 2; 0 leaves
+            plain tuning on the answers).
+        entropy_temperature: at which that entropy is taken (dParallel: 0.5).
+        thresholds: at validations held-out problems are answered with these, for accuracy against passes.
+    """
+
+    problems: int | None = None
+    masks: Literal["random", "order"] = "random"
+    mask_ratio: list[float] = field(default_factory=lambda: [0.5, 0.5])
+    complementary: bool = True
+    block_length: int | None = None
+    entropy_weight: float = 2.0
+    entropy_temperature: float = 0.5
+    thresholds: list[float] = field(default_factory=lambda: [0.6, 0.8, 0.9, 0.95])
+
+    def check(self) -> None:
+        """Check the section; raises IlladaError as `Recipe.check` does."""
+        self.check_ranges(
+            "distill",
+            {
+                "problems": (1, 10**9),
+                "block_length": (1, 10**6),
+                "entropy_weight": (0, 1e6),
+                "entropy_temperature": (0.01, 100),
+            },
+        )
+        if len(self.mask_ratio) != 2 or not all(0 <= ratio <= 1 for ratio in self.mask_ratio):
+            raise IlladaError(f"distill.mask_ratio is {self.mask_ratio}: it must be two shares between 0 and 1")
+        if not self.thresholds or not all(0 < threshold <= 1 for threshold in self.thresholds):
+            raise IlladaError(f"distill.thresholds is {self.thresholds}: it must be probabilities above 0, at most 1")
+
+
+@dataclass
+class DistillRecipe(Recipe):
+    """One run of certainty training.
+
+    Args:
+        output: run folder; the same command continues an interrupted run in it.
+        model: the network; start is the tuned model, whose answers are learnt.
+        lora: adapters instead of all weights.
+        data: files of problems.
+        training: how to train; samples are answers, an epoch is all of them.
+        parallel: processes, memory, compiler.
+        log: TensorBoard, Weights & Biases, evaluation of checkpoints.
+        distill: problems, answers, masks and the loss.
+    """
+
+    data: ProblemFiles = field(default_factory=ProblemFiles)
+    distill: DistillSection = field(default_factory=DistillSection)
+
+    def check(self) -> None:
+        """Check what can be checked without opening anything; raises IlladaError as `Recipe.check` does."""
+        super().check()
+        check_problems(self, self.distill, "distill")
+        self.distill.check()
+        if self.distill.tasks and self.distill.problems is None:
+            raise IlladaError("distill.problems is missing: tasks draw without end, say how many the start answers")

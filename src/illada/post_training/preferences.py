@@ -232,7 +232,7 @@ class PreferenceTrainer(AnswersTrainer):
         losses = []
         for number, batch in enumerate(batches):
             reference_A = self._reference(batch, "train")
-            bounds_A = batch.views.sums(self.log_p(batch.views, number, len(batches)))
+            bounds_A = batch.views.sums(self.pass_over(batch.views, number, len(batches)))
             losses.append(self._preference(bounds_A, reference_A, batch))
             losses[-1].loss.backward()
         return self.total(losses)

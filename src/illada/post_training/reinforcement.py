@@ -6,127 +6,44 @@ their log-probabilities are moved by their advantages (`policy`) under new masks
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from illada import rng
-from illada.data.batches import Batches, Segment
+from illada.data.batches import Segment
 from illada.data.shards import Shards
-from illada.errors import IlladaError
-from illada.generation.engine import generate
-from illada.generation.settings import GenerationSettings, settings_for
-from illada.model.config import IlladaConfig
-from illada.model.transformer import IlladaForMaskedLM
+from illada.post_training.answering import AnsweringTrainer, ProblemsRun, gathered
 from illada.post_training.bounds import Views
 from illada.post_training.options import RlRecipe, RlSection
 from illada.post_training.policy import MASKS, advantages, objective
-from illada.post_training.problems import Problem, Problems, messages_of, read_problems
 from illada.post_training.rewards import Judge
 from illada.post_training.rollouts import Rollout, as_tensor, no_difference, summary, thin_out
-from illada.post_training.shared import AnswersRun, AnswersTrainer, measuring, share_of
-from illada.text.chat import encode_any
-from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
+from illada.post_training.shared import measuring, share_of
 from illada.training.parallel import Objective, Processes
-from illada.training.setup import build_model
 from illada.training.trainer import Result
 from illada.weights.adapters import without_adapter
-from illada.weights.runs import checkpoints, model_folder
+from illada.weights.runs import checkpoints
 
-SAMPLING = 22  # the random stream of answers' seeds
 ALIKE = 5
 """After so many rollouts of which nothing could be learnt the run says so."""
 
 
-class ProblemData(Shards):
-    """What a run on problems has in place of prepared tokens."""
-
-    def __init__(self, problems: Problems, tokenizer: Any):
-        self.kind, self.tokens, self.bytes, self.documents = "problems", 0, 0, 0
-        self.tokenizer_sha256, self.vocab_size = tokenizer_sha256(tokenizer), len(tokenizer)
-        self.index = {"provenance": {"source_fingerprint": problems.fingerprint}}
-        self.sources, self.path = [], Path(problems.name)
-
-
-class AnswerBatches(Batches):
-    """Answers as a function from step number; what they are is known once their rollout is made."""
-
-    def __post_init__(self) -> None:
-        """Count an epoch as a step: problems have none."""
-        self.samples = self.samples_per_step
-
-
-class RlRun(AnswersRun):
-    """A run on problems.
-
-    Attributes:
-        problems: to train on.
-        held_out_problems: to answer at validations.
-        rewards: names and weights.
-        decoding: settings of the answers.
-    """
+class RlRun(ProblemsRun):
+    """A run on problems whose answers are judged."""
 
     recipe: RlRecipe
-    decoding: GenerationSettings
+    command, temperature = "rl", 1.0
 
     def __init__(self, recipe: RlRecipe, processes: Processes):
+        self.section: RlSection = recipe.rl
         super().__init__(recipe, processes)
-        self.decoding = settings_for(self.model, self.decoding)
         if recipe.rl.beta and recipe.rl.method != "gdsd":
             self.open_copy()
 
-    def open_data(self) -> list[str]:
-        """Open the problems; the tokenizer is the start's."""
-        data, section = self.recipe.data, self.recipe.rl
-        self.decoding = decoding_of(section)
-        tasks, exclude = section.tasks or [], section.exclude or []
-        self.problems = Problems(tasks, str(data.train), self.recipe.training.seed, exclude)
-        held_out = data.validation
-        self.held_out_problems = [] if held_out is None else read_problems(held_out)
-        self.rewards = weights_of(section, self.problems)
-        self.tokenizer = load_tokenizer(model_folder(self.recipe.model.start or ""))
-        self.shards = ProblemData(self.problems, self.tokenizer)
-        self.held_out = self.shards if self.held_out_problems else None
-        return []
 
-    def make_batches(self, config: IlladaConfig) -> Batches:
-        """Return what stands for the answers."""
-        recipe, window = self.recipe, self.recipe.data.window
-        self.check_start(config, "rl")
-        return AnswerBatches(
-            self.shards, window, recipe.training.samples_per_step, recipe.training.seed, 0.0, rule="llada"
-        )
-
-
-def decoding_of(section: RlSection) -> GenerationSettings:
-    """Return the settings of the answers, with temperature 1 where the recipe says none.
-
-    Raises:
-        IlladaError: when one is unknown or out of range.
-    """
-    known = {item.name for item in fields(GenerationSettings)} - {"eos_token_id", "seed"}
-    given = section.settings or {}
-    if unknown := sorted(given.keys() - known):
-        raise IlladaError(f"rl.settings has no {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-    try:
-        return GenerationSettings(**{"temperature": 1.0, **given})
-    except TypeError as error:
-        raise IlladaError(f"rl.settings: {error}") from None
-
-
-def weights_of(section: RlSection, problems: Problems) -> dict[str, float]:
-    """Return the rewards and their weights: the recipe's, else those of the tasks."""
-    if section.reward is None:
-        return dict.fromkeys(problems.rewards, 1.0)
-    return {section.reward: 1.0} if isinstance(section.reward, str) else dict(section.reward)
-
-
-class RlTrainer(AnswersTrainer):
+class RlTrainer(AnsweringTrainer):
     """Takes the steps of `illada rl`."""
 
     opens = RlRun
@@ -136,7 +53,6 @@ class RlTrainer(AnswersTrainer):
         super().__init__(run, title)
         self.section = run.recipe.rl
         self.rollout: Rollout | None = None
-        self.plain: IlladaForMaskedLM | None = None
         self.alike = 0  # rollouts in a row of which nothing could be learnt
 
     def train(self) -> Result:
@@ -205,62 +121,6 @@ class RlTrainer(AnswersTrainer):
         rollout.figures["reference"] = torch.cat(reference) if reference else torch.zeros(0)
         return rollout
 
-    def answer(self, problems: list[Problem], settings: GenerationSettings, number: int) -> list[dict[str, Any]]:
-        """Return a record of an answer to each problem, in every process; each process answers a share.
-
-        Raises:
-            IlladaError: when a prompt leaves no room for an answer, or a reward does not work.
-        """
-        run, (rank, ranks) = self.run, self.run.processes.share
-        network, share = self.whole_model(), -(-len(problems) // ranks)
-        places = range(share * rank, min(share * (rank + 1), len(problems)))
-        own = [problems[place] for place in places]
-        with run.processes.raise_together():
-            room = run.recipe.data.window
-            prompts = [encode_any(messages_of(problem), run.tokenizer, "a problem") for problem in own]
-            longest = max(map(len, prompts), default=0)
-            if longest + settings.block_length + 1 > room:
-                raise IlladaError(
-                    f"a problem has {longest} tokens, which leaves no room for an answer in data.window {room}"
-                )
-            seeds = [int(rng.bits(self.settings.seed, SAMPLING, number, place)) & (2**62 - 1) for place in places]
-            each = [
-                replace(settings, seed=seed, max_new_tokens=min(settings.max_new_tokens, room - len(prompt) - 1))
-                for seed, prompt in zip(seeds, prompts, strict=True)
-            ]
-            half = self.settings.dtype != "fp32"
-            with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=half):
-                answers = generate(network, prompts, each, run.tokenizer)
-            rewards = self.judge(own, [answer.text or "" for answer in answers])
-        eos = run.tokenizer.eos_token_id
-        records = [
-            {
-                "problem": messages_of(problem)[-1]["content"],
-                "text": answer.text,
-                "ids": [*prompt, *answer.ids, *([eos] if answer.finish_reason == "stop" or not answer.ids else [])],
-                "prompt": len(prompt),
-                "rewards": found,
-                "passes": answer.forwards,
-                "finished": answer.finish_reason == "stop",
-            }
-            for problem, prompt, answer, found in zip(own, prompts, answers, rewards, strict=True)
-        ]
-        return gathered(run.processes, records)
-
-    def whole_model(self) -> IlladaForMaskedLM:
-        """Return the network with all its weights in this process; all processes call this together."""
-        run = self.run
-        if run.processes.count == 1 and not run.recipe.parallel.compile:
-            return run.model
-        if self.plain is None:
-            start = model_folder(run.recipe.model.start or "")
-            self.plain = build_model(run.recipe, start, run.model.config).to(run.processes.device)
-        weights = dict(run.model.named_parameters())
-        for name, parameter in self.plain.named_parameters():
-            held = weights[name].detach()
-            parameter.data.copy_(held.full_tensor() if isinstance(held, DTensor) else held)
-        return self.plain
-
     @torch.no_grad()
     def sums(self, rollout: Rollout, inner_step: int, network: Objective) -> Tensor:
         """Return what `objective` compares with: the sums of all answers [A], or of diffu-grpo their tokens [M]."""
@@ -300,7 +160,7 @@ class RlTrainer(AnswersTrainer):
 
         losses, parts = [], [*self.views(rollout, inner_step)]
         for number, (places, batch, counts) in enumerate(parts):
-            log_p_M = self.log_p(batch, number, len(parts))
+            log_p_M = self.pass_over(batch, number, len(parts))
             old = of("old", places)
             assert old is not None
             weight_A = every_A[places].to(device) * float(counts)
@@ -332,12 +192,3 @@ class RlTrainer(AnswersTrainer):
         self.log.say(f"step {self.state.step}  held out: reward {found['reward']:.4f}  of 1: {1 - wrong:.1%}")
         names = {name: value for name, value in found.items() if name != "zero_groups"}
         return {f"validation_{name}": value for name, value in names.items()} | {"validation_full": 1 - wrong}
-
-
-def gathered(processes: Processes, items: list[Any]) -> list[Any]:
-    """Return the items of all shares, in the shares' order, in every process."""
-    if processes.count == 1:
-        return items
-    parts: list[Any] = [None] * processes.count
-    dist.all_gather_object(parts, items)
-    return [item for part in parts[:: processes.tensor] for item in part]

@@ -196,7 +196,7 @@ class Judge:
         about = f"the reward {name}, given the answer {answer[:60]!r},"
         try:
             if not self._pipe.poll(self.seconds):
-                raise IlladaError(f"{about} took more than {self.seconds:g} seconds (rl.reward_seconds)")
+                raise IlladaError(f"{about} took more than {self.seconds:g} seconds (reward_seconds)")
             value, error = self._pipe.recv()
         except EOFError:
             raise IlladaError(f"{about} ended its process") from None

@@ -33,7 +33,7 @@ class Rollout:
         number: of the rollout, from 0.
         records: of each answer: problem (its text), text, ids, prompt (its tokens), rewards (by name), passes,
             finished (whether it ended by itself).
-        figures: advantage [A]; old and reference, of each inner step one after another (reference is empty where
+        figures: for rl advantage [A]; old and reference, of each inner step one after another (reference is empty where
             nothing keeps the model near its start).
     """
 
@@ -47,21 +47,21 @@ class Rollout:
         own = noise_seed(seed, self.number * len(self.records) + place, inner_step)
         return Answer(np.array(record["ids"], dtype=np.int64), record["prompt"], own)
 
-    def write(self, run: Path) -> None:
-        """Write it into a run folder."""
-        with new_folder(run / FOLDER / f"{self.number:08d}") as folder:
+    def write(self, run: Path, name: str = FOLDER) -> None:
+        """Write it into a run folder, below a folder of this name."""
+        with new_folder(run / name / f"{self.number:08d}") as folder:
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
             (folder / ANSWERS).write_text("".join(lines), encoding="utf-8")
             save_file(self.figures, folder / FIGURES)
 
     @classmethod
-    def read(cls, run: Path, number: int) -> "Rollout | None":
+    def read(cls, run: Path, number: int, name: str = FOLDER) -> "Rollout | None":
         """Return what a run folder holds of a rollout; None when it was not made yet.
 
         Raises:
             IlladaError: when it is damaged.
         """
-        folder = run / FOLDER / f"{number:08d}"
+        folder = run / name / f"{number:08d}"
         if not folder.is_dir():
             return None
         if faults := damage(folder):

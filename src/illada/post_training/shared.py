@@ -92,14 +92,13 @@ class AnswersTrainer(Trainer):
 
     run: AnswersRun
 
-    def log_p(self, batch: Views, number: int, count: int) -> Tensor:
-        """Return what the model says in pass `number` of a step's `count`, with gradient [M]."""
+    def pass_over(self, batch: Views, number: int, count: int) -> Any:
+        """Return what the objective says of a batch, with gradient, in pass `number` of a step's `count`."""
         run = self.run
         before_pass(run.objective, last=number == count - 1)
         key = (self.settings.seed, rng.DROPOUT, self.state.step, run.processes.share[0] * count + number)
         with rng.seeded(run.processes.device, *key) if run.recipe.lora.dropout else nullcontext():
-            found: Tensor = run.objective(batch)
-        return found
+            return run.objective(batch)
 
     def total(self, losses: Iterable[Loss]) -> tuple[float, dict[str, Any]]:
         """Return the loss and the figures of the batches of all processes together."""
