@@ -30,6 +30,7 @@ REST = {
     "sft": "tiny-cpu-sft --model.start model --data.train data --output run",
     "dpo": "dpo --model.start model --data.train data --output run",
     "rl": "rl --model.start model --rl.tasks sorting --output run",
+    "distill": "distill --model.start model --distill.tasks sorting --distill.problems 9 --output run",
     "estimate": "tiny-cpu-pretrain --data.train data --output run",
     "generate": "--model model --prompt text",
     "chat": "--model model",
@@ -76,8 +77,8 @@ def completed(words: list[str]) -> list[str]:
         options = options[1:]
     if name == "eval" and not given & {"--paper", "--task_files", "--tasks"}:
         options.append(("--paper", "base"))
-    if name == "rl" and "--data.train" in given:
-        options = [option for option in options if option[0] != "--rl.tasks"]
+    if name in ("rl", "distill") and "--data.train" in given:
+        options = [option for option in options if option[0] != f"--{name}.tasks"]
     if name in ("generate", "score") and "--file" in given:
         options = options[:1]
     if name == "pretrain" and "--model.start" in given:
@@ -135,11 +136,12 @@ SHORT = {
     "pretrain": f"{SHAPE} {TRAINING}",
     "sft": TRAINING,
     "dpo": f"{TRAINING} --training.samples_per_step 4",
+    "rl": f"{TRAINING} --data.window 96 --training.samples_per_step 4 --rl.answers 2 --rl.inner_steps 1",
     "generate": "--max_new_tokens 8 --block_length 4",
     "chat": "--max_new_tokens 8 --block_length 4",
     "score": "--samples 2",
 }
-TESTED_ELSEWHERE = {"eval", "compare", "serve", "bench", "completion", "convert"}
+TESTED_ELSEWHERE = {"distill", "eval", "compare", "serve", "bench", "completion", "convert"}
 
 
 def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):

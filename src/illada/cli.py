@@ -16,7 +16,8 @@ import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from types import ModuleType
+from itertools import pairwise
+from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Keeps tokenizers from advising about processes.
@@ -163,8 +164,22 @@ def _add_option(parser: ArgumentParser, option: _Option) -> None:
     parser.add_argument(option.flag, **keywords)
 
 
+def _commands_for(words: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the commands, and what an estimate is for; its recipe is that command's."""
+    pairs = pairwise(
+        part for word in words for part in (word.split("=", 1) if word.startswith("--command") else [word])
+    )
+    subject = next((name for flag, name in pairs if flag == "--command" and name in TAKES_RECIPE), "pretrain")
+    kind = get_type_hints(COMMANDS[subject])["recipe"]
+    known: Any = training.estimate
+    twin = FunctionType(known.__code__, known.__globals__, known.__name__, known.__defaults__)
+    twin.__doc__, twin.__annotations__ = known.__doc__, {**known.__annotations__, "recipe": kind}
+    return {**COMMANDS, "estimate": twin}, subject
+
+
 def _build(words: Sequence[str]) -> "_Parser":
     """Return the parser for these words; the recipe's defaults depend on the command."""
+    choices, subject = _commands_for(words)
     parser = _Parser(
         prog="illada",
         version=version("illada"),
@@ -183,9 +198,9 @@ def _build(words: Sequence[str]) -> "_Parser":
             if isinstance(command, dict):
                 add(child, command, "WHAT")
             else:
-                _add_options(child, command, changed.get("sft" if "--sft" in words else name, {}))
+                _add_options(child, command, changed.get(subject if name == "estimate" else name, {}))
 
-    add(parser, COMMANDS, "COMMAND")
+    add(parser, choices, "COMMAND")
     return parser
 
 
@@ -380,7 +395,7 @@ def _parse(words: Sequence[str]) -> tuple[Command, Namespace]:
     except TypeError as error:
         what = "model, lora, data, training, parallel and log must each hold lines of `key: value` in the recipe"
         raise IlladaError(what) from error
-    command: Any = COMMANDS
+    command: Any = _commands_for(words)[0]
     while isinstance(command, dict):
         command, arguments = command[arguments.subcommand], arguments[arguments.subcommand]
     return command, arguments

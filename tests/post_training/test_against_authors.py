@@ -1,7 +1,7 @@
 """The losses against the authors' own code, from the user's checkouts: ILLADA_ESPO, ILLADA_D1 and ILLADA_DPARALLEL.
 
-These name folders with ML-GSAI/ESPO, dllm-reasoning/d1 and czg1225/dParallel. Only the functions named here are run; what they need of
-their libraries is stood in for.
+These name folders with ML-GSAI/ESPO, dllm-reasoning/d1 and czg1225/dParallel. Only the functions named here are run;
+what they need of their libraries is stood in for.
 """
 
 import ast

@@ -17,6 +17,7 @@ from illada.training.optional.flops import GPUS, flops_per_token
 from illada.training.optional.options import EstimateOptions
 from illada.training.parallel import recompute
 from illada.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe
+from illada.weights.load import load_config
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 
@@ -296,7 +297,16 @@ def test_the_command(tmp_path, capsys):
         assert part in text
     (tmp_path / "sft.yaml").write_text("model: {preset: 1m, num_hidden_layers: 1}\ndata: {window: 32}\n")
     main(
-        ["estimate", str(tmp_path / "sft.yaml"), "--sft", "--data_tokens", "81920", "--training.samples_per_batch", "2"]
+        [
+            "estimate",
+            str(tmp_path / "sft.yaml"),
+            "--command",
+            "sft",
+            "--data_tokens",
+            "81920",
+            "--training.samples_per_batch",
+            "2",
+        ]
     )
     assert "120 steps, 983,040 tokens" in capsys.readouterr().out  # 12 epochs of 256 windows a step
     with pytest.raises(SystemExit):
@@ -322,3 +332,45 @@ def test_a_deep_network_is_estimated_from_two_shallower_ones(monkeypatch, gpus):
     whole = estimation.estimate(recipe, EstimateOptions(gpus=gpus))
     monkeypatch.setattr(estimation, "DEEP", 8)
     assert estimation.estimate(recipe, EstimateOptions(gpus=gpus)) == whole
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "times", "forward"),
+    [
+        ("dpo", "--dpo.samples 3", 6, 6),  # two answers, the start's bounds of which are computed once: one epoch
+        ("dpo", "--dpo.samples 3 --dpo.complementary --dpo.reference live", 12, 12),
+        # old sums and the start's, and an answer of four passes over 24 to 32 tokens for two steps
+        (
+            "rl",
+            "RL ANSWERS",
+            4,
+            8 + 4 * (1 - 4 / 64) / 2,
+        ),
+        (
+            "rl",
+            "RL --rl.method gdsd ANSWERS",
+            4,
+            4 + 1.875,
+        ),
+        ("distill", "--distill.tasks sorting --distill.problems 640 --training.epochs 2 ANSWERS", 2, 3.75 / 2),
+    ],
+)
+def test_post_training_is_estimated_too(command, words, times, forward, tmp_path, write_tiny_model, capsys):
+    start = write_tiny_model(tmp_path / "start")
+    words = words.replace("RL", "--rl.tasks sorting --rl.answers 2 --rl.samples 2 --rl.inner_steps 2")
+    words = words.replace("ANSWERS", f"--{command}.settings.max_new_tokens 4 --{command}.settings.block_length 4")
+    shared = (
+        f"--command {command} --model.start {start} --data.window 32 --training.samples_per_step 8 --gpu h100 --json"
+    )
+    main(["estimate", *shared.split(), *words.split(), "--training.samples_per_batch", "2"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_step"] == 8 * 32 * times
+    assert found["windows_per_pass"] == 2 * times
+    assert found["passes_per_step"] == 4
+    config = load_config(start)
+    learnt, passed = flops_per_token(config, 32), flops_per_token(config, 32) / 3
+    assert found["flops_per_token"] == pytest.approx(learnt + passed * forward / times)
+    copied = (command == "rl" and "gdsd" not in words) or "live" in words
+    assert found["memory"]["none"]["weights"] == 4 * found["parameters"] * (1 + copied)
+    if command == "distill":
+        assert found["steps"] == 2 * 640 // 8

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import illada.post_training.distillation as distillation
     import illada.post_training.preferences as preferences
     import illada.post_training.reinforcement as reinforcement
+    import illada.post_training.rollouts as rollouts
+    import illada.post_training.work as work
     import illada.preparation.prepare as preparation
     import illada.preparation.train_tokenizer as train_tokenizer
     import illada.scoring.optional.candidates as scoring
@@ -58,6 +60,7 @@ MODULES = {
     "preferences": "illada.post_training.preferences",
     "preparation": "illada.preparation.prepare",
     "reinforcement": "illada.post_training.reinforcement",
+    "rollouts": "illada.post_training.rollouts",
     "runs": "illada.weights.runs",
     "scoring": "illada.scoring.optional.candidates",
     "server": "illada.serving.server",
@@ -66,6 +69,7 @@ MODULES = {
     "training": "illada.training.trainer",
     "verification": "illada.weights.verify",
     "weights": "illada.weights.load",
+    "work": "illada.post_training.work",
 }
 
 

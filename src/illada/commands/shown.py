@@ -18,7 +18,7 @@ SHOWN = {
         "training.samples_per_step training.learning_rate training.device distill.tasks distill.problems "
         "distill.reward distill.settings distill.masks distill.thresholds"
     ),
-    "estimate": f"model.preset {_RECIPE} gpus gpu price sft json",
+    "estimate": f"model.preset {_RECIPE} gpus gpu price command json",
     "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
     "chat": f"{_DECODING} system cache quantize",
     "serve": f"{_DECODING} host port replicas quantize",

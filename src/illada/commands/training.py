@@ -5,7 +5,8 @@ import json as json_format
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from illada.commands import heavy
 from illada.commands.next import next_commands
@@ -65,21 +66,28 @@ def _train(recipe: Recipe, title: str) -> None:
         next_commands(use, f"illada report {recipe.output}")
 
 
-def estimate(recipe: Recipe, options: EstimateOptions, json: bool = False, sft: bool = False) -> None:  # noqa: ARG001 (the parser reads sft)
+def estimate(
+    recipe: Recipe,
+    options: EstimateOptions,
+    json: bool = False,
+    command: Literal["pretrain", "sft", "dpo", "rl", "distill"] = "pretrain",  # noqa: ARG001 (the parser reads it)
+) -> None:
     """Say what a recipe will need: memory by kind, speed, days and cost.
 
     Args:
         recipe: the run; its data need not exist yet.
         options: the machine and what the recipe does not say.
         json: print a JSON object instead.
-        sft: the recipe is for `illada sft`, whose defaults differ.
+        command: what the recipe is for, as keys and defaults differ.
     """
-    result = heavy.estimation.estimate(recipe, options)
+    result = heavy.estimation.estimate(recipe, options, heavy.work.work_of(recipe))
     print(json_format.dumps(dataclasses.asdict(result), indent=1) if json else heavy.estimation.table(result))
 
 
 def report(runs: list[str], output: str | None = None, windows: int = 0, beside: str | None = None) -> None:
     """Draw the curves of one training run or several: loss, speed and more; on request, an exact likelihood.
+
+    Of a run on rewards it also prints the best and the worst of the latest answers, as what is rewarded is learnt.
 
     Args:
         runs: folders of runs, finished or not; several in one picture.
@@ -96,4 +104,7 @@ def report(runs: list[str], output: str | None = None, windows: int = 0, beside:
         raise IlladaError("--windows measures one run: give one, and another with --beside")
     if windows:
         print(heavy.likelihood.likelihood_table(heavy.likelihood.run_likelihood(runs[0], windows, beside)))
-    print(f"written to {heavy.plots.draw_runs(runs, output)}")
+    picture = heavy.plots.draw_runs(runs, output)
+    for line in [line for run in runs for line in heavy.rollouts.samples(Path(run))]:
+        print(line)
+    print(f"written to {picture}")

@@ -23,6 +23,8 @@ from illada.post_training.bounds import Answer, noise_seed
 
 FOLDER = "rollouts"
 ANSWERS, FIGURES = "answers.jsonl", "figures.safetensors"
+SHOWN, LONGEST_SHOWN = 3, 200
+"""Answers on either end of a sample, and characters of each."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def thin_out(run: Path, before: int, every: int) -> None:
     for number in numbers_of(run):
         if number < before and number % every:
             shutil.rmtree(run / FOLDER / f"{number:08d}")
+
+
+def samples(run: Path) -> list[str]:
+    """Return the best and the worst answers of the latest rollout in a run folder as lines to read; [] without any."""
+    numbers = numbers_of(run)
+    rollout = Rollout.read(run, numbers[-1]) if numbers else None
+    if rollout is None:
+        return []
+    ranked = sorted(rollout.records, key=lambda record: -record["rewards"]["reward"])
+    lines = [f"answers of rollout {rollout.number}, best and worst of {len(ranked)}, all in {run / FOLDER}:"]
+    for record in [*ranked[:SHOWN], *ranked[max(SHOWN, len(ranked) - SHOWN) :]]:
+        problem, text = (json.dumps(record[name], ensure_ascii=False)[:LONGEST_SHOWN] for name in ("problem", "text"))
+        lines.append(f"  {record['rewards']['reward']:6.3g}  {problem} -> {text}")
+    return lines
 
 
 def summary(records: Sequence[dict[str, Any]], answers: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ from illada.model.transformer import IlladaForMaskedLM
 from illada.training.optim import muon_matrices
 from illada.training.optional.dropout import Dropout
 from illada.training.optional.flops import GPUS, block_parameters, check_shape, flops_per_token
-from illada.training.optional.options import EstimateOptions
+from illada.training.optional.options import EstimateOptions, Work
 from illada.training.parallel import check_divisible, recompute
 from illada.training.recipe import LORA_TARGETS, Recipe
 from illada.weights.adapters import add_adapter
@@ -63,7 +63,7 @@ class Memory:
     """Bytes on one GPU under one kind of activation checkpointing; each kind at its own maximum."""
 
     weights: int
-    """Shards of the fp32 weights (frozen ones under an adapter in their own type)."""
+    """Shards of the fp32 weights (frozen ones under an adapter in their own type), and of a copy of the start."""
     gathered: int
     """Weights in the computation's type, gathered while they are used; 0 for one GPU."""
     gradients: int
@@ -115,25 +115,33 @@ class Estimate:
         return memory.peak + memory.saving <= (1 - FREE_SHARE) * self.memory_available
 
 
-def estimate(recipe: Recipe, options: EstimateOptions) -> Estimate:
+def estimate(recipe: Recipe, options: EstimateOptions, work: Work = Work()) -> Estimate:  # noqa: B008 (frozen)
     """Estimate what it takes to carry out a recipe, whose data need not exist yet.
+
+    Args:
+        recipe: the run.
+        options: the machine.
+        work: what a sample of this kind of training costs.
 
     Raises:
         IlladaError: when the recipe or an option cannot be used.
     """
-    _check(recipe, options)
+    _check(recipe, options, work)
     gpus, gpu, settings, data = options.gpus, options.gpu, recipe.training, recipe.data
-    shards, config = _open(recipe, options.vocab_size)
+    shards, config = _open(recipe, options.vocab_size, work)
     share = math.ceil(settings.samples_per_step / (gpus // recipe.parallel.tensor))
-    windows = min(settings.samples_per_batch, share)
-    passes = math.ceil(share / windows)
-    parameters, trained, memory = _rehearse(recipe, config, windows, passes, gpus, gpu == "cpu")
-    tokens = settings.samples_per_step * data.window
+    samples = min(settings.samples_per_batch, share)
+    windows, passes = math.ceil(samples * work.windows), math.ceil(share / samples)
+    _check_pass(recipe, windows)
+    parameters, trained, memory = _rehearse(recipe, config, windows, passes, gpus, gpu == "cpu", work)
+    tokens = round(settings.samples_per_step * data.window * work.windows)
     available = options.data_tokens or (shards.tokens if shards else None)
-    steps = settings.steps if available is None else settings.count_steps(available // data.window)
+    count = work.samples or (None if available is None else available // data.window)
+    steps = settings.steps if count is None else settings.count_steps(count)
     # Two segments of a uniformly split window hold two thirds of its pairs.
-    mean_length = data.window * (1 - data.split_probability / 3)
+    mean_length = data.window * (1 if work.whole else 1 - data.split_probability / 3)
     flops = flops_per_token(config, mean_length, trained if recipe.lora.rank else 0)
+    flops += flops_per_token(config, mean_length) / 3 * work.forward / work.windows
     machine_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     speed = None if gpu == "cpu" else gpus * GPUS[gpu].teraflops * 1e12 * options.mfu / flops
     days = None if speed is None or steps is None else steps * tokens / speed / 86_400
@@ -161,10 +169,11 @@ def estimate(recipe: Recipe, options: EstimateOptions) -> Estimate:
     )
 
 
-def _check(recipe: Recipe, options: EstimateOptions) -> None:
+def _check(recipe: Recipe, options: EstimateOptions, work: Work) -> None:
     # Where the run will write and read does not matter here.
     named = dataclasses.replace(recipe, output=recipe.output or "run")
-    named.data = dataclasses.replace(recipe.data, train=recipe.data.train or "data")
+    if not work.problems:
+        named.data = dataclasses.replace(recipe.data, train=recipe.data.train or "data")
     named.check()
     gpus, gpu, mfu, price = options.gpus, options.gpu, options.mfu, options.price
     if gpu not in (*GPUS, "cpu"):
@@ -180,15 +189,17 @@ def _check(recipe: Recipe, options: EstimateOptions) -> None:
         raise IlladaError(f"mfu is {mfu:g}: it must be above 0 and at most 1")
     if price is not None and price < 0:
         raise IlladaError(f"price is {price:g}: it must be at least 0")
-    batch = min(windows, recipe.training.samples_per_batch)
-    if batch * recipe.data.window > MOST_TOKENS:
-        raise IlladaError(
-            f"training.samples_per_batch {batch} windows of {recipe.data.window} tokens are more than a pass holds "
-            f"({MOST_TOKENS:,} tokens): lower one of them"
-        )
     if windows < gpus // tensor:
         raise IlladaError(
             f"training.samples_per_step {windows} leaves some of {gpus} GPUs without a window: raise it or lower gpus"
+        )
+
+
+def _check_pass(recipe: Recipe, windows: int) -> None:
+    if windows * recipe.data.window > MOST_TOKENS:
+        raise IlladaError(
+            f"training.samples_per_batch: {windows} windows of {recipe.data.window} tokens are more than a pass holds "
+            f"({MOST_TOKENS:,} tokens): lower one of them"
         )
 
 
@@ -225,11 +236,11 @@ def table(result: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _open(recipe: Recipe, vocab_size: int | None) -> tuple[Shards | None, IlladaConfig]:
+def _open(recipe: Recipe, vocab_size: int | None, work: Work) -> tuple[Shards | None, IlladaConfig]:
     """Return the prepared data if it exists (a URL must), and the network's shape, which must fit the recipe."""
     places, window = recipe.data.train, recipe.data.window
     names = [places] if isinstance(places, str) else list(places)
-    exists = bool(places) and all("://" in name or Path(name).is_dir() for name in names)
+    exists = not work.problems and bool(places) and all("://" in name or Path(name).is_dir() for name in names)
     shards = Shards.open(places) if exists else None
     config = _config(recipe, vocab_size or (shards.vocab_size if shards else None))
     if window > config.max_position_embeddings:
@@ -289,17 +300,17 @@ class _Meter(TorchDispatchMode):
 
 
 def _rehearse(
-    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool
+    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool, work: Work
 ) -> tuple[int, int, dict[Checkpointing, Memory]]:
     """Return what `_rehearse_whole` does; of a deep network from two shallower ones, as each block adds as much."""
     layers, low, high = config.num_hidden_layers, DEEP // 2, DEEP
     if layers <= high:
-        return _rehearse_whole(recipe, config, windows, passes, gpus, on_cpu)
+        return _rehearse_whole(recipe, config, windows, passes, gpus, on_cpu, work)
     found = []
     for depth in (low, high):
         part = copy.deepcopy(config)
         part.num_hidden_layers = depth
-        found.append(_rehearse_whole(recipe, part, windows, passes, gpus, on_cpu))
+        found.append(_rehearse_whole(recipe, part, windows, passes, gpus, on_cpu, work))
 
     def at_full_depth(few: int, many: int) -> int:
         return few + (many - few) * (layers - low) // (high - low)
@@ -312,7 +323,7 @@ def _rehearse(
 
 
 def _rehearse_whole(
-    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool
+    recipe: Recipe, config: IlladaConfig, windows: int, passes: int, gpus: int, on_cpu: bool, work: Work
 ) -> tuple[int, int, dict[Checkpointing, Memory]]:
     """Run one micro-batch through the real network and loss on fake tensors, under each kind of checkpointing.
 
@@ -340,13 +351,14 @@ def _rehearse_whole(
         gathered = (2 if bf16 else 4) * (blocks if once else 2 * block) + 4 * root if gpus > 1 else 0
         # The gradient of a block, and in the end of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
-        fixed = (weights + optimizer) // shards + gathered
+        start = 4 * everything if work.copy else 0  # a copy of it, in fp32
+        fixed = (weights + start + optimizer) // shards + gathered
         gradients = 4 * count // (1 if once and passes > 1 else shards)
         memory: dict[Checkpointing, Memory] = {}
         dropout = Dropout(model, recipe.training.dropout, 0)
         for kind in CHECKPOINTING:
             recompute(model, kind)
-            saved, loss, meter = _one_pass(model, dropout, recipe, windows, bf16)
+            saved, loss, meter = _one_pass(model, dropout, recipe, windows, bf16, work)
             during = (
                 gradients + meter.peak + reduced
                 if passes > 1 or gpus > 1
@@ -354,7 +366,7 @@ def _rehearse_whole(
             )
             after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
-                weights=weights // shards,
+                weights=(weights + start) // shards,
                 gathered=gathered,
                 gradients=gradients,
                 optimizer=optimizer // shards,
@@ -382,16 +394,16 @@ def _share_of_network(recipe: Recipe, config: IlladaConfig) -> IlladaForMaskedLM
 
 
 def _one_pass(
-    model: IlladaForMaskedLM, dropout: Dropout, recipe: Recipe, windows: int, autocast: bool
+    model: IlladaForMaskedLM, dropout: Dropout, recipe: Recipe, windows: int, autocast: bool, work: Work
 ) -> tuple[int, int, _Meter]:
     """Return the bytes kept after the trunk, the bytes the loss adds at its peak, the meter after the backward pass."""
-    packing = Packing(_lengths(recipe.data.window, windows, recipe.data.split_probability))
+    packing = Packing(_lengths(recipe.data.window, windows, 0 if work.whole else recipe.data.split_probability))
     # The fullest of many micro-batches: p is uniform over the segments. A causal model predicts nearly all tokens.
     low, high = recipe.training.mask_range or (0.0, 1.0)
     if recipe.training.complementary:
         low, high = min(low, 1 - high), max(high, 1 - low)
     deviation = (high - low) * math.sqrt(1 / 12 / len(packing.lengths))
-    share = 1.0 if model.config.causal else min(high, (low + high) / 2 + 3 * deviation)
+    share = 1.0 if model.config.causal or work.whole else min(high, (low + high) / 2 + 3 * deviation)
     with _Meter() as meter:
         hooks = []
         for parameter in model.parameters():

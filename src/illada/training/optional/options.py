@@ -7,6 +7,24 @@ GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090", "cpu"]
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one sample of a training costs, in windows of its recipe."""
+
+    windows: float = 1
+    """Windows that are learnt from: passes forwards and backwards."""
+    forward: float = 0
+    """Windows that only pass forwards, in the step or once for all steps that use them."""
+    copy: bool = False
+    """Whether a copy of the start lies beside the model."""
+    samples: int | None = None
+    """Samples of the data; None to count windows."""
+    whole: bool = False
+    """Whether no window is split, and any share of it may be predicted."""
+    problems: bool = False
+    """Whether data.train is a file of problems, and no prepared tokens."""
+
+
+@dataclass(frozen=True)
 class EstimateOptions:
     """The machine, and what the recipe does not say.
 

@@ -75,6 +75,7 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
         _draw_one(found[0], loss, ratio, norm)
         _draw_preferences(found[0], loss, ratio)
         _draw_rewards(found[0], loss, ratio)
+        _draw_frontier(found[0], loss, ratio)
     else:
         _draw_several(found, loss, ratio, norm)
     for number, curves in enumerate(found):
@@ -88,7 +89,7 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     speed.set_ylim(bottom=0)
     speed.set_ylabel("tokens a second")
     for axes in (loss, ratio, norm, speed):
-        axes.set_xlabel("step")
+        axes.set_xlabel(axes.get_xlabel() or "step")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -154,6 +155,43 @@ def _draw_rewards(curves: Curves, reward: Any, rest: Any) -> None:
     ):
         curves.draw(rest, curves.column(name), label, smooth=True)
     rest.set_ylabel("shares, passes, nats")
+
+
+def _draw_frontier(curves: Curves, loss: Any, frontier: Any) -> None:
+    """Draw what a run of certainty training has in place of bits per byte: its loss, and accuracy against passes."""
+    if not any(value is not None for value in curves.column("entropy")):
+        return
+    for name, label in (("cross_entropy", "cross-entropy"), ("entropy", "entropy of what is right")):
+        curves.draw(loss, curves.column(name), label, smooth=True)
+    loss.set_ylabel("nats, sum over a mask and its complement")
+    file = curves.folder / "frontier.json"
+    if not file.exists():
+        return
+    first = read_json(file).get("points", [])
+    latest: dict[str, Any] = next((record for record in reversed(curves.records) if _points(record)), {})
+    frontier.set_visible(True)
+    for points, name in ((first[1:], "start"), (_points(latest), f"step {latest.get('step')}")):
+        for key, marker, what in (("reward", "o", "reward"), ("same", "s", "same as the start's careful answer")):
+            if drawn := [(point["tokens_per_pass"], point[key]) for point in points if key in point]:
+                x, y = zip(*drawn, strict=True)
+                style = "--" if name == "start" else "-"
+                frontier.plot(x, y, style, marker=marker, markersize=4, label=f"{name}: {what}")
+    if first and "reward" in first[0]:
+        careful = first[0]
+        frontier.plot(careful["tokens_per_pass"], careful["reward"], "*", color=INK, label="start, careful")
+    frontier.set_ylim(0, 1.02)
+    frontier.set_ylabel("share of held-out answers")
+    frontier.set_xlabel("tokens a pass, by threshold")
+
+
+def _points(record: dict[str, Any]) -> list[dict[str, float]]:
+    """Return what a validation of certainty training says, a point for each threshold."""
+    points: dict[float, dict[str, float]] = {}
+    for name, value in record.items():
+        key, at, threshold = name.removeprefix("validation_").rpartition("_at_")
+        if at:
+            points.setdefault(float(threshold), {})[key] = value
+    return [points[threshold] for threshold in sorted(points)]
 
 
 def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:
