@@ -414,11 +414,15 @@ def reference_bound(model, context, answer, samples, seed, complementary=False):
     return total / samples
 
 
-def reference_preference(bounds, reference, lengths, beta, normalise=False):
-    """Return the mean over pairs of -log σ(β (gap of chosen - gap of rejected)); chosen and rejected alternate."""
+def reference_preference(bounds, reference, lengths, beta, normalise=False, anchor=0.0):
+    """Return the mean over pairs of -log σ(β (gap of chosen - gap of rejected)) - anchor B(chosen) / L.
+
+    Chosen and rejected alternate.
+    """
     gaps = [(b - r) / (n if normalise else 1) for b, r, n in zip(bounds, reference, lengths, strict=True)]
     margins = [beta * (gaps[i] - gaps[i + 1]) for i in range(0, len(gaps), 2)]
-    return sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)
+    chosen = [anchor * b / n for b, n in zip(bounds[0::2], lengths[0::2], strict=True)]
+    return sum(math.log1p(math.exp(-m)) - c for m, c in zip(margins, chosen, strict=True)) / len(margins)
 
 
 def reference_policy(method, new, old, start, advantage, lengths, epsilon, beta, psi):

@@ -36,13 +36,14 @@ def close(one, other, names=NAMES, rel=1e-4):
         assert a == pytest.approx(b, rel=rel, abs=1e-5), name
 
 
+@pytest.mark.parametrize("anchor", [0.0, 0.8])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_the_loss_is_the_plain_one(normalise):
+def test_the_loss_is_the_plain_one(normalise, anchor):
     torch.manual_seed(0)
     bounds, reference, lengths = torch.randn(6, requires_grad=True), torch.randn(6), torch.tensor([2.0, 3, 4, 5, 6, 7])
-    found = preference(bounds, reference, lengths, torch.full((3,), 1 / 3), 0.7, normalise)
+    found = preference(bounds, reference, lengths, torch.full((3,), 1 / 3), 0.7, normalise, anchor)
     values = (bounds.tolist(), reference.tolist(), lengths.tolist())
-    assert found.loss.item() == pytest.approx(reference_preference(*values, 0.7, normalise), rel=1e-5)
+    assert found.loss.item() == pytest.approx(reference_preference(*values, 0.7, normalise, anchor), rel=1e-5)
 
 
 @pytest.mark.parametrize("complementary", [False, True])

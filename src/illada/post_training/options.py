@@ -50,6 +50,8 @@ class DpoSection:
         samples: noise levels under which an answer is seen, with one mask each (LLaDA 1.5: 8).
         complementary: see each of them under the complement of its mask as well, at twice the passes (ESPO).
         normalise: divide each answer's bound by its tokens, so that long answers do not count for more (ours).
+        anchor: weight of the chosen answer's own bound, a token, in the loss, which keeps it probable: pairs alone may
+            take probability from both answers (1 in arXiv 2404.19733); 0 for none, as in VRPO.
         reference: "kept": the start's bounds are computed once, under masks that stay the same in every epoch; "live":
             a copy of the start computes them in every step, under new masks in every epoch (beside an adapter the
             frozen weights do so, without a copy).
@@ -59,6 +61,7 @@ class DpoSection:
     samples: int = 8
     complementary: bool = False
     normalise: bool = False
+    anchor: float = 0.0
     reference: Literal["kept", "live"] = "kept"
 
     def check(self) -> None:
@@ -67,6 +70,8 @@ class DpoSection:
             raise IlladaError(f"dpo.beta is {self.beta:g}: it must be above 0")
         if not 1 <= self.samples <= 1024:
             raise IlladaError(f"dpo.samples is {self.samples}: it must be between 1 and 1024")
+        if not 0 <= self.anchor < float("inf"):
+            raise IlladaError(f"dpo.anchor is {self.anchor:g}: it must be at least 0")
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Preference optimisation on bounds (VRPO, arXiv 2505.19223): the batches, the loss, the trainer of `illada dpo`.
 
-    loss = -log σ(β [(B_θ - B_ref)(chosen) - (B_θ - B_ref)(rejected)])
+    loss = -log σ(β [(B_θ - B_ref)(chosen) - (B_θ - B_ref)(rejected)]) - anchor B_θ(chosen) / L
 
 Model and reference see the same masks, and so do the two answers of a pair as far as both are long: what is left of the
-noise is that of the difference.
+noise is that of the difference. The second term, off by default, keeps the chosen answer probable (arXiv 2404.19733):
+without it both answers may lose probability to others that stand in no pair.
 
 Shape letters: P pairs · A = 2P answers, chosen and rejected in turn.
 """
@@ -122,7 +123,13 @@ def read_answer(shards: Shards, document: int, seed: int) -> Answer:
 
 
 def preference(
-    bounds_A: Tensor, reference_A: Tensor, lengths_A: Tensor, weight_P: Tensor, beta: float, normalise: bool = False
+    bounds_A: Tensor,
+    reference_A: Tensor,
+    lengths_A: Tensor,
+    weight_P: Tensor,
+    beta: float,
+    normalise: bool = False,
+    anchor: float = 0.0,
 ) -> Loss:
     """Return the loss of pairs of answers from the bounds of model and reference, each in nats [A].
 
@@ -136,6 +143,7 @@ def preference(
         weight_P: weights of the pairs.
         beta: factor of the margin.
         normalise: divide each answer's bounds by its tokens.
+        anchor: weight of the chosen answer's own bound, a token.
     """
     gap_A = bounds_A - reference_A
     scaled_A = gap_A / lengths_A if normalise else gap_A
@@ -148,7 +156,10 @@ def preference(
             "rejected_gap": gap_A[1::2],
         }
         figures = {name: (weight_P * value_P).sum().detach() for name, value_P in values.items()}
-    return Loss((weight_P * -logsigmoid(margin_P)).sum(), figures)
+    loss_P = -logsigmoid(margin_P)
+    if anchor:
+        loss_P = loss_P - anchor * (bounds_A / lengths_A)[0::2]
+    return Loss((weight_P * loss_P).sum(), figures)
 
 
 class PreferenceRun(AnswersRun):
@@ -240,7 +251,7 @@ class PreferenceTrainer(AnswersTrainer):
     def _preference(self, bounds_A: Tensor, reference_A: Tensor, batch: PairBatch) -> Loss:
         section, device = self.run.recipe.dpo, bounds_A.device
         parts = (reference_A.to(device), batch.views.lengths_A.to(device), batch.weight_P.to(device))
-        return preference(bounds_A, *parts, section.beta, section.normalise)
+        return preference(bounds_A, *parts, section.beta, section.normalise, section.anchor)
 
     def _reference(self, batch: PairBatch, part: str) -> Tensor:
         """Return the start's bounds of a batch [A]."""

@@ -1,0 +1,179 @@
+"""Post-training on the demo's tasks: pairs to prefer, the noise of a preference score, accuracy and passes of models.
+
+    python benchmarks/post_training.py pairs --model runs/demo/model --tasks sorting --problems 3000 --output P.jsonl
+    illada prepare P.jsonl --kind preference --tokenizer runs/demo/model --output data/pairs
+    illada dpo recipes/dpo.yaml --model.start runs/demo/model --data.train data/pairs --output runs/dpo --dpo.anchor 1
+    python benchmarks/post_training.py noise --model runs/demo/model --tuned runs/dpo/model --pairs P.jsonl
+    python benchmarks/post_training.py accuracy --models runs/demo/model runs/dpo/model --problems 500
+    python benchmarks/post_training.py accuracy --models runs/demo/model runs/fast/model --thresholds 0.9
+
+`pairs` lets the model answer problems of the training split at temperature 1 and pairs a wrong answer of each with the
+right one. `noise` measures the variance, over seeds, of (B_tuned - B_start)(chosen) - (B_tuned - B_start)(rejected).
+`accuracy` answers held-out problems; differences to the first model are paired by problem.
+"""
+
+import argparse
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from illada import rng
+from illada.generation.engine import generate
+from illada.generation.settings import GenerationSettings, settings_for
+from illada.post_training.bounds import Answer, AnswersObjective, Views
+from illada.scoring.likelihood import views
+from illada.text.chat import encode_prompt
+from illada.toy_tasks import TASKS
+from illada.weights.load import load_model
+
+SETTINGS = {"max_new_tokens": 48, "block_length": 16}
+
+
+def problems(task, count, held_out):
+    """Return so many different problems of a task, of its training or its test split."""
+    draw, found = random.Random(f"benchmark {task} {held_out}"), {}
+    for _ in range(200 * count):
+        example, tested = TASKS[task][0](draw)
+        if tested == held_out:
+            found.setdefault(example.prompt, example)
+        if len(found) == count:
+            break
+    return [*found.values()]
+
+
+def answers(model, tokenizer, examples, **settings):
+    """Return the model's answers to problems."""
+    chosen = settings_for(model, GenerationSettings(**SETTINGS, **settings))
+    return generate(model, [example.messages[:1] for example in examples], chosen, tokenizer)
+
+
+def make_pairs(options):
+    """Write pairs of a right and a wrong answer."""
+    model, tokenizer = load_model(options.model, "fp32", "cpu")
+    lines, count = [], 0
+    for task in options.tasks:
+        examples = problems(task, options.problems, held_out=False)
+        count += len(examples)
+        for example, answer in zip(examples, answers(model, tokenizer, examples, temperature=1.0), strict=True):
+            if answer.text.split() != example.answer.split() and answer.finish_reason == "stop":
+                lines.append({"prompt": example.prompt, "chosen": example.answer, "rejected": answer.text})
+    Path(options.output).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines):,} pairs of {count:,} problems, whose other answers were right, in {options.output}")
+
+
+def one_level(length, samples, seed, complementary):
+    """Mask as `views` does, but so many times at one level."""
+    count = min(length, 1 + int(rng.uniform_int(seed, 30) * length))
+    rank = rng.uniform(seed, 31, torch.arange(samples)[:, None], torch.arange(length), dtype=torch.float64)
+    masked = (rank.argsort(1).argsort(1) < count).numpy()
+    return masked, np.full(samples, length / count / samples)
+
+
+WAYS = {
+    "n levels, one mask each": (8, False, views),
+    "one level, n masks": (8, False, one_level),
+    "n/2 levels with complements": (4, True, views),
+}
+
+
+def measure_noise(options):
+    """Print the variance of a preference score under each way to draw masks."""
+    models = [load_model(name, "fp32", "cpu") for name in (options.model, options.tuned)]
+    tokenizer = models[0][1]
+    lines = [json.loads(line) for line in Path(options.pairs).read_text().splitlines()][: options.count]
+    pairs = []
+    for line in lines:
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": line["prompt"]}])
+        ends = ([*tokenizer.encode(line[name]), tokenizer.eos_token_id] for name in ("chosen", "rejected"))
+        pairs.append([(np.array([*prompt, *end]), len(prompt)) for end in ends])
+    print(f"{len(pairs)} pairs, {options.seeds} seeds, 8 views of an answer\n")
+    print(
+        "| masks | shared noise | tuned and start share it | independent | independent / shared, median (quartiles) |"
+    )
+    print("|---|---|---|---|---|")
+    for name, (samples, complementary, masks) in WAYS.items():
+        bounds = np.zeros((2, len(pairs), 2, options.seeds))  # model, pair, answer, seed
+        for number, seed in product(range(len(pairs)), range(options.seeds)):
+            some = [Answer(ids, prompt, 1000 * seed + 7) for ids, prompt in pairs[number]]
+            batch = Views.of(some, samples, complementary, masks)
+            for place, (model, _) in enumerate(models):
+                with torch.no_grad():
+                    said = AnswersObjective(model.eval(), torch.device("cpu"), "fp32")(batch)
+                bounds[place, number, :, seed] = batch.sums(said).numpy()
+        gaps = bounds[1] - bounds[0]
+        apart = np.roll(bounds, options.seeds // 2, -1)  # other seeds, in the same order
+        third = np.roll(bounds, options.seeds // 4, -1)
+        fourth = np.roll(bounds, options.seeds // 4 * 3, -1)
+        shared = (gaps[:, 0] - gaps[:, 1]).var(-1, ddof=1)
+        models_share = (gaps[:, 0] - np.roll(gaps[:, 1], 1, -1)).var(-1, ddof=1)
+        independent = ((bounds[1, :, 0] - apart[0, :, 0]) - (third[1, :, 1] - fourth[0, :, 1])).var(-1, ddof=1)
+        ratio = np.percentile(independent / shared, [50, 25, 75])
+        means = (
+            f"{values.mean():.3g} ± {values.std(ddof=1) / len(values) ** 0.5:.2g}"
+            for values in (shared, models_share, independent)
+        )
+        print(f"| {name} | {' | '.join(means)} | {ratio[0]:.3g} ({ratio[1]:.3g} to {ratio[2]:.3g}) |")
+
+
+def measure_accuracy(options):
+    """Print accuracy and tokens a pass of each model and task."""
+    tasks = options.tasks or list(TASKS)
+    first = {}
+    print(
+        "| model | decoding | " + " | ".join(tasks) + " | all, tokens a pass |\n|---|---|" + "---|" * (len(tasks) + 1)
+    )
+    for name in options.models:
+        model, tokenizer = load_model(name, "fp32", "cpu")
+        for threshold in [None, *options.thresholds]:
+            how = {} if threshold is None else {"threshold": threshold}
+            how |= {"speculate": options.speculate} if options.speculate else {}
+            cells, tokens, passes = [], 0, 0
+            for task in tasks:
+                examples = problems(task, options.problems, held_out=True)
+                found = answers(model, tokenizer, examples, **how)
+                right = np.array([a.text.split() == e.answer.split() for a, e in zip(found, examples, strict=True)])
+                tokens += sum(len(answer.ids) + 1 for answer in found)
+                passes += sum(answer.forwards for answer in found)
+                own = first.setdefault(task, right)
+                change = right.astype(float) - own
+                error = change.std(ddof=1) / len(change) ** 0.5
+                beside = "" if own is right else f" ({100 * change.mean():+.1f} ± {100 * error:.1f})"
+                cells.append(f"{100 * right.mean():.1f}{beside}")
+            decoding = "one a pass" if threshold is None else f"threshold {threshold:g}"
+            print(f"| {name} | {decoding} | " + " | ".join(cells) + f" | {tokens / passes:.2f} |", flush=True)
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsers = parser.add_subparsers(required=True)
+    pairs = parsers.add_parser("pairs")
+    pairs.set_defaults(run=make_pairs)
+    pairs.add_argument("--model", required=True)
+    pairs.add_argument("--tasks", nargs="+", choices=TASKS, default=["sorting"])
+    pairs.add_argument("--problems", type=int, default=2000, help="of each task")
+    pairs.add_argument("--output", required=True)
+    noise = parsers.add_parser("noise")
+    noise.set_defaults(run=measure_noise)
+    noise.add_argument("--model", required=True)
+    noise.add_argument("--tuned", required=True)
+    noise.add_argument("--pairs", required=True)
+    noise.add_argument("--count", type=int, default=40)
+    noise.add_argument("--seeds", type=int, default=64)
+    accuracy = parsers.add_parser("accuracy")
+    accuracy.set_defaults(run=measure_accuracy)
+    accuracy.add_argument("--models", nargs="+", required=True)
+    accuracy.add_argument("--tasks", nargs="+", choices=TASKS)
+    accuracy.add_argument("--problems", type=int, default=500, help="of each task, or as many as it has")
+    accuracy.add_argument("--thresholds", type=float, nargs="*", default=[])
+    accuracy.add_argument("--speculate", type=int, default=0)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
