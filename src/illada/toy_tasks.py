@@ -98,6 +98,11 @@ def _sudoku_patterns() -> list[str]:
     return sorted({_relabelled(grid) for grid in sudoku_grids()})
 
 
+def sudoku_is_held_out(grid: str) -> bool:
+    """Return whether a solved grid has one of the three patterns of the 12 that are for testing."""
+    return _sudoku_patterns().index(_relabelled(grid)) % 4 == 3
+
+
 def sudoku_solutions(puzzle: str) -> list[str]:
     """Return the solved grids that agree with a puzzle of 16 digits, where 0 is empty."""
     return [grid for grid in sudoku_grids() if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
@@ -115,8 +120,7 @@ def _sudoku(rng: random.Random) -> tuple[Example, bool]:
     # Draw again until the clues leave one solution.
     if len(sudoku_solutions(puzzle)) > 1:
         return _sudoku(rng)
-    held_out = _sudoku_patterns().index(_relabelled(grid)) % 4 == 3  # three of the 12 patterns
-    return Example("sudoku", f"Solve\n{sudoku_rows(puzzle)}", sudoku_rows(grid)), held_out
+    return Example("sudoku", f"Solve\n{sudoku_rows(puzzle)}", sudoku_rows(grid)), sudoku_is_held_out(grid)
 
 
 def standard_library() -> Path:

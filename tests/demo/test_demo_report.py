@@ -5,10 +5,13 @@ from dataclasses import asdict
 
 import pytest
 
+from illada.demo import align
 from illada.demo.report import report_markdown, write_report
 from illada.demo.stages import QUICK, suggestions
 from illada.files import write_json
+from illada.post_training.problems import Problems, read_problems
 from illada.serving.about import read_about
+from illada.toy_tasks import held_out
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +60,7 @@ def results():
         "samples": {"shift": [sample, sample | {"right": True}]},
         "choice": {"problems": 50, "confidence": scores, "likelihood": scores},
         "denoising": {"task": "sudoku", "prompt": ODD, "steps": [step | {"confidence": [0.9, 0.5, None, None]}]},
+        "align": None,
         "harness": [row | {"documents": 1200, "forwards": 34_000, "seconds": 1.5} for row in HARNESS],
     }
 
@@ -122,3 +126,46 @@ def test_what_the_page_offers_is_what_the_model_learned(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_json(tmp_path / "suggestions.json", found)
     assert read_about(str(tmp_path)) == found
+
+
+def test_the_page_goes_on_with_rewards_and_fewer_passes(results, tmp_path):
+    metrics(tmp_path / "pretrain", validation_bits_per_byte=3.0)
+    metrics(tmp_path / "sft", validation_loss=1.0)
+    metrics(tmp_path / align.REWARDS, reward=0.5, validation_reward=0.625)
+    metrics(
+        tmp_path / align.FEWER_PASSES,
+        **{"entropy": 0.1, "cross_entropy": 0.2, "validation_reward_at_0.9": 0.75, "validation_same_at_0.9": 0.5},
+        **{"validation_tokens_per_pass_at_0.9": 3.5},
+    )
+    start = [
+        {"threshold": None, "reward": 0.5, "same": 1.0, "tokens_per_pass": 0.75},
+        {"threshold": 0.9, "reward": 0.25, "same": 0.9, "tokens_per_pass": 1.25},
+    ]
+    (tmp_path / align.FEWER_PASSES / "frontier.json").write_text(json.dumps({"points": start}))
+    results["align"] = align.figures(tmp_path, (["shift"], ["shift", "library"]), 0.4375)
+    write_report(tmp_path, results)
+    text = (tmp_path / "report.md").read_text()
+    assert "solves 62.5% of the held-out ones, 43.8% before" in text
+    assert "| one token a pass | 50.0% | 0.75 | | |" in text
+    assert "| threshold 0.9 | 25.0% | 1.25 | 75.0% | 3.50 |" in text
+    assert (tmp_path / "report.html").read_text().count('src="data:image/png;base64,') == 7
+
+
+def test_what_is_partly_right_is_rewarded():
+    assert align.rewarded({"shift": 1.0, "sorting": 0.8, "addition": 0.01}) == ["sorting"]
+    assert align.rewarded({"shift": 1.0, "addition": 0.01}) == ["shift"]
+
+
+def test_the_further_runs_fit_each_other(tmp_path):
+    """Each begins with the model before it, and neither trains on the problems that measure it."""
+    (tmp_path / "data").mkdir()
+    problems = {task: held_out(task, 3, 0) for task in ("shift", "sorting")}
+    runs = align.recipes(tmp_path, align.QUICK, 0, (["sorting"], ["shift"]), problems, {"block_length": 16})
+    for recipe, _, trainer in runs:
+        recipe.check()
+        assert trainer.opens.command in ("rl", "distill")
+    (rl, _, _), (distill, _, _) = runs
+    assert distill.model.start == f"{rl.output}/model"
+    assert [p["prompt"] for p in read_problems(rl.data.validation)] == [e.prompt for e in problems["sorting"]]
+    drawn = {Problems(rl.rl.tasks, "", 0)[n]["prompt"] for n in range(200)}
+    assert not drawn & {example.prompt for example in problems["sorting"]}

@@ -15,7 +15,7 @@ from illada.post_training.problems import TASKS, Problems
 from illada.post_training.reinforcement import RlTrainer
 from illada.post_training.rewards import REWARDS
 from illada.post_training.rollouts import numbers_of
-from illada.toy_tasks import sudoku_solutions
+from illada.toy_tasks import sudoku_is_held_out, sudoku_solutions
 from illada.training import trainer
 from illada.training.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
 from illada.weights.runs import read_metrics
@@ -118,6 +118,7 @@ def test_problems_are_a_function_of_seed_and_number(task, tmp_path):
 def test_sudokus_have_one_solution():
     problems = Problems(["sudoku"], "", 0)
     assert all(len(sudoku_solutions(problems[n]["puzzle"])) == 1 for n in range(20))
+    assert not any(sudoku_is_held_out(problems[n]["answer"].replace("\n", "")) for n in range(60))  # of the demo
     assert len(sudoku_solutions("0" * 16)) == 288
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from illada.demo.align import FEWER_PASSES, REWARDS
 from illada.errors import needs
 from illada.files import write_bytes, write_text
 from illada.reporting import ACCENT, INK, MUTED, figure, moving_mean, rendered
+from illada.training.optional.plots import draw_runs
 from illada.weights.runs import read_metrics
 
 with needs("report", "the report"):
@@ -36,6 +38,9 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "denoising": plot_denoising(results["denoising"]),
     }
     (output / "images").mkdir(exist_ok=True)
+    if results["align"]:
+        for name in (REWARDS, FEWER_PASSES):
+            pictures[name] = draw_runs([str(output / name)], str(output / "images" / f"{name}.png")).read_bytes()
     for name, picture in pictures.items():
         write_bytes(output / "images" / f"{name}.png", picture)
     report = report_markdown(output, results)

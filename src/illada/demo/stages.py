@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from illada.data.shards import Shards
+from illada.demo import align
 from illada.demo.report import best_accuracies, write_report
 from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
@@ -33,7 +34,7 @@ from illada.toy_tasks import TASKS, examples, held_out, library_choices, standar
 from illada.training.optional.likelihood import text_likelihood
 from illada.training.optional.ngrams import ngram_baselines
 from illada.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
-from illada.training.trainer import train
+from illada.training.trainer import Trainer, train
 from illada.training.validation import bits_per_byte, validation_bound
 from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
@@ -74,8 +75,8 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Run all stages and return the numbers of the report.
+def run_demo(output: Path, quick: bool = False, seed: int = 0, further: bool = False) -> dict[str, Any]:
+    """Run all stages and return the numbers of the report; `further` adds rewards and training for fewer passes.
 
     Raises:
         IlladaError: when `output` holds something else, or a demo with other settings.
@@ -114,6 +115,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]
         {"max_new_tokens": scale.max_new_tokens, "block_length": scale.block_length},
         seed,
     )
+    results["align"] = None
+    if further:
+        stage("Further: rewards of its own answers, then the same answers in fewer passes")
+        results["align"] = _align(output, scale, seed, results)
     stage("7/7  Report")
     results["seconds"] = round(time.monotonic() - started)
     write_report(output, results)
@@ -252,11 +257,24 @@ def _recipes(output: Path, scale: Scale, seed: int) -> tuple[Recipe, Recipe, Rec
     return pretrain, warmup, sft
 
 
-def _train(recipe: Recipe, title: str) -> None:
-    result = train(recipe, title)
+def _train(recipe: Recipe, title: str, trainer: type[Trainer] | None = None) -> None:
+    result = train(recipe, title, trainer)
     if result.interrupted:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + signal.Signals(result.interrupted))
+
+
+def _align(output: Path, scale: Scale, seed: int, results: dict[str, Any]) -> dict[str, Any]:
+    """Go on with the model and return what came of it."""
+    accuracies = {task: row["accuracy"] for task, row in best_accuracies(results).items()}
+    learned = [task for task, share in accuracies.items() if share >= LEARNED]
+    tasks = align.rewarded(accuracies), learned or [*accuracies]
+    problems = {task: held_out(task, scale.test_problems, seed) for task in scale.tasks}
+    decoding = {"max_new_tokens": scale.max_new_tokens, "block_length": scale.block_length}
+    size = align.QUICK if results["settings"]["quick"] else align.FULL
+    for recipe, title, trainer in align.recipes(output, size, seed, tasks, problems, decoding):
+        _train(recipe, title, trainer)
+    return align.figures(output, tasks, sum(accuracies[task] for task in tasks[0]) / len(tasks[0]))
 
 
 def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[str, Any]:

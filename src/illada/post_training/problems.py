@@ -12,16 +12,18 @@ from illada import rng
 from illada.errors import IlladaError
 from illada.files import parse_json, read_lines
 from illada.toy_tasks import TASKS as TOYS
-from illada.toy_tasks import sudoku_grids, sudoku_rows, sudoku_solutions
+from illada.toy_tasks import sudoku_grids, sudoku_is_held_out, sudoku_rows, sudoku_solutions
 
 Problem = dict[str, Any]
 """A record {"prompt" | "messages", ...}; what else it holds is for its reward."""
 
 
 def _sudoku(draw: random.Random) -> Problem:
-    """Return a 4x4 sudoku of 4 to 12 empty cells with one solution, in the words of the demo."""
+    """Return a 4x4 sudoku of 4 to 12 empty cells with one solution, in the words of the demo, none of its held-out ones."""
     while True:
         grid = draw.choice(sudoku_grids())
+        if sudoku_is_held_out(grid):
+            continue
         hidden = draw.sample(range(16), draw.randint(4, 12))
         puzzle = "".join("0" if i in hidden else digit for i, digit in enumerate(grid))
         if len(sudoku_solutions(puzzle)) == 1:

@@ -168,9 +168,9 @@ def _draw_frontier(curves: Curves, loss: Any, frontier: Any) -> None:
     if not file.exists():
         return
     first = read_json(file).get("points", [])
-    latest: dict[str, Any] = next((record for record in reversed(curves.records) if _points(record)), {})
+    latest: dict[str, Any] = next((record for record in reversed(curves.records) if frontier_of(record)), {})
     frontier.set_visible(True)
-    for points, name in ((first[1:], "start"), (_points(latest), f"step {latest.get('step')}")):
+    for points, name in ((first[1:], "start"), (frontier_of(latest), f"step {latest.get('step')}")):
         for key, marker, what in (("reward", "o", "reward"), ("same", "s", "same as the start's careful answer")):
             if drawn := [(point["tokens_per_pass"], point[key]) for point in points if key in point]:
                 x, y = zip(*drawn, strict=True)
@@ -184,14 +184,14 @@ def _draw_frontier(curves: Curves, loss: Any, frontier: Any) -> None:
     frontier.set_xlabel("tokens a pass, by threshold")
 
 
-def _points(record: dict[str, Any]) -> list[dict[str, float]]:
-    """Return what a validation of certainty training says, a point for each threshold."""
+def frontier_of(record: dict[str, Any]) -> list[dict[str, float]]:
+    """Return what a record of certainty training says of its validation, a point for each threshold; [] without one."""
     points: dict[float, dict[str, float]] = {}
     for name, value in record.items():
         key, at, threshold = name.removeprefix("validation_").rpartition("_at_")
         if at:
             points.setdefault(float(threshold), {})[key] = value
-    return [points[threshold] for threshold in sorted(points)]
+    return [{"threshold": threshold, **points[threshold]} for threshold in sorted(points)]
 
 
 def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> None:
