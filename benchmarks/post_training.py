@@ -9,7 +9,8 @@
 
 `pairs` lets the model answer problems of the training split at temperature 1 and pairs a wrong answer of each with the
 right one. `noise` measures the variance, over seeds, of (B_tuned - B_start)(chosen) - (B_tuned - B_start)(rejected).
-`accuracy` answers held-out problems; differences to the first model are paired by problem.
+`accuracy` answers held-out problems: right answers in percent, the difference to the first row, paired by problem, and
+tokens a pass.
 """
 
 import argparse
@@ -136,13 +137,13 @@ def measure_accuracy(options):
                 examples = problems(task, options.problems, held_out=True)
                 found = answers(model, tokenizer, examples, **how)
                 right = np.array([a.text.split() == e.answer.split() for a, e in zip(found, examples, strict=True)])
-                tokens += sum(len(answer.ids) + 1 for answer in found)
-                passes += sum(answer.forwards for answer in found)
+                own_tokens, own_passes = (sum(len(a.ids) + 1 for a in found), sum(a.forwards for a in found))
+                tokens, passes = tokens + own_tokens, passes + own_passes
                 own = first.setdefault(task, right)
                 change = right.astype(float) - own
                 error = change.std(ddof=1) / len(change) ** 0.5
                 beside = "" if own is right else f" ({100 * change.mean():+.1f} ± {100 * error:.1f})"
-                cells.append(f"{100 * right.mean():.1f}{beside}")
+                cells.append(f"{100 * right.mean():.1f}{beside}, {own_tokens / own_passes:.2f}")
             decoding = "one a pass" if threshold is None else f"threshold {threshold:g}"
             print(f"| {name} | {decoding} | " + " | ".join(cells) + f" | {tokens / passes:.2f} |", flush=True)
 

@@ -119,7 +119,7 @@ def test_any_number_of_processes_is_the_same_run(make_dpo, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: setattr(r.model, "start", None), "exactly one of model.preset"),
+        (lambda r: setattr(r.model, "start", None), "model.start is missing"),
         (lambda r: setattr(r, "model", ModelRecipe(preset="1m")), "model.start is missing"),
         (lambda r: setattr(r.training, "rule", "llada"), "training.rule is for pretrain and sft"),
         (lambda r: setattr(r.training, "complementary", True), "training.complementary is for pretrain and sft"),

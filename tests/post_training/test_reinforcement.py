@@ -207,7 +207,10 @@ def test_equal_rewards_are_said(make_rl, capsys):
         (lambda r: setattr(r.rl, "answers", 1), "rl.answers is 1"),
         (lambda r: setattr(r.rl, "settings", {"tempo": 1}), "rl.settings has no 'tempo'"),
         (lambda r: setattr(r.rl, "settings", {"temperature": -1}), "temperature"),
-        (lambda r: setattr(r.rl, "settings", {"block_length": "x"}), "rl.settings"),
+        (
+            lambda r: setattr(r.rl, "settings", {"block_length": "x"}),
+            "rl.settings.block_length is 'x': it must be a whole",
+        ),
         (lambda r: setattr(r.rl, "exclude", [r.data.train]), "no problem that is not excluded"),
         (lambda r: setattr(r.data, "window", 4), "leaves no room for an answer"),
         (lambda r: setattr(r.data, "window", 4096), "longer than the model's context"),

@@ -31,6 +31,14 @@ class Alignment:
 
 FULL = Alignment(120, 2000)
 QUICK = Alignment(24, 400)
+SHARED: dict[str, Any] = {
+    "decay": "linear",
+    "beta2": 0.98,
+    "dtype": "fp32",
+    "keep_checkpoints": 1,
+    "validation_samples": None,
+}
+"""What both say of their training."""
 
 
 def rewarded(accuracies: Mapping[str, float]) -> list[str]:
@@ -63,51 +71,56 @@ def recipes(
         lines = [{"prompt": one.prompt, "answer": one.answer} for task in some for one in problems[task]]
         write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
         files.append(ProblemFiles(validation=str(file), window=128))
-    shared: dict[str, Any] = {
-        "warmup_steps": 10,
-        "decay": "linear",
-        "beta2": 0.98,
-        "dtype": "fp32",
-        "seed": seed,
-        "keep_checkpoints": 1,
-        "validation_samples": None,
-    }
-    rl = RlRecipe(
-        output=str(output / REWARDS),
-        model=ModelRecipe(start=str(output / "model")),
-        data=files[0],
-        training=TrainingRecipe(
-            steps=scale.rl_steps,
-            samples_per_step=96,
-            samples_per_batch=48,
-            learning_rate=2e-5,  # a higher one ruins the model (docs/log.md)
-            final_learning_rate=1e-5,
-            decay_steps=scale.rl_steps // 4,
-            validate_every=max(8, scale.rl_steps // 4),
-            checkpoint_every=max(8, scale.rl_steps // 4),
-            **shared,
-        ),
-        rl=RlSection(tasks=list(tasks[0]), reward="exact", inner_steps=4, settings=decoding),
+    rl, distill = _rewards(output, scale, seed, files[0]), _fewer_passes(output, scale, seed, files[1])
+    for section, some in ((rl.rl, tasks[0]), (distill.distill, tasks[1])):
+        section.tasks, section.settings = list(some), decoding
+    return [(rl, "rewards", RlTrainer), (distill, "fewer passes", DistillTrainer)]
+
+
+def _rewards(output: Path, scale: Alignment, seed: int, data: ProblemFiles) -> RlRecipe:
+    training = TrainingRecipe(
+        steps=scale.rl_steps,
+        samples_per_step=96,
+        samples_per_batch=48,
+        learning_rate=2e-5,  # a higher one ruins the model (docs/log.md)
+        final_learning_rate=1e-5,
+        decay_steps=scale.rl_steps // 4,
+        validate_every=max(8, scale.rl_steps // 4),
+        checkpoint_every=max(8, scale.rl_steps // 4),
+        warmup_steps=scale.rl_steps // 12,
+        seed=seed,
+        **SHARED,
     )
-    distill = DistillRecipe(
+    start = ModelRecipe(start=str(output / "model"))
+    return RlRecipe(
+        output=str(output / REWARDS),
+        model=start,
+        data=data,
+        training=training,
+        rl=RlSection(reward="exact", inner_steps=4),
+    )
+
+
+def _fewer_passes(output: Path, scale: Alignment, seed: int, data: ProblemFiles) -> DistillRecipe:
+    training = TrainingRecipe(
+        epochs=6.0,
+        samples_per_step=64,
+        samples_per_batch=64,
+        learning_rate=1e-4,
+        final_learning_rate=1e-5,
+        validate_every=10**9,  # in the end
+        checkpoint_every=100,
+        warmup_steps=scale.rl_steps // 12,
+        seed=seed,
+        **SHARED,
+    )
+    return DistillRecipe(
         output=str(output / FEWER_PASSES),
         model=ModelRecipe(start=str(output / REWARDS / "model")),
-        data=files[1],
-        training=TrainingRecipe(
-            epochs=6.0,
-            samples_per_step=64,
-            samples_per_batch=64,
-            learning_rate=1e-4,
-            final_learning_rate=1e-5,
-            validate_every=10**9,  # in the end
-            checkpoint_every=100,
-            **shared,
-        ),
-        distill=DistillSection(
-            tasks=list(tasks[1]), reward="exact", problems=scale.answered, masks="order", settings=decoding
-        ),
+        data=data,
+        training=training,
+        distill=DistillSection(reward="exact", problems=scale.answered, masks="order"),
     )
-    return [(rl, "rewards", RlTrainer), (distill, "fewer passes", DistillTrainer)]
 
 
 def figures(output: Path, tasks: tuple[Sequence[str], Sequence[str]], before: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -20,6 +20,7 @@ from torch import distributed
 
 from illada.errors import IlladaError, first_line, needs
 from illada.evaluation.journal import Entry, Journal, fingerprint
+from illada.evaluation.kinds import KINDS, check_kind
 from illada.evaluation.options import Bos, Scoring, SpecialTokens
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
@@ -41,11 +42,6 @@ with needs("eval", "evaluation"):
 
 Job = TypeVar("Job")
 log = logging.getLogger(__name__)
-KINDS = {
-    name: kind for name, kind in get_type_hints(GenerationSettings).items() if name not in ("eos_token_id", "stop")
-}
-"""Types of the settings that a task or a user may give."""
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 SCORES = 2
 """Version of what requests give, part of their keys in the journal: 2 leaves MASK out of scores, slices candidates."""
 PASSES_PER_CHUNK = 8
@@ -62,42 +58,6 @@ class Scorable:
     """Whether to find out, too, if greedy generation gives the candidate."""
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Say whether a value has a type; whole numbers are numbers, true and false are none."""
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in inner
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if inner:
-        return any(_fits(value, one) for one in inner)
-    return isinstance(value, float | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _wanted(kind: Any) -> str:
-    """Say in words what a value of a type is."""
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return " or ".join(inner)
-    if get_origin(kind) is dict:
-        return "an object of numbers by token id"
-    if get_origin(kind) is list:
-        return f"a list of {_wanted(inner[0])}"
-    return " or ".join(map(_wanted, inner)) if inner else WORDS[kind]
-
-
-def _check_kind(name: str, value: object, kind: Any) -> None:
-    """Refuse a value of another type.
-
-    Raises:
-        IlladaError: when it is.
-    """
-    if not _fits(value, kind):
-        raise IlladaError(f"{name} is {str(value)[:60]!r}: it must be {_wanted(kind)}")
-
-
 def _check_arguments(scoring: object, bos: object, special_tokens: object, settings: dict[str, Any]) -> None:
     """Refuse values and names of model_args that mean nothing; the harness hands on whatever its user writes.
 
@@ -107,7 +67,7 @@ def _check_arguments(scoring: object, bos: object, special_tokens: object, setti
     if unknown := sorted(settings.keys() - KINDS.keys()):
         raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(KINDS))}")
     for name, value in settings.items():
-        _check_kind(name, value, KINDS[name])
+        check_kind(name, value, KINDS[name])
     choices = {"scoring": (*get_args(Scoring), None), "bos": get_args(Bos), "special_tokens": get_args(SpecialTokens)}
     for (name, known), value in zip(choices.items(), (scoring, bos, special_tokens), strict=True):
         if value not in known:
@@ -362,7 +322,7 @@ class IlladaLM(LM):
         """
         rest = dict(generation_kwargs)
         until = rest.pop("until", None) or []
-        _check_kind("until", until, str | list[str])
+        check_kind("until", until, str | list[str])
         stop = [until] if isinstance(until, str) else list(until)
         changes = {name: rest.pop(name) for name in KINDS.keys() & rest.keys()}
         if self.causal:
@@ -371,9 +331,9 @@ class IlladaLM(LM):
             if (budget := rest.pop(name, None)) is not None:
                 changes.setdefault("max_new_tokens", budget)
         sample = rest.pop("do_sample", None)
-        _check_kind("do_sample", sample, bool | None)
+        check_kind("do_sample", sample, bool | None)
         for name, value in changes.items():
-            _check_kind(name, value, KINDS[name])
+            check_kind(name, value, KINDS[name])
         if sample is False:
             changes["temperature"] = 0.0
         elif sample and not changes.get("temperature"):

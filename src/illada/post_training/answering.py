@@ -3,7 +3,7 @@
 Answers are a function of weights, settings, seed and the number of the problem, on any number of processes.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from illada import rng
 from illada.data.batches import Batches
 from illada.data.shards import Shards
 from illada.errors import IlladaError
+from illada.evaluation.kinds import KINDS, check_kind
 from illada.generation.engine import StepEvent, generate
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
@@ -102,14 +103,16 @@ def decoding_of(section: ProblemsSection, command: str, temperature: float) -> G
     Raises:
         IlladaError: when one is unknown or out of range.
     """
-    known = {item.name for item in fields(GenerationSettings)} - {"eos_token_id", "seed"}
-    given = section.settings or {}
-    if unknown := sorted(given.keys() - known):
-        raise IlladaError(f"{command}.settings has no {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-    try:
-        return GenerationSettings(**{"temperature": temperature, **given})
-    except TypeError as error:
-        raise IlladaError(f"{command}.settings: {error}") from None
+    kinds = {**KINDS, "stop": str | list[str]}
+    del kinds["seed"]
+    given = dict(section.settings or {})
+    if unknown := sorted(given.keys() - kinds.keys()):
+        raise IlladaError(f"{command}.settings has no {unknown[0]!r}: choose from {', '.join(sorted(kinds))}")
+    for name, value in given.items():
+        check_kind(f"{command}.settings.{name}", value, kinds[name])
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    return GenerationSettings(**{"temperature": temperature, **given})
 
 
 def weights_of(section: ProblemsSection, problems: Problems) -> dict[str, float]:

@@ -93,8 +93,8 @@ class DpoRecipe(Recipe):
 
     def check(self) -> None:
         """Check what can be checked without opening anything; raises IlladaError as `Recipe.check` does."""
-        super().check()
         check_own_noise(self, "dpo")
+        super().check()
         self.dpo.check()
 
 
@@ -168,7 +168,6 @@ def check_problems(recipe: Recipe, section: ProblemsSection, command: str) -> No
     Raises:
         IlladaError: when it has none or two, or is to go back to other data.
     """
-    check_own_noise(recipe, command)
     if bool(recipe.data.train) == bool(section.tasks):
         raise IlladaError(
             f"give exactly one of {command}.tasks (problems that are drawn) and data.train (a file of them)"
@@ -251,6 +250,7 @@ class RlRecipe(Recipe):
 
     def check(self) -> None:
         """Check what can be checked without opening anything; raises IlladaError as `Recipe.check` does."""
+        check_own_noise(self, "rl")
         super().check()
         check_problems(self, self.rl, "rl")
         self.rl.check()
@@ -352,6 +352,7 @@ class DistillRecipe(Recipe):
 
     def check(self) -> None:
         """Check what can be checked without opening anything; raises IlladaError as `Recipe.check` does."""
+        check_own_noise(self, "distill")
         super().check()
         check_problems(self, self.distill, "distill")
         self.distill.check()

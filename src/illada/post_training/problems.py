@@ -19,7 +19,7 @@ Problem = dict[str, Any]
 
 
 def _sudoku(draw: random.Random) -> Problem:
-    """Return a 4x4 sudoku of 4 to 12 empty cells with one solution, in the words of the demo, none of its held-out ones."""
+    """Return a 4x4 sudoku of 4 to 12 empty cells with one solution in the demo's words, none of its held-out ones."""
     while True:
         grid = draw.choice(sudoku_grids())
         if sudoku_is_held_out(grid):

@@ -201,7 +201,7 @@ class Judge:
         except EOFError:
             raise IlladaError(f"{about} ended its process") from None
         if error is not None:
-            raise IlladaError(f"{about} raised {error}")
+            raise IlladaError(f"{about} {error}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise IlladaError(f"{about} is {value!r}, which is no finite number")
         return float(value)
@@ -224,4 +224,6 @@ def _serve(pipe: Connection, names: list[str]) -> None:
             value = rewards[name](problem, answer)
             pipe.send((value if isinstance(value, int | float) else repr(value)[:80], None))
         except Exception as error:
-            pipe.send((None, f"{type(error).__name__}: {first_line(error)}"))
+            lacks = isinstance(error, KeyError) and name in REWARDS
+            said = f"needs {error} in every problem" if lacks else f"raised {type(error).__name__}: {first_line(error)}"
+            pipe.send((None, said))
