@@ -178,10 +178,10 @@ def test_views_hide_a_share_and_complements_the_rest(data):
     assert 0 <= block.start < block.stop <= len(order)
     decided = np.array(order)[block] >= 0
     views = answer.views(section, block, ratio, key)
-    asked = sum(view.asked[2 + block.start :].astype(int) for view in views) if views else 0
-    if decided.any():
-        assert (asked == decided).all()
-        assert views[0].asked.sum() == max(1, round(ratio * decided.sum()))
+    asked = sum(view.asked[2 + block.start :].astype(int) for view in views)
+    assert decided.any()
+    assert (asked == decided).all()
+    assert views[0].asked.sum() == max(1, round(ratio * decided.sum()))
     for number, view in enumerate(views):
         assert view.answer == number
         assert (view.hidden[2 + block.start :] >= ~decided).all()

@@ -45,10 +45,12 @@ class Written:
     are none (`later_masks`)."""
 
     def block(self, length: int, key: Sequence[int]) -> slice:
-        """Return which block of the answer is seen, as places in the answer."""
-        blocks = -(-len(self.order_G) // length)
-        first = int(rng.uniform_int(*key, BLOCK) * blocks) * length
-        return slice(first, min(first + length, len(self.order_G)))
+        """Return which block of the answer is seen, as places in the answer: one with a token that was decided."""
+        starts = range(0, len(self.order_G), length)
+        blocks = [
+            slice(at, min(at + length, len(self.order_G))) for at in starts if self.order_G[at : at + length].max() >= 0
+        ]
+        return blocks[int(rng.uniform_int(*key, BLOCK) * len(blocks))]
 
     def views(self, section: DistillSection, block: slice, ratio: float, key: Sequence[int]) -> list[View]:
         """Return the answer while a block is written: a share of it hidden, then the rest, if complements are wanted.
