@@ -141,7 +141,7 @@ SHORT = {
     "chat": "--max_new_tokens 8 --block_length 4",
     "score": "--samples 2",
 }
-TESTED_ELSEWHERE = {"distill", "eval", "compare", "serve", "bench", "completion", "convert"}
+TESTED_ELSEWHERE = {"demo", "distill", "eval", "compare", "serve", "bench", "completion", "convert"}
 
 
 def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):

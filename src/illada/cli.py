@@ -8,6 +8,7 @@ bad input, 1 a run that failed.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -17,7 +18,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Keeps tokenizers from advising about processes.
@@ -171,10 +172,14 @@ def _commands_for(words: Sequence[str]) -> tuple[dict[str, Any], str]:
     )
     subject = next((name for flag, name in pairs if flag == "--command" and name in TAKES_RECIPE), "pretrain")
     kind = get_type_hints(COMMANDS[subject])["recipe"]
-    known: Any = training.estimate
-    twin = FunctionType(known.__code__, known.__globals__, known.__name__, known.__defaults__)
-    twin.__doc__, twin.__annotations__ = known.__doc__, {**known.__annotations__, "recipe": kind}
-    return {**COMMANDS, "estimate": twin}, subject
+    known: Any = COMMANDS["estimate"]
+
+    @functools.wraps(known)
+    def estimate(*words: Any, **named: Any) -> None:
+        known(*words, **named)
+
+    estimate.__annotations__ = {**known.__annotations__, "recipe": kind}
+    return {**COMMANDS, "estimate": estimate}, subject
 
 
 def _build(words: Sequence[str]) -> "_Parser":
