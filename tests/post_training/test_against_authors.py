@@ -166,7 +166,7 @@ def test_dparallel_loss(untied, seed):
     batch = Views.pack(views, [2, 2])
     said = CertaintyObjective(untied, torch.device("cpu"), "fp32")(batch)
     assert said.right_M.sum() > 0
-    found = certainty_loss(batch, said, 2.0, torch.ones(2))
+    found = certainty_loss(batch, said, 2.0, torch.ones(2), torch.ones(2))
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(untied.lm_head.weight.grad, theirs, rtol=1e-3, atol=1e-5)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from illada.cli import main
 from illada.errors import IlladaError
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
@@ -112,14 +113,14 @@ def test_the_loss_is_the_plain_one(untied, monkeypatch, weight, rows):
     change = batch.asked_T & (torch.arange(len(batch.asked_T)) % 4 == 3)
     batch.clean_T[change] = best_T.argmax(-1)[change]
     objective = CertaintyObjective(untied, torch.device("cpu"), "fp32")
-    found = certainty_loss(batch, objective(batch), weight, torch.full((4,), 0.5))
+    found = certainty_loss(batch, objective(batch), weight, torch.full((4,), 0.5), torch.full((4,), 0.25))
     at = [
         part.nonzero()[:, 0] + sum(batch.packing.lengths[:n])
         for n, part in enumerate(batch.asked_T.split(batch.packing.lengths))
     ]
     plain = [(best_T[places], batch.clean_T[places].tolist()) for places in at]
     assert found.loss.item() == pytest.approx(reference_certainty(plain, weight, 0.5) / 2, rel=1e-4)
-    assert 0 < found.figures["right"] / 2 < 1
+    assert 0 < found.figures["right"] < 1
 
 
 def test_the_gradient_is_that_of_the_whole_logits(untied, monkeypatch):
@@ -133,7 +134,7 @@ def test_the_gradient_is_that_of_the_whole_logits(untied, monkeypatch):
         untied.zero_grad()
         said = CertaintyObjective(untied, torch.device("cpu"), "fp32")(batch)
         every = Certainty(said.log_p_M, said.entropy_M, torch.ones_like(said.right_M))
-        certainty_loss(batch, every, 2.0, torch.ones(2)).loss.backward()
+        certainty_loss(batch, every, 2.0, torch.ones(2), torch.ones(2)).loss.backward()
         grads.append(untied.lm_head.weight.grad.clone())
     assert grads[0].isfinite().all()
     assert grads[0].abs().sum() > 0
@@ -184,7 +185,8 @@ def test_views_hide_a_share_and_complements_the_rest(data):
     assert views[0].asked.sum() == max(1, round(ratio * decided.sum()))
     for number, view in enumerate(views):
         assert view.answer == number
-        assert (view.hidden[2 + block.start :] >= ~decided).all()
+        assert (view.hidden[2:] >= (np.array(order)[: block.stop] < 0)).all()  # in earlier blocks too
+        assert not view.hidden[:2].any()
 
 
 def test_the_order_is_that_of_writing(tied):
@@ -289,6 +291,48 @@ def test_wrong_answers_are_not_learnt(make_distill):
         run(recipe)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_run_that_is_stopped_while_it_looks_at_held_out_problems_goes_on(make_distill, monkeypatch, at):
+    """In the first part of the start's answers to them, and at the first and the last threshold."""
+    monkeypatch.setattr("illada.post_training.distillation.AT_ONCE", 2)
+    weights, _ = run(make_distill("whole"))
+    answered, answer = [], DistillTrainer.answer
+
+    def answer_and_stop(self, *values, **words):
+        answered.append(1)
+        if len(answered) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, *values, **words)
+
+    monkeypatch.setattr(DistillTrainer, "answer", answer_and_stop)
+    recipe = make_distill("stopped")
+    assert trainer.train(recipe, "distill", DistillTrainer).interrupted == signal.SIGTERM
+    again, _ = run(recipe)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert len(read_frontier(Path(recipe.output))) == 3
+
+
+def test_other_held_out_problems_are_noticed(make_distill, tmp_path):
+    recipe = make_distill(steps=2)
+    run(recipe)
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "other", "answer": "one"}) + "\n")
+    with pytest.raises(IlladaError, match="answers to other problems"):
+        run(recipe)
+
+
+@pytest.mark.slow
+def test_the_command_line(make_distill, start, tmp_path, capsys):
+    words = (
+        f"--model.start {start} --data.train {make_distill().data.train} --data.window 40 --output {tmp_path / 'run'}"
+    )
+    small = "--training.epochs 1 --distill.settings.block_length 4 --distill.settings.max_new_tokens 8"
+    main(["distill", *words.split(), *small.split(), "--training.device", "cpu", "--training.dtype", "fp32"])
+    said = capsys.readouterr()
+    assert "learning from 5 of 5 answers: 5 ended by themselves" in said.err
+    assert f"illada chat --model {tmp_path / 'run' / 'model'}" in said.out
+
+
 def test_a_damaged_frontier_is_one_line(tmp_path):
     (tmp_path / FRONTIER).write_text("{")
     with pytest.raises(IlladaError, match="cannot be read"):
@@ -313,6 +357,9 @@ def test_a_damaged_frontier_is_one_line(tmp_path):
         (lambda r: setattr(r.data, "window", 4096), "longer than the model's context"),
         (lambda r: setattr(r.training, "loss_weight", "none"), "training.loss_weight is for pretrain and sft"),
         (lambda r: setattr(r.training, "on_spike", "rollback"), "on_spike rollback"),
+        (lambda r: setattr(r.training, "average", 0.9), "training.average needs a validation loss"),
+        (lambda r: setattr(r.training, "decay_when", "plateau"), "training.decay_when plateau needs a validation loss"),
+        (lambda r: setattr(r.data, "window", 1), "data.window is 1"),
     ],
 )
 def test_bad_recipes_are_one_line(make_distill, change, words):

@@ -100,3 +100,19 @@ def test_the_judge_adds_up_and_stops_what_does_not_work(tmp_path, monkeypatch):
             judge(problems[:1], ["yes"])
     with pytest.raises(IlladaError, match="no reward"), Judge({"none": 1.0}, 1):
         pass
+
+
+def test_each_problem_has_its_own_reward():
+    """Of several tasks, and of held-out problems that name none."""
+    problems = [
+        {"prompt": "a", "answer": "yes", "reward": "exact"},
+        {"prompt": "b", "numbers": [1, 2], "target": 3},
+        {"prompt": "c", "answer": "yes"},
+    ]
+    with Judge({"exact": 1.0, "countdown": 1.0}, 60, own=True) as judge:
+        assert judge(problems, ["yes", "1 + 2", "no"]) == [{"reward": 1.0}, {"reward": 1.0}, {"reward": 0.0}]
+
+
+def test_a_problem_that_lacks_what_its_reward_needs_is_one_line():
+    with Judge({"exact": 1.0}, 60) as judge, pytest.raises(IlladaError, match="needs 'answer' in every problem"):
+        judge([{"prompt": "a"}], ["yes"])

@@ -17,6 +17,8 @@ RECIPES = sorted(FOLDER.glob("*.yaml"))
 # Parameters without the embedding, in millions, that the first lines promise.
 SIZES = {"150m-pretrain": 145, "1b-pretrain": 973, "8b-pretrain": 6980}
 
+POST_TRAINING = ("dpo", "rl", "distill")
+
 
 @pytest.fixture
 def read(monkeypatch):
@@ -36,9 +38,9 @@ def read(monkeypatch):
 
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_a_recipe_is_read_and_makes_sense(read, file):
-    start = ("--model.start", "base") if file.stem in ("tiny-cpu-sft", "dpo", "rl") else ()
+    start = ("--model.start", "base") if file.stem in ("tiny-cpu-sft", *POST_TRAINING) else ()
     start += ("--rl.reward", '{exact: 1, "own:short": 0.1}') if file.stem == "rl" else ()
-    command = file.stem if file.stem in ("dpo", "rl") else "sft" if file.stem.endswith("sft") else "pretrain"
+    command = file.stem if file.stem in POST_TRAINING else "sft" if file.stem.endswith("sft") else "pretrain"
     words = ("--data.train", "data", "--data.validation", "held", "--output", "run")
     recipe: Recipe = read(command, str(file), *words, *start)
     recipe.check()

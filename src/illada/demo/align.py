@@ -129,7 +129,7 @@ def figures(output: Path, tasks: tuple[Sequence[str], Sequence[str]], before: fl
     Args:
         output: folder of the demo.
         tasks: as in `recipes`.
-        before: mean accuracy of the demo's model on the rewarded tasks.
+        before: share of the rewarded tasks' problems that the demo's model solves.
     """
     rewards = read_metrics(output / REWARDS / "metrics.jsonl")
     return {

@@ -274,7 +274,8 @@ def _align(output: Path, scale: Scale, seed: int, results: dict[str, Any]) -> di
     size = align.QUICK if results["settings"]["quick"] else align.FULL
     for recipe, title, trainer in align.recipes(output, size, seed, tasks, problems, decoding):
         _train(recipe, title, trainer)
-    return align.figures(output, tasks, sum(accuracies[task] for task in tasks[0]) / len(tasks[0]))
+    right = sum(accuracies[task] * len(problems[task]) for task in tasks[0])
+    return align.figures(output, tasks, right / sum(len(problems[task]) for task in tasks[0]))
 
 
 def _measure_text(output: Path, data: dict[str, Shards], scale: Scale) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from illada.text.tokenizer import load_tokenizer, tokenizer_sha256
 from illada.training.parallel import Processes
 from illada.training.recipe import Recipe
 from illada.training.setup import build_model
+from illada.training.trainer import Result
 from illada.weights.runs import model_folder
 
 SAMPLING = 22  # the random stream of answers' seeds
@@ -45,10 +46,10 @@ class ProblemData(Shards):
 
 
 class AnswerBatches(Batches):
-    """Answers as a function from step number; what they are is known once they are made."""
+    """What stands for answers that are known only once they are made."""
 
     def __post_init__(self) -> None:
-        """Count an epoch as a step, until more is known."""
+        """Count an epoch as a step: problems have none."""
         self.samples = self.samples_per_step
 
 
@@ -136,6 +137,23 @@ class AnsweringTrainer(AnswersTrainer):
     def __init__(self, run: ProblemsRun, title: str):
         super().__init__(run, title)
         self.plain: IlladaForMaskedLM | None = None
+
+    def train(self) -> Result:
+        """Take the remaining steps beside the process that judges answers."""
+        section = self.run.section
+        # The rewards are looked for before the run folder is claimed.
+        with Judge(self.run.rewards, section.reward_seconds, own=section.reward is None) as self.judge:
+            return super().train()
+
+    @property
+    def held_out_problems(self) -> list[Problem]:
+        """The problems that validations answer."""
+        return self.run.held_out_problems[: self.settings.validation_samples]
+
+    @property
+    def greedy(self) -> GenerationSettings:
+        """The settings of the answers, without sampling."""
+        return replace(self.run.decoding, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
 
     def answer(
         self, problems: list[Problem], settings: GenerationSettings, number: int, orders: bool = False

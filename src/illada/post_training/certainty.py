@@ -50,7 +50,7 @@ class Written:
         blocks = [
             slice(at, min(at + length, len(self.order_G))) for at in starts if self.order_G[at : at + length].max() >= 0
         ]
-        return blocks[int(rng.uniform_int(*key, BLOCK) * len(blocks))]
+        return blocks[int(rng.uniform_int(key[0], BLOCK, *key[1:]) * len(blocks))]
 
     def views(self, section: DistillSection, block: slice, ratio: float, key: Sequence[int]) -> list[View]:
         """Return the answer while a block is written: a share of it hidden, then the rest, if complements are wanted.
@@ -66,7 +66,7 @@ class Written:
         """
         order_B = self.order_G[block]
         decided_B = order_B >= 0
-        draws_B = rng.uniform(*key, HIDDEN, torch.arange(len(order_B))).numpy()
+        draws_B = rng.uniform(key[0], HIDDEN, *key[1:], torch.arange(len(order_B))).numpy()
         # Ties of the order, as tokens decided in one step, fall by chance.
         first_to_last = np.lexsort((draws_B, order_B if section.masks == "order" else np.zeros_like(order_B)))
         decided = first_to_last[decided_B[first_to_last]]
@@ -81,7 +81,7 @@ class Written:
                 asked_S = np.zeros(end, dtype=np.bool_)
                 asked_S[self.prompt + block.start + asked] = True
                 hidden_S = asked_S.copy()
-                hidden_S[self.prompt + block.start : self.prompt + block.stop] |= ~decided_B
+                hidden_S[self.prompt : self.prompt + block.stop] |= self.order_G[: block.stop] < 0
                 hidden_S[self.prompt + block.stop :] = True
                 found.append(View(ids, hidden_S, asked_S, 1.0, len(found)))
         return found
@@ -125,14 +125,17 @@ class CertaintyObjective(AnswersObjective):
         return Certainty(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def certainty_loss(batch: Views, said: Certainty, entropy_weight: float, weight_N: Tensor) -> Loss:
-    """Return the loss of a batch of views, and its cross_entropy, entropy (of what is right) and right (a share).
+def certainty_loss(batch: Views, said: Certainty, entropy_weight: float, weight_N: Tensor, share_N: Tensor) -> Loss:
+    """Return the loss of a batch of views; its figures are means over views.
+
+    They are cross_entropy and entropy (of what is predicted right), in nats, and right (a share of what is asked for).
 
     Args:
         batch: the views, each an answer of its own in `Views`.
         said: what the model says of them.
         entropy_weight: w.
         weight_N: weights of the views in the loss of the step.
+        share_N: their weights in the figures.
     """
     at_M = batch.asked_T.nonzero()[:, 0]
     device = said.log_p_M.device
@@ -141,10 +144,14 @@ def certainty_loss(batch: Views, said: Certainty, entropy_weight: float, weight_
     def mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
         zeros_N = values_M.new_zeros(len(weight_N))
         sums_N = zeros_N.index_add(0, view_M, values_M * counted_M)
-        return (weight_N * sums_N / zeros_N.index_add(0, view_M, counted_M).clamp_min(1)).sum()
+        return sums_N / zeros_N.index_add(0, view_M, counted_M).clamp_min(1)
 
     every_M = torch.ones_like(said.right_M)
-    cross_entropy, entropy = mean(-said.log_p_M, every_M), mean(said.entropy_M, said.right_M)
-    figures = {"cross_entropy": cross_entropy, "entropy": entropy, "right": mean(said.right_M, every_M)}
-    loss = cross_entropy + entropy_weight * entropy
-    return Loss(loss, {name: value.detach() for name, value in figures.items()})
+    means = {
+        "cross_entropy": mean(-said.log_p_M, every_M),
+        "entropy": mean(said.entropy_M, said.right_M),
+        "right": mean(said.right_M, every_M),
+    }
+    loss = (weight_N * (means["cross_entropy"] + entropy_weight * means["entropy"])).sum()
+    shares_N = share_N.to(device)
+    return Loss(loss, {name: (shares_N * value_N.detach()).sum() for name, value_N in means.items()})

@@ -26,13 +26,11 @@ from illada.post_training.answering import AnsweringTrainer, ProblemsRun
 from illada.post_training.bounds import Views
 from illada.post_training.certainty import CertaintyObjective, Written, certainty_loss
 from illada.post_training.options import DistillRecipe, DistillSection
-from illada.post_training.problems import Problem
-from illada.post_training.rewards import Judge
+from illada.post_training.problems import Problem, messages_of
 from illada.post_training.rollouts import Rollout, summary
 from illada.post_training.shared import share_of
 from illada.training.parallel import Processes
 from illada.training.recipe import TrainingRecipe
-from illada.training.trainer import Result
 
 ANSWERS, HELD_OUT = "answers", "held-out-answers"
 """Folders of a run with the start's answers."""
@@ -128,7 +126,9 @@ class Batch:
 
     views: Views
     weight_N: torch.Tensor
-    """Weights of the views in the loss of the step, fp32; 0 for what does not count."""
+    """Weights of the views in the loss of the step, fp32: 1 divided by its answers, 0 for what does not count."""
+    share_N: torch.Tensor
+    """Weights in the figures of the step, fp32: 1 divided by its views, or 0."""
 
 
 class DistillTrainer(AnsweringTrainer):
@@ -141,39 +141,42 @@ class DistillTrainer(AnsweringTrainer):
         super().__init__(run, title)
         self.section = run.section
 
-    def train(self) -> Result:
-        """Take the remaining steps beside the process that judges answers."""
-        with Judge(self.run.rewards, self.section.reward_seconds) as self.judge:
-            return super().train()
-
     # The start's answers
 
     def load_newest(self) -> bool:
         """Let the start answer while its weights are at hand, then load the newest checkpoint."""
-        if not self.run.batches.written:
-            self.held_out = self.start_answers(HELD_OUT, self.held_out_problems(), _VALIDATION)
+        run = self.run
+        problems = [run.problems[number] for number in range(run.problem_count)]
+        self.held_out = self.start_answers(HELD_OUT, self.held_out_problems, _VALIDATION)
+        if self.held_out:
             self.start_frontier()
-            problems = [self.run.problems[number] for number in range(self.run.problem_count)]
-            answers = self.start_answers(ANSWERS, problems, 0)
-            if len(answers) == len(problems):
+        answers = self.start_answers(ANSWERS, problems, 0)
+        if not self.stopped():
+            with run.processes.raise_together():
                 self.learn_from(answers)
         return super().load_newest()
 
+    def stopped(self) -> bool:
+        """Return whether a signal to stop has reached any process."""
+        return bool(self.run.processes.highest(max(self.signals, default=0))[0])
+
     def start_answers(self, name: str, problems: list[Problem], first: int) -> list[dict[str, Any]]:
-        """Return the start's answers to problems, read from the run folder or made now; not all after a signal to stop.
+        """Return the start's answers to problems, read from the run folder or made now; none after a signal to stop.
 
         Raises:
-            IlladaError: when what is there is damaged.
+            IlladaError: when what is there is damaged, or of other problems.
         """
         run, found = self.run, list[dict[str, Any]]()
         for place in range(0, len(problems), AT_ONCE):
-            number = place // AT_ONCE
+            number, own = place // AT_ONCE, problems[place : place + AT_ONCE]
             with run.processes.raise_together():
                 rollout = Rollout.read(run.folder, number, name)
+                texts = [messages_of(problem)[-1]["content"] for problem in own]
+                if rollout is not None and [record["problem"] for record in rollout.records] != texts:
+                    raise IlladaError(f"{run.folder / name} has answers to other problems: choose another --output")
             if rollout is None:
-                if run.processes.highest(max(self.signals, default=0))[0]:
-                    break
-                own = problems[place : place + AT_ONCE]
+                if self.stopped():
+                    return []
                 rollout = Rollout(number, self.answer(own, run.decoding, first + number, orders=True), {})
                 if run.processes.first:
                     rollout.write(run.folder, name)
@@ -217,10 +220,6 @@ class DistillTrainer(AnsweringTrainer):
 
     # A step
 
-    def plan(self, step: int) -> list[list[Segment]]:
-        """Return the segments of every answer of a step."""
-        return self.run.batches.plan(step)
-
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Make this process's share of a step."""
         answers = self.run.batches.views(step)
@@ -228,39 +227,37 @@ class DistillTrainer(AnsweringTrainer):
             own = [view for place in places for view in answers[place][2]]
             rows = [view._replace(answer=number) for number, view in enumerate(own)]
             weight_N = torch.full((len(rows),), 1 / len(answers) if counts else 0.0)
-            yield Batch(Views.pack(rows, [int(row.asked.sum()) for row in rows]), weight_N)
+            share_N = weight_N * len(answers) / sum(len(views) for _, _, views in answers)
+            yield Batch(Views.pack(rows, [int(row.asked.sum()) for row in rows]), weight_N, share_N)
 
     def compute_gradients(self, batches: list[Batch]) -> tuple[float, dict[str, Any]]:
         """Add up the gradients of this process's share of the step; return the loss and the figures of the step."""
         losses = []
         for number, batch in enumerate(batches):
             said = self.pass_over(batch.views, number, len(batches))
-            losses.append(certainty_loss(batch.views, said, self.section.entropy_weight, batch.weight_N))
+            losses.append(certainty_loss(batch.views, said, self.section.entropy_weight, batch.weight_N, batch.share_N))
             losses[-1].loss.backward()
         return self.total(losses)
 
     # Validation: accuracy against passes
 
-    def held_out_problems(self) -> list[Problem]:
-        """Return the problems that validations answer."""
-        return self.run.held_out_problems[: self.settings.validation_samples]
-
     def start_frontier(self) -> None:
-        """Note in the run folder what the start reaches, if that has not been done."""
+        """Note in the run folder what the start reaches, if that has not been done and no signal comes before."""
         file = self.run.folder / FRONTIER
-        if self.held_out and not self.run.processes.from_first(file.is_file):
-            points = [self.point(None, self.held_out), *self.frontier()]
-            if self.run.processes.first:
-                write_text(file, json.dumps({"points": points}, indent=1) + "\n")
-                self.say(*map(told, points))
+        if self.run.processes.from_first(file.is_file):
+            return
+        points = [self.point(None, self.held_out)]
+        for threshold in self.section.thresholds:
+            if self.stopped():
+                return
+            points.append(self.point_at(threshold))
+        if self.run.processes.first:
+            write_text(file, json.dumps({"points": points}, indent=1) + "\n")
+            self.say(*map(told, points))
 
-    def frontier(self) -> list[dict[str, Any]]:
-        """Answer held-out problems with each threshold, and return accuracy and passes."""
-        careful = replace(self.run.decoding, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
-        return [
-            self.point(threshold, self.answer(self.held_out_problems(), under(careful, threshold), _VALIDATION))
-            for threshold in self.section.thresholds
-        ]
+    def point_at(self, threshold: float) -> dict[str, Any]:
+        """Answer held-out problems with a threshold, and return accuracy and passes."""
+        return self.point(threshold, self.answer(self.held_out_problems, under(self.greedy, threshold), _VALIDATION))
 
     def point(self, threshold: float | None, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what answers to the held-out problems are like; threshold None for the start's careful ones."""
@@ -272,7 +269,7 @@ class DistillTrainer(AnsweringTrainer):
 
     def validate(self, held_out: Shards) -> dict[str, float]:  # noqa: ARG002 (problems, not tokens)
         """Answer held-out problems with each threshold, and return what came of it for the log."""
-        points = self.frontier()
+        points = [self.point_at(threshold) for threshold in self.section.thresholds]
         self.log.say(*(f"step {self.state.step}  {told(point)}" for point in points))
         return {
             f"validation_{name}_at_{point['threshold']:g}": value
@@ -284,7 +281,7 @@ class DistillTrainer(AnsweringTrainer):
 
 def under(settings: GenerationSettings, threshold: float) -> GenerationSettings:
     """Return settings that commit whatever is surer than a threshold."""
-    return replace(settings, steps_per_block=None, entropy_bound=None, threshold=threshold)
+    return replace(settings, steps_per_block=None, entropy_bound=None, remasking="low_confidence", threshold=threshold)
 
 
 def told(point: dict[str, Any]) -> str:

@@ -134,6 +134,8 @@ class ProblemFiles(DataRecipe):
         """Check the section; raises IlladaError as `Recipe.check` does."""
         if not isinstance(self.train, str):
             raise IlladaError("data.train is one file of problems here, not a mixture")
+        if self.window < 2:
+            raise IlladaError(f"data.window is {self.window}: it must be at least 2")
 
 
 @dataclass
@@ -172,8 +174,12 @@ def check_problems(recipe: Recipe, section: ProblemsSection, command: str) -> No
         raise IlladaError(
             f"give exactly one of {command}.tasks (problems that are drawn) and data.train (a file of them)"
         )
-    if recipe.training.on_spike == "rollback":
+    training = recipe.training
+    if training.on_spike == "rollback":
         raise IlladaError("training.on_spike rollback needs other data to go on with: take none or skip")
+    if training.average or training.decay_when == "plateau":
+        name = "average" if training.average else "decay_when plateau"
+        raise IlladaError(f"training.{name} needs a validation loss, {command} measures answers: leave it out")
 
 
 @dataclass

@@ -6,7 +6,6 @@ their log-probabilities are moved by their advantages (`policy`) under new masks
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from illada.post_training.answering import AnsweringTrainer, ProblemsRun, gather
 from illada.post_training.bounds import Views
 from illada.post_training.options import RlRecipe, RlSection
 from illada.post_training.policy import MASKS, advantages, objective
-from illada.post_training.rewards import Judge
 from illada.post_training.rollouts import Rollout, as_tensor, no_difference, summary, thin_out
 from illada.post_training.shared import measuring, share_of
 from illada.training.parallel import Objective, Processes
-from illada.training.trainer import Result
 from illada.weights.adapters import without_adapter
 from illada.weights.runs import checkpoints
 
@@ -54,12 +51,6 @@ class RlTrainer(AnsweringTrainer):
         self.section = run.recipe.rl
         self.rollout: Rollout | None = None
         self.alike = 0  # rollouts in a row of which nothing could be learnt
-
-    def train(self) -> Result:
-        """Take the remaining steps beside the process that judges answers."""
-        # The rewards are looked for before the run folder is claimed.
-        with Judge(self.run.rewards, self.section.reward_seconds) as self.judge:
-            return super().train()
 
     # The batches of a step
 
@@ -183,10 +174,7 @@ class RlTrainer(AnsweringTrainer):
 
     def validate(self, held_out: Shards) -> dict[str, float]:  # noqa: ARG002 (problems, not tokens)
         """Answer held-out problems without sampling, and return their mean rewards for the log."""
-        run = self.run
-        problems = run.held_out_problems[: self.settings.validation_samples]
-        settings = replace(run.decoding, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
-        records = self.answer(problems, settings, 0)
+        records = self.answer(self.held_out_problems, self.greedy, 0)
         found = summary(records, 1)
         wrong = sum(record["rewards"]["reward"] < 1 for record in records) / len(records)
         self.log.say(f"step {self.state.step}  held out: reward {found['reward']:.4f}  of 1: {1 - wrong:.1%}")

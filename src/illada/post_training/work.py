@@ -26,14 +26,21 @@ def work_of(recipe: Recipe) -> Work:
     window = recipe.data.window
     if isinstance(recipe, RlRecipe):
         rl = recipe.rl
+        recipe.data.check()
+        rl.check()
         windows = rl.samples * (1 + (rl.complementary and rl.method != "diffu-grpo"))
         beside = bool(rl.beta) and rl.method != "gdsd"
         answering = _answering(decoding_of(rl, "rl", 1.0), window) / rl.inner_steps
         forward = windows * (1 + beside) + answering
         return Work(windows, forward, beside and copy, whole=True, problems=True)
     if isinstance(recipe, DistillRecipe):
+        recipe.data.check()
+        recipe.distill.check()
+        samples = _answers(recipe)
+        if recipe.training.steps is not None and samples:
+            times = recipe.training.steps * recipe.training.samples_per_step / samples
         answering = _answering(decoding_of(recipe.distill, "distill", 0.0), window) / times
-        return Work(1 + recipe.distill.complementary, answering, samples=_answers(recipe), whole=True, problems=True)
+        return Work(1 + recipe.distill.complementary, answering, samples=samples, whole=True, problems=True)
     return Work()
 
 

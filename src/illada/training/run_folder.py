@@ -32,7 +32,8 @@ FREE_TO_CHANGE = (
 )
 """Recipe keys that may differ when a run is continued: they change its weights by no more than rounding."""
 
-ADDED_LATER = {"data": "shift_windows", "training": "noise mask_range loss_weight complementary average dropout"}
+_TRAINING = "noise mask_range loss_weight complementary average dropout"
+ADDED_LATER = {"data": "shift_windows", "training": _TRAINING, "dpo": "anchor"}
 """Recipe keys that older runs do not know: at their defaults they are left out, so that those runs can be continued."""
 
 
@@ -56,8 +57,8 @@ def claim(run: Path, recipe: Recipe, shards: Shards, base: str | None) -> TextIO
     content = {**asdict(recipe), "data_fingerprint": data}
     del content["output"], content["log"]
     for section, names in ADDED_LATER.items():
-        for name in names.split():
-            if content[section][name] == getattr(getattr(Recipe(), section), name):
+        for name in names.split() if section in content else ():
+            if content[section][name] == getattr(getattr(type(recipe)(), section), name):
                 del content[section][name]
     if base is None:
         del content["lora"]

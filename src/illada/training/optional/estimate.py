@@ -63,7 +63,8 @@ class Memory:
     """Bytes on one GPU under one kind of activation checkpointing; each kind at its own maximum."""
 
     weights: int
-    """Shards of the fp32 weights (frozen ones under an adapter in their own type), and of a copy of the start."""
+    """Shards of the fp32 weights (frozen ones under an adapter in their own type), and of a copy of the start; what
+    writes answers."""
     gathered: int
     """Weights in the computation's type, gathered while they are used; 0 for one GPU."""
     gradients: int
@@ -352,7 +353,8 @@ def _rehearse_whole(
         # The gradient of a block, and in the end of embedding and head, is summed over the GPUs in fp32.
         reduced = 4 * block if gpus > 1 else 0
         start = 4 * everything if work.copy else 0  # a copy of it, in fp32
-        fixed = (weights + start + optimizer) // shards + gathered
+        answering = 4 * everything if work.problems and (gpus > 1 or recipe.parallel.compile) else 0
+        fixed = (weights + start + optimizer) // shards + answering + gathered
         gradients = 4 * count // (1 if once and passes > 1 else shards)
         memory: dict[Checkpointing, Memory] = {}
         dropout = Dropout(model, recipe.training.dropout, 0)
@@ -366,7 +368,7 @@ def _rehearse_whole(
             )
             after = gradients + 8 * root if gpus > 1 else 0
             memory[kind] = Memory(
-                weights=(weights + start) // shards,
+                weights=(weights + start) // shards + answering,
                 gathered=gathered,
                 gradients=gradients,
                 optimizer=optimizer // shards,

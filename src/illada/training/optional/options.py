@@ -21,7 +21,8 @@ class Work:
     whole: bool = False
     """Whether no window is split, and any share of it may be predicted."""
     problems: bool = False
-    """Whether data.train is a file of problems, and no prepared tokens."""
+    """Whether data.train is a file of problems, and no prepared tokens. Answers are then written by a whole copy of the
+    network in each process, where the trained one is divided or compiled."""
 
 
 @dataclass(frozen=True)

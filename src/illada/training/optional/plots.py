@@ -163,7 +163,7 @@ def _draw_frontier(curves: Curves, loss: Any, frontier: Any) -> None:
         return
     for name, label in (("cross_entropy", "cross-entropy"), ("entropy", "entropy of what is right")):
         curves.draw(loss, curves.column(name), label, smooth=True)
-    loss.set_ylabel("nats, sum over a mask and its complement")
+    loss.set_ylabel("nats a view")
     file = curves.folder / "frontier.json"
     if not file.exists():
         return
