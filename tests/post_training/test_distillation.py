@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
+import tuning_runs
 from illada.cli import main
 from illada.errors import IlladaError
 from illada.generation.engine import generate
@@ -24,7 +24,7 @@ from illada.post_training.certainty import Certainty, CertaintyObjective, Writte
 from illada.post_training.distillation import FRONTIER, DistillTrainer, read_frontier
 from illada.post_training.options import DistillRecipe, DistillSection, ProblemFiles
 from illada.training import trainer
-from illada.training.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
+from illada.training.recipe import LoraRecipe, ModelRecipe
 from illada.weights.runs import read_metrics
 from process_groups import run_groups
 from reference import reference_certainty
@@ -47,19 +47,6 @@ def make_distill(start, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
 
     def make(name="run", rank=None, distill=None, data=None, **training):
-        given = {
-            "steps": 6,
-            "samples_per_step": 6,
-            "samples_per_batch": 3,
-            "learning_rate": 3e-3,
-            "final_learning_rate": 1e-3,
-            "warmup_steps": 1,
-            "decay_steps": 0,
-            "dtype": "fp32",
-            "device": "cpu",
-            "checkpoint_every": 2,
-            "validate_every": 3,
-        }
         section = {"settings": {"block_length": 4, "max_new_tokens": 8}, "thresholds": [0.01, 0.5]}
         files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "held_out.jsonl"), "window": 40}
         return DistillRecipe(
@@ -67,7 +54,7 @@ def make_distill(start, tmp_path):
             model=ModelRecipe(start=str(start)),
             data=ProblemFiles(**{**files, **(data or {})}),
             lora=LoraRecipe(rank=rank),
-            training=TrainingRecipe(**{**given, **training}),
+            training=tuning_runs.six_steps(**{"samples_per_step": 6, "samples_per_batch": 3, **training}),
             distill=DistillSection(**{**section, **(distill or {})}),
         )
 
@@ -85,9 +72,8 @@ def answers_end(monkeypatch):
     monkeypatch.setattr(DistillTrainer, "answer", ended)
 
 
-def run(recipe, kind=DistillTrainer):
-    result = trainer.train(recipe, "distill", kind)
-    return load_file(next(result.model.glob("*.safetensors"))), read_metrics(result.model.parent / "metrics.jsonl")
+def run(recipe):
+    return tuning_runs.run(recipe, "distill", DistillTrainer)
 
 
 def close(one, other, rel=1e-4):
@@ -213,19 +199,10 @@ def test_micro_batches_and_restarts_change_nothing(make_distill, rank, masks):
     _, in_parts = run(make_distill("parts", **changes, samples_per_batch=4))
     close(records, in_parts)
 
-    class Stops(DistillTrainer):
-        def write_log(self, record):
-            super().write_log(record)
-            if self.state.step == stops[0]:
-                raise KeyboardInterrupt
-
     recipe = make_distill("killed", **changes)
-    stops = [1, 5]  # before and after a checkpoint
-    while stops:
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train(recipe, "distill", Stops)
-        stops.pop(0)
-    again, continued = run(recipe)
+    again, continued = tuning_runs.run_killed(
+        recipe, "distill", DistillTrainer, [1, 5]
+    )  # before and after a checkpoint
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     close(records, continued, rel=0)
     assert read_frontier(Path(recipe.output)) == read_frontier(Path(make_distill("whole").output))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tuning_runs
 from illada.data.shards import Shards
 from illada.errors import IlladaError
 from illada.post_training.bounds import noise_seed
@@ -25,9 +26,7 @@ NAMES = ("loss", "accuracy", "margin", "chosen_gap", "rejected_gap", "gradient_n
 
 
 def run(recipe):
-    result = trainer.train(recipe, "dpo", PreferenceTrainer)
-    folder = result.model.parent
-    return load_file(next(result.model.glob("*.safetensors"))), read_metrics(folder / "metrics.jsonl")
+    return tuning_runs.run(recipe, "dpo", PreferenceTrainer)
 
 
 def close(one, other, names=NAMES, rel=1e-4):
@@ -80,16 +79,8 @@ def test_micro_batches_and_restarts_change_nothing(make_dpo, monkeypatch, refere
     _, in_parts = run(make_dpo("parts", **changes, samples_per_batch=1))
     close(records, in_parts)
 
-    class Stops(PreferenceTrainer):
-        def write_log(self, record):
-            super().write_log(record)
-            if self.state.step == 8:
-                raise KeyboardInterrupt
-
     recipe = make_dpo("killed", **changes)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(recipe, "dpo", Stops)
-    again, continued = run(recipe)
+    again, continued = tuning_runs.run_killed(recipe, "dpo", PreferenceTrainer, [8])
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     close(records, continued, rel=0)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+import tuning_runs
 from illada.errors import IlladaError
 from illada.post_training.bounds import Answer, Views
 from illada.post_training.options import ProblemFiles, RlRecipe, RlSection
@@ -17,7 +17,7 @@ from illada.post_training.rewards import REWARDS
 from illada.post_training.rollouts import numbers_of
 from illada.toy_tasks import sudoku_is_held_out, sudoku_solutions
 from illada.training import trainer
-from illada.training.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
+from illada.training.recipe import LoraRecipe, ModelRecipe
 from illada.weights.runs import read_metrics
 from process_groups import run_groups
 from reference import reference_policy
@@ -34,19 +34,6 @@ def make_rl(start, tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
     def make(name="run", rank=None, rl=None, data=None, **training):
-        settings = {
-            "steps": 6,
-            "samples_per_step": 12,
-            "samples_per_batch": 6,
-            "learning_rate": 3e-3,
-            "final_learning_rate": 1e-3,
-            "warmup_steps": 1,
-            "decay_steps": 0,
-            "dtype": "fp32",
-            "device": "cpu",
-            "checkpoint_every": 2,
-            "validate_every": 3,
-        }
         section = {"reward": "own:short", "answers": 3, "inner_steps": 3, "beta": 0.01}
         section |= {"settings": {"block_length": 4, "max_new_tokens": 8}, "reward_seconds": 60}
         files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "held_out.jsonl"), "window": 40}
@@ -55,16 +42,15 @@ def make_rl(start, tmp_path, monkeypatch):
             model=ModelRecipe(start=str(start)),
             data=ProblemFiles(**{**files, **(data or {})}),
             lora=LoraRecipe(rank=rank),
-            training=TrainingRecipe(**{**settings, **training}),
+            training=tuning_runs.six_steps(**{"samples_per_step": 12, "samples_per_batch": 6, **training}),
             rl=RlSection(**{**section, **(rl or {})}),
         )
 
     return make
 
 
-def run(recipe, kind=RlTrainer):
-    result = trainer.train(recipe, "rl", kind)
-    return load_file(next(result.model.glob("*.safetensors"))), read_metrics(result.model.parent / "metrics.jsonl")
+def run(recipe):
+    return tuning_runs.run(recipe, "rl", RlTrainer)
 
 
 def close(one, other, rel=1e-4):
@@ -150,19 +136,10 @@ def test_micro_batches_and_restarts_change_nothing(make_rl, method, rank, more):
     _, in_parts = run(make_rl("parts", **changes, samples_per_batch=5))
     close(records, in_parts)
 
-    class Stops(RlTrainer):
-        def write_log(self, record):
-            super().write_log(record)
-            if self.state.step == stops[0]:
-                raise KeyboardInterrupt
-
     recipe = make_rl("killed", **changes)
-    stops = [1, 5]  # between two steps on the same answers, before and after a checkpoint
-    while stops:
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train(recipe, "rl", Stops)
-        stops.pop(0)
-    again, continued = run(recipe)
+    again, continued = tuning_runs.run_killed(
+        recipe, "rl", RlTrainer, [1, 5]
+    )  # between two steps on the same answers, before and after a checkpoint
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     close(records, continued, rel=0)
 

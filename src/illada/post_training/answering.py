@@ -68,6 +68,7 @@ class ProblemsRun(AnswersRun):
     """The name of the command, for errors."""
     temperature = 0.0
     """Of the answers, where the recipe does not say it."""
+    batches_kind: type[Batches] = AnswerBatches
     section: ProblemsSection
     decoding: GenerationSettings
 
@@ -93,7 +94,7 @@ class ProblemsRun(AnswersRun):
         """Return what stands for the answers."""
         recipe, window = self.recipe, self.recipe.data.window
         self.check_start(config, self.command)
-        return AnswerBatches(
+        return self.batches_kind(
             self.shards, window, recipe.training.samples_per_step, recipe.training.seed, 0.0, rule="llada"
         )
 

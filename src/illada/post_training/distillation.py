@@ -91,6 +91,7 @@ class DistillRun(ProblemsRun):
     recipe: DistillRecipe
     loss = CertaintyObjective
     command = "distill"
+    batches_kind = OwnAnswers
     batches: OwnAnswers
 
     def __init__(self, recipe: DistillRecipe, processes: Processes):
@@ -99,13 +100,10 @@ class DistillRun(ProblemsRun):
         assert isinstance(self.objective, CertaintyObjective)
         self.objective.temperature = recipe.distill.entropy_temperature
 
-    def make_batches(self, config: IlladaConfig) -> OwnAnswers:
+    def make_batches(self, config: IlladaConfig) -> Batches:
         """Return the answers, of which there are none yet."""
-        training = self.recipe.training
-        self.check_start(config, self.command)
-        batches = OwnAnswers(
-            self.shards, self.recipe.data.window, training.samples_per_step, training.seed, 0.0, rule="llada"
-        )
+        batches = super().make_batches(config)
+        assert isinstance(batches, OwnAnswers)
         batches.section, batches.samples = self.section, self.problem_count
         batches.block_length = self.section.block_length or self.decoding.block_length
         return batches
