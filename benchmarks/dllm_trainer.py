@@ -14,28 +14,23 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 
-def step_of(path, windows, shape, dtype, rows):
-    """Return a function that makes one optimiser step over given documents.
+def network(path, shape):
+    """Return their LLaDA network in a shape of ours, with random weights, once their packages can be imported.
 
     Args:
         path: checkout of dllm.
-        windows: cut documents into windows of so many tokens, as their pre-training does; None for a document a row.
-        shape: of the network, named as in our configuration.
-        dtype: "bf16" or "fp32".
-        rows: in one pass.
+        shape: as our configuration names it.
     """
-    for name in ("dllm", "dllm.core", "dllm.pipelines"):
+    for name in ("dllm", "dllm.core", "dllm.pipelines", "dllm.pipelines.rl", "dllm.pipelines.rl.grpo"):
         package = ModuleType(name)  # whose own __init__ would import everything
         package.__path__ = [f"{path}/{name.replace('.', '/')}"]
         sys.modules[name] = package
-    from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
     from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
     from dllm.pipelines.llada.models.modeling_llada import (
         LLaDAModel,
         LLaDAModelLM,
         create_model_config_from_pretrained_config,
     )
-    from dllm.utils.collators import RandomTruncateWrapper
 
     config = LLaDAConfig(
         d_model=shape["hidden_size"],
@@ -62,7 +57,23 @@ def step_of(path, windows, shape, dtype, rows):
         weight_tying=True,
         init_device="cpu",
     )
-    network = LLaDAModel(create_model_config_from_pretrained_config(config), init_params=True)
+    return LLaDAModelLM(config, model=LLaDAModel(create_model_config_from_pretrained_config(config), init_params=True))
+
+
+def step_of(path, windows, shape, dtype, rows):
+    """Return a function that makes one optimiser step over given documents.
+
+    Args:
+        path: checkout of dllm.
+        windows: cut documents into windows of so many tokens, as their pre-training does; None for a document a row.
+        shape: of the network, named as in our configuration.
+        dtype: "bf16" or "fp32".
+        rows: in one pass.
+    """
+    model = network(path, shape)
+    from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+    from dllm.utils.collators import RandomTruncateWrapper
+
     special = {"pad_token": "pad_token_id", "eos_token": "eos_token_id", "mask_token": "mask_token_id"}
     words = Tokenizer(WordLevel({f"<{key}>": shape[place] for key, place in special.items()}, "<pad_token>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **{key: f"<{key}>" for key in special})
@@ -70,7 +81,7 @@ def step_of(path, windows, shape, dtype, rows):
     arguments = MDLMConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=half, eval_strategy="no")
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, return_tensors="pt", padding=True)
     trainer = MDLMTrainer(
-        model=LLaDAModelLM(config, model=network),
+        model=model,
         processing_class=tokenizer,
         args=arguments,
         data_collator=RandomTruncateWrapper(collator, random_length_ratio=0.0),

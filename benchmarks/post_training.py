@@ -6,14 +6,18 @@
     python benchmarks/post_training.py noise --model runs/demo/model --tuned runs/dpo/model --pairs P.jsonl
     python benchmarks/post_training.py accuracy --models runs/demo/model runs/dpo/model --problems 500
     python benchmarks/post_training.py accuracy --models runs/demo/model runs/fast/model --thresholds 0.9
+    python benchmarks/post_training.py published --data shared/data/reasoning --output P --chats 40000 --sudokus 1500
+    python benchmarks/post_training.py accuracy --models runs/start runs/rl/model --files P/sudoku.jsonl
 
 `pairs` lets the model answer problems of the training split at temperature 1 and pairs a wrong answer of each with the
 right one. `noise` measures the variance, over seeds, of (B_tuned - B_start)(chosen) - (B_tuned - B_start)(rejected).
-`accuracy` answers held-out problems: right answers in percent, the difference to the first row, paired by problem, and
-tokens a pass.
+`accuracy` answers held-out problems, or those of a file by their reward: right answers in percent, the difference to the
+first row, paired by problem, and tokens a pass; of a file also the mean reward. `published` turns the published sudokus
+and Countdown problems into files of problems, and writes conversations to tune a start on that have none of them.
 """
 
 import argparse
+import csv
 import json
 import random
 from itertools import product
@@ -26,6 +30,8 @@ from illada import rng
 from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.post_training.bounds import Answer, AnswersObjective, Views
+from illada.post_training.problems import Problems, countdown_problem, messages_of, read_problems, sudoku_problem
+from illada.post_training.rewards import find_reward, reward_of
 from illada.scoring.likelihood import views
 from illada.text.chat import encode_prompt
 from illada.toy_tasks import TASKS
@@ -120,8 +126,56 @@ def measure_noise(options):
         print(f"| {name} | {' | '.join(means)} | {ratio[0]:.3g} ({ratio[1]:.3g} to {ratio[2]:.3g}) |")
 
 
+def write_published(options):
+    """Write sudoku.jsonl and countdown.jsonl, the published problems, and chats.jsonl, others with their answers."""
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with (options.data / "4x4_test_sudoku.csv").open() as file:
+        tests = {"sudoku": [sudoku_problem(row["Puzzle"]) for row in csv.DictReader(file)]}
+    lines = map(json.loads, (options.data / "countdown_cd3_test.jsonl").read_text().splitlines())
+    tests["countdown"] = [countdown_problem([*map(int, x["input"].split(","))], int(x["output"])) for x in lines]
+    for task, found in tests.items():
+        (output / f"{task}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in found))
+    excluded = [str(output / f"{task}.jsonl") for task in tests]
+    counts = {"sudoku": options.sudokus, "countdown": options.chats - options.sudokus}
+    chats = []
+    for task, count in counts.items():
+        drawn = Problems([task], "", options.seed, excluded)
+        chats += [(drawn[i]["prompt"], drawn[i]["answer"]) for i in range(count)]
+    roles = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in chats
+    ]
+    random.Random(options.seed).shuffle(roles)
+    (output / "chats.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in roles))
+    print(", ".join(f"{len(found)} of {task}" for task, found in tests.items()), f"and {len(roles):,} conversations")
+
+
+def measure_files(options):
+    """Print how many problems of each file are solved, and the mean reward."""
+    print("| model | file | solved, % | beside the first | mean reward, % | tokens a pass |\n|---|---|---|---|---|---|")
+    for path in options.files:
+        found, first = read_problems(path), None
+        reward = find_reward(reward_of(found[0]))
+        for name in options.models:
+            model, tokenizer = load_model(name, "fp32", "cpu")
+            chosen = settings_for(model, GenerationSettings(**SETTINGS))
+            said = generate(model, [messages_of(problem) for problem in found], chosen, tokenizer)
+            scores = np.array([reward(problem, answer.text) for problem, answer in zip(found, said, strict=True)])
+            right = 100 * (scores >= 1).astype(float)
+            first = right if first is None else first
+            error = right.std(ddof=1) / len(right) ** 0.5, (right - first).std(ddof=1) / len(right) ** 0.5
+            rate = sum(len(a.ids) + 1 for a in said) / sum(a.forwards for a in said)
+            print(
+                f"| {name} | {path} | {right.mean():.1f} ± {error[0]:.1f} | {(right - first).mean():+.1f} ± {error[1]:.1f} "
+                f"| {100 * scores.mean():.1f} | {rate:.2f} |",
+                flush=True,
+            )
+
+
 def measure_accuracy(options):
     """Print accuracy and tokens a pass of each model and task."""
+    if options.files:
+        return measure_files(options)
     tasks = options.tasks or list(TASKS)
     first = {}
     print(
@@ -172,6 +226,14 @@ def main():
     accuracy.add_argument("--problems", type=int, default=500, help="of each task, or as many as it has")
     accuracy.add_argument("--thresholds", type=float, nargs="*", default=[])
     accuracy.add_argument("--speculate", type=int, default=0)
+    accuracy.add_argument("--files", nargs="+", help="problems with a reward, in place of tasks")
+    published = parsers.add_parser("published")
+    published.set_defaults(run=write_published)
+    published.add_argument("--data", type=Path, required=True, help="the folder of the two published files")
+    published.add_argument("--output", required=True)
+    published.add_argument("--chats", type=int, default=40000)
+    published.add_argument("--sudokus", type=int, default=1500, help="of the conversations")
+    published.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.run(options)
 

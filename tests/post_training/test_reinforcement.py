@@ -85,6 +85,7 @@ def test_the_losses_are_the_plain_ones(method, beta):
 
 def test_advantages_leave_the_answer_itself_out():
     assert advantages(torch.tensor([1.0, 0, 0, 2, 2, 2]), 3).tolist() == [1.0, -0.5, -0.5, 0, 0, 0]
+    assert not advantages(torch.full((6,), 0.1), 6).any()  # not a rounding error, which Adam would make a step of
 
 
 @pytest.mark.parametrize("task", [pytest.param(name, marks=[pytest.mark.slow] * (name == "library")) for name in TASKS])
@@ -116,6 +117,21 @@ def test_a_file_comes_again_in_another_order(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["espo", "diffu-grpo"])
+def test_answers_without_advantage_may_be_left_out(make_rl, method, monkeypatch):
+    """Without rl.beta they pull on nothing: the run is the one that passes over all answers, with fewer tokens."""
+    some = {"reward": "own:few", "method": method, "beta": 0.0}
+    Path("own.py").write_text("def few(problem, answer): return len(answer) % 2 * 0.1\n")
+    short_weights, short = run(make_rl("short", rl=some))
+    monkeypatch.setattr(RlTrainer, "pulled", lambda self, rollout: [*range(len(rollout.records))])
+    long_weights, long = run(make_rl("long", rl=some))
+    assert 0 < short[-1]["zero_groups"] < 1
+    assert short[-1].pop("tokens") < long[-1].pop("tokens")
+    close(short[-1:], long[-1:])
+    for name, tensor in long_weights.items():
+        torch.testing.assert_close(short_weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_steps_raise_what_is_better_than_the_rest(make_rl):
     """In every rollout the mean of ρ A is 0 at first, and above it after steps on the same answers."""
     _, records = run(make_rl(steps=24, samples_per_step=24, learning_rate=1e-3, rl={"beta": 0, "inner_steps": 8}))

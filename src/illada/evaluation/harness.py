@@ -20,7 +20,7 @@ from torch import distributed
 
 from illada.errors import IlladaError, first_line, needs
 from illada.evaluation.journal import Entry, Journal, fingerprint
-from illada.evaluation.kinds import KINDS, check_kind
+from illada.evaluation.kinds import KINDS, read_value
 from illada.evaluation.options import Bos, Scoring, SpecialTokens
 from illada.generation.engine import MAX_BATCH_TOKENS, Engine, generate
 from illada.generation.settings import OF_DIFFUSION, GenerationSettings, settings_for
@@ -67,7 +67,7 @@ def _check_arguments(scoring: object, bos: object, special_tokens: object, setti
     if unknown := sorted(settings.keys() - KINDS.keys()):
         raise IlladaError(f"unknown model_args {', '.join(unknown)}: choose from {', '.join(sorted(KINDS))}")
     for name, value in settings.items():
-        check_kind(name, value, KINDS[name])
+        settings[name] = read_value(name, value, KINDS[name])
     choices = {"scoring": (*get_args(Scoring), None), "bos": get_args(Bos), "special_tokens": get_args(SpecialTokens)}
     for (name, known), value in zip(choices.items(), (scoring, bos, special_tokens), strict=True):
         if value not in known:
@@ -322,7 +322,7 @@ class IlladaLM(LM):
         """
         rest = dict(generation_kwargs)
         until = rest.pop("until", None) or []
-        check_kind("until", until, str | list[str])
+        read_value("until", until, str | list[str])
         stop = [until] if isinstance(until, str) else list(until)
         changes = {name: rest.pop(name) for name in KINDS.keys() & rest.keys()}
         if self.causal:
@@ -331,9 +331,8 @@ class IlladaLM(LM):
             if (budget := rest.pop(name, None)) is not None:
                 changes.setdefault("max_new_tokens", budget)
         sample = rest.pop("do_sample", None)
-        check_kind("do_sample", sample, bool | None)
-        for name, value in changes.items():
-            check_kind(name, value, KINDS[name])
+        read_value("do_sample", sample, bool | None)
+        changes = {name: read_value(name, value, KINDS[name]) for name, value in changes.items()}
         if sample is False:
             changes["temperature"] = 0.0
         elif sample and not changes.get("temperature"):

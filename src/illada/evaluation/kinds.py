@@ -38,11 +38,14 @@ def _wanted(kind: Any) -> str:
     return " or ".join(map(_wanted, inner)) if inner else WORDS[kind]
 
 
-def check_kind(name: str, value: object, kind: Any) -> None:
-    """Refuse a value of another type.
+def read_value(name: str, value: object, kind: Any) -> Any:
+    """Return a value that has a type; keys of JSON's objects, which are texts, become the ids that they name.
 
     Raises:
-        IlladaError: when it is.
+        IlladaError: when it has another type.
     """
+    if isinstance(value, dict):
+        value = {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
     if not _fits(value, kind):
         raise IlladaError(f"{name} is {str(value)[:60]!r}: it must be {_wanted(kind)}")
+    return value

@@ -15,7 +15,7 @@ from illada import rng
 from illada.data.batches import Batches
 from illada.data.shards import Shards
 from illada.errors import IlladaError
-from illada.evaluation.kinds import KINDS, check_kind
+from illada.evaluation.kinds import KINDS, read_value
 from illada.generation.engine import StepEvent, generate
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
@@ -110,8 +110,7 @@ def decoding_of(section: ProblemsSection, command: str, temperature: float) -> G
     given = dict(section.settings or {})
     if unknown := sorted(given.keys() - kinds.keys()):
         raise IlladaError(f"{command}.settings has no {unknown[0]!r}: choose from {', '.join(sorted(kinds))}")
-    for name, value in given.items():
-        check_kind(f"{command}.settings.{name}", value, kinds[name])
+    given = {name: read_value(f"{command}.settings.{name}", value, kinds[name]) for name, value in given.items()}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     return GenerationSettings(**{"temperature": temperature, **given})

@@ -27,10 +27,13 @@ from illada.scoring.likelihood import masked_tokens, views
 
 
 def advantages(rewards_A: Tensor, answers: int) -> Tensor:
-    """Return each reward minus the mean of the others of its problem [A]; a problem's answers lie beside each other."""
+    """Return each reward minus the mean of the others of its problem [A], exactly 0 where all are equal.
+
+    A problem's answers lie beside each other.
+    """
     rewards_PG = rewards_A.view(-1, answers)
-    others_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (answers - 1)
-    return (rewards_PG - others_PG).flatten()
+    differences_PGG = rewards_PG[:, :, None] - rewards_PG[:, None, :]
+    return (differences_PGG.sum(2) / (answers - 1)).flatten()
 
 
 def whole(length: int, samples: int, seed: int, complementary: bool) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:  # noqa: ARG001

@@ -55,11 +55,11 @@ class RlTrainer(AnsweringTrainer):
     # The batches of a step
 
     def plan(self, step: int) -> list[list[Segment]]:
-        """Return the segments of every answer of a step: once for every view."""
+        """Return the segments of every answer that a step passes over: once for every view."""
         rollout = self.rollout_of(step)
         views = self.section.samples * (2 if self.is_complementary else 1)
-        lengths = [len(record["ids"]) for record in rollout.records]
-        return [[Segment(place, step, 0, 0, length, 0)] * views for place, length in enumerate(lengths)]
+        lengths = {place: len(rollout.records[place]["ids"]) for place in self.pulled(rollout)}
+        return [[Segment(place, step, 0, 0, length, 0)] * views for place, length in lengths.items()]
 
     @property
     def is_complementary(self) -> bool:
@@ -72,11 +72,18 @@ class RlTrainer(AnsweringTrainer):
 
     def views(self, rollout: Rollout, inner_step: int) -> Iterator[tuple[list[int], Views, bool]]:
         """Yield the places of answers, their views, and whether they count, for this process's share of a step."""
-        section, count = self.section, len(rollout.records)
+        section, pulled = self.section, self.pulled(rollout)
         hide = section.hide_prompt if section.method == "diffu-grpo" else 0.0
-        for places, counts in share_of(count, self.settings.samples_per_batch, *self.run.processes.share):
+        for numbers, counts in share_of(len(pulled), self.settings.samples_per_batch, *self.run.processes.share):
+            places = [pulled[number] for number in numbers]
             answers = [rollout.answer(place, self.settings.seed, inner_step) for place in places]
             yield places, Views.of(answers, section.samples, self.is_complementary, MASKS[section.method], hide), counts
+
+    def pulled(self, rollout: Rollout) -> list[int]:
+        """Return the places of the answers that pull on the weights: without rl.beta those of no advantage do not."""
+        if self.section.beta or self.section.method == "gdsd":
+            return [*range(len(rollout.records))]
+        return rollout.figures["advantage"].nonzero()[:, 0].tolist() or [0]
 
     # A rollout
 
@@ -98,7 +105,8 @@ class RlTrainer(AnsweringTrainer):
         """Answer the problems of a rollout, judge the answers, and note what the model and its start say of them."""
         section, run = self.section, self.run
         count = self.settings.samples_per_step // section.answers
-        problems = [run.problems[number * count + place] for place in range(count) for _ in range(section.answers)]
+        drawn = [run.problems[number * count + place] for place in range(count)]
+        problems = [problem for problem in drawn for _ in range(section.answers)]
         records = self.answer(problems, run.decoding, number)
         rewards_A = as_tensor([record["rewards"]["reward"] for record in records])
         rollout = Rollout(number, records, {"advantage": advantages(rewards_A, section.answers)})
@@ -114,7 +122,10 @@ class RlTrainer(AnsweringTrainer):
 
     @torch.no_grad()
     def sums(self, rollout: Rollout, inner_step: int, network: Objective) -> Tensor:
-        """Return what `objective` compares with: the sums of all answers [A], or of diffu-grpo their tokens [M]."""
+        """Return what `objective` compares with: the sums of all answers [A], or of diffu-grpo their tokens [M].
+
+        Those of answers that do not pull are 0.
+        """
         found: dict[int, list[float]] = {}
         with measuring(network):
             for places, batch, counts in self.views(rollout, inner_step):
@@ -125,7 +136,8 @@ class RlTrainer(AnsweringTrainer):
                 if counts:
                     found |= {place: part.tolist() for place, part in zip(places, parts, strict=True)}
         pairs = dict(gathered(self.run.processes, [*found.items()]))
-        return as_tensor([number for place in sorted(pairs) for number in pairs[place]])
+        every = (pairs.get(place, [0.0] * self.numbers(rollout, place)) for place in range(len(rollout.records)))
+        return as_tensor([number for numbers in every for number in numbers])
 
     def numbers(self, rollout: Rollout, place: int) -> int:
         """Return how many numbers `sums` has for an answer."""
