@@ -4,6 +4,7 @@ They take one sequence at a time and neither pack nor chunk. A model is anything
 and a `config`. Random numbers come from SplitMix64 in plain integers, which checks the vectorised ones too.
 """
 
+import itertools
 import math
 
 import torch
@@ -460,3 +461,18 @@ def reference_certainty(views, entropy_weight, temperature):
                 entropies.append(-sum(x * math.log(x) for x in q if x))
         total += entropy_weight * sum(entropies) / max(1, len(entropies))
     return total
+
+
+def reference_fillings(log_p, decided, matches, end):
+    """Yield what an answer may be with its log-probability: every way to fill in what is not decided.
+
+    Args:
+        log_p: of each id at each position, as lists.
+        decided: an id for each position, or None.
+        matches: whether ids, up to the first end and without it, are an answer.
+        end: the id that ends an answer; what stands behind it does not matter.
+    """
+    choices = [range(len(row)) if one is None else [one] for row, one in zip(log_p, decided, strict=True)]
+    for ids in itertools.product(*choices):
+        if matches(ids[: ids.index(end)] if end in ids else ids):
+            yield ids, sum(row[one] for row, one, at in zip(log_p, ids, decided, strict=True) if at is None)

@@ -11,7 +11,7 @@ from test_trainer import held, same, steps_of, train_killed_at, weights
 
 from illada.errors import DivergedError
 from illada.training import parallel, spikes, trainer
-from illada.training.spikes import data_step, remember, trouble
+from illada.training.optional.spikes import data_step, remember, trouble
 from illada.training.trainer import train
 from illada.weights.runs import RunState, checkpoints, read_metrics
 

@@ -28,9 +28,11 @@ def denoise(model: IlladaForMaskedLM, rows: Sequence[Request], pool: PagePool, l
         logits_held: most logits held at once.
     """
     # Rows that want the most probable token come first: their logits need not exist as a whole. Rows of equal length
-    # lie side by side and share attention calls, those that begin to compute at the same position above all.
+    # lie side by side and share attention calls, those that begin to compute at the same position above all. Rows with
+    # a form come last, as `propose` wants them.
     plain = [is_plain(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (not plain[i], rows[i].size // rows[i].passes, rows[i].first))
+    keys = [(not plain[i], row.form is not None, row.size // row.passes, row.first) for i, row in enumerate(rows)]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
     rows = [rows[i] for i in order]
     open_positions = [row.open_positions() for row in rows]
     inputs: list[NDArray[np.int64]] = []

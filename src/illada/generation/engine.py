@@ -10,8 +10,10 @@ import torch
 
 from illada.errors import IlladaError
 from illada.generation.denoise import denoise
+from illada.generation.optional.drafts import draft_ahead, has_come_true
+from illada.generation.optional.forms import give_form
 from illada.generation.request import Proposals, Request
-from illada.generation.settings import GenerationSettings, settings_for
+from illada.generation.settings import FORMS, GenerationSettings, settings_for
 from illada.model.kv_cache import PagePool
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.chat import Prompt, encode_any, encoded_ids, is_encoding
@@ -41,6 +43,8 @@ class Generation:
     """The decoded ids without special tokens, cut before the stop string; None without a tokenizer."""
     positions: int = field(default=0, compare=False)
     """Positions that the passes computed for the request and its drafts; what came from a cache does not count."""
+    forced: int = field(default=0, compare=False)
+    """Tokens that the answer's form left no choice, decided without a pass."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,9 @@ def infill(
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for template, own in _with_settings(model, templates, settings, "templates"):
-        engine.enter(Request.of_template(model.config, template, own, f"template {engine.submitted}"))
+        request = Request.of_template(model.config, template, own, name := f"template {engine.submitted}")
+        give_form(request, tokenizer, model.config.vocab_size, name)
+        engine.enter(request)
     return engine.run()
 
 
@@ -192,11 +198,12 @@ class Engine:
     def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Request:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         request = Request.of_prompt(self.model.config, prompt, settings, name)
-        for option in ("stop", "think_boost"):
-            if getattr(settings, option) and self.tokenizer is None:
+        for option in ("stop", "think_boost", *FORMS):
+            if getattr(settings, option) not in (None, 0, ()) and self.tokenizer is None:
                 raise IlladaError(f"{option} needs a tokenizer: give one to generate")
         if settings.think_boost and self.tokenizer is not None:
             request.think = tuple(self.tokenizer.encode("</think>", add_special_tokens=False))
+        give_form(request, self.tokenizer, self.model.config.vocab_size, name)
         return request
 
     def enter(self, request: Request) -> int:
@@ -270,7 +277,7 @@ class Engine:
             requests.append(request)
             room -= request.size
         for request in requests:
-            room -= request.speculate(room)
+            room -= draft_ahead(request, room)
         return requests
 
     def _advance(self, request: Request, proposals: Iterator[Proposals]) -> Generation | None:
@@ -283,13 +290,13 @@ class Engine:
         request.positions += sum(row.size for row, _ in rows)
         answer = None
         for row, of_row in rows:
-            if row is not request and (answer is not None or not request.matches(row)):
+            if row is not request and (answer is not None or not has_come_true(request, row)):
                 break
             block, block_end, step = request.block, request.block_end, request.block_step
             if request.commit(of_row):
                 answer = _finish(request, self.tokenizer, self.keep_special_tokens)
-                if answer is None:
-                    request.open_next_block()
+                while answer is None and request.open_next_block():
+                    answer = _finish(request, self.tokenizer, self.keep_special_tokens)
             if self.on_step is not None and request.watched:
                 self.on_step(
                     StepEvent(
@@ -348,4 +355,4 @@ def _finish(request: Request, tokenizer: Any | None, keep_special_tokens: bool) 
     if not complete:
         return None
     log_probs = request.log_prob_G[request.slot_G] if request.template else request.log_prob_G[: len(ids)]
-    return Generation(ids, reason, request.forwards, log_probs.tolist(), text, request.positions)
+    return Generation(ids, reason, request.forwards, log_probs.tolist(), text, request.positions, request.forced)

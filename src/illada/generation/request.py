@@ -7,16 +7,16 @@ Shape letters: L ids of a prompt or template · P prompt tokens · G answer budg
 of the active block · K committed · S ids seen.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from torch import Tensor
 
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
@@ -43,6 +43,22 @@ class Proposals(NamedTuple):
         return Proposals(position_M[mask_M], id_M[mask_M], log_prob_M[mask_M], score_M[mask_M], best_EM[:, mask_M])
 
 
+class Form(Protocol):
+    """What an answer must match (`illada.generation.optional.forms`)."""
+
+    def choose(self, row: "Request", weight_MV: Tensor, choice_MV: Tensor, temperature: float) -> Tensor:
+        """Return the ids at the open positions of a row [M] that match it together."""
+        ...
+
+    def settle(self, row: "Request") -> None:
+        """Decide what it leaves no choice in the active block."""
+        ...
+
+    def leave_block(self, row: "Request") -> None:
+        """Bring the row's state to the end of the active block, in which all that matters is decided."""
+        ...
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt or a template with its settings, the state of its answer, and counters.
@@ -65,10 +81,18 @@ class Request:
     """Whether the engine calls `on_step` for it."""
     alternatives: int = 0
     """How many of the most probable ids are kept at each position, beside the id itself."""
+    form: "Form | None" = None
+    """What the answer, or what fills each slot, must match."""
+    state: int = 0
+    """Of the form, at the beginning of the active block."""
+    forced: int = 0
+    """Tokens that the form left no choice, decided without a pass."""
     causal: bool = False
     """Whether the model is causal: the token before a position proposes it, no mask is seen, a block is one token."""
     block: int = 0
     """Where in the answer the active block begins."""
+    begun: int = 0
+    """Where the block of the last pass begins."""
     block_step: int = 0
     answer_step: int = 0
     forwards: int = 0
@@ -183,7 +207,7 @@ class Request:
         if self.block_step:
             return done
         # In the first step of a block the last tokens of the block before it are new.
-        return 0 if cache == "prefix" else done - self.settings.block_length
+        return 0 if cache == "prefix" else len(self.prompt_P) + self.begun
 
     @property
     def size(self) -> int:
@@ -276,51 +300,26 @@ class Request:
             self.doubt = bool(log_prob_M[chosen_K].min() < math.log(self.settings.refresh_below))
         self.answer_step += 1
         self.block_step += 1
+        self.begun = self.block
+        if self.form is not None:
+            self.form.settle(self)
+        return self.block_is_done
+
+    @property
+    def block_is_done(self) -> bool:
+        """Whether nothing is masked in the active block, up to the first end-of-sequence token."""
         masked_B, ids_B = (x_G[self.block : self.block_end] for x_G in (self.masked_G, self.ids_G))
         ends = np.flatnonzero(~masked_B & np.isin(ids_B, self.settings.eos_ids))
         return not masked_B[: ends[0] if ends.size else None].any()
 
-    def open_next_block(self) -> None:
-        """Go on to the next block."""
+    def open_next_block(self) -> bool:
+        """Go on to the next block; return whether that is finished already, because its form leaves no choice."""
+        if self.form is not None:
+            self.form.leave_block(self)
         self.block, self.block_step = self.block_end, 0
-
-    def speculate(self, room: int) -> int:
-        """Draft the states after the coming steps as the last pass foretells them; return the positions they take.
-
-        A draft takes steps by the request's own rule, with old probabilities. It counts only if the request really
-        comes to the same state.
-        """
-        for draft in self.drafts:
-            draft.release()
-        self.drafts = []
-        taken = 0
-        state = self
-        # A pass that renews a cache computes the true state only: drafts continue from where it begins.
-        while not state.doubt and state.latest is not None and len(self.drafts) < self.settings.speculate:
-            open_M = state.masked_G[state.latest.position_M]
-            if not open_M.any():  # the last pass said nothing about the next block
-                break
-            draft = copy.copy(state)
-            draft.drafts = []
-            draft.ids_G, draft.masked_G = state.ids_G.copy(), state.masked_G.copy()
-            draft.log_prob_G = state.log_prob_G.copy()
-            if draft.commit(state.latest.where(open_M)):
-                ended = np.isin(draft.ids_G[draft.block : draft.block_end], draft.settings.eos_ids).any()
-                if ended or draft.block_end == draft.budget or draft.settings.cache != "none":
-                    break
-                draft.open_next_block()
-            if draft.doubt or taken + draft.size > room:
-                break
-            draft.pasts = [past.fork(draft.first) for past in self.pasts]
-            self.drafts.append(draft)
-            taken += draft.size
-            state = draft
-        return taken
-
-    def matches(self, draft: "Request") -> bool:
-        """Return whether the request has come to the state of a draft, whose pass then was the request's next one."""
-        same = self.doubt == draft.doubt and np.array_equal(self.masked_G, draft.masked_G)
-        return same and np.array_equal(self.ids_G[~self.masked_G], draft.ids_G[~draft.masked_G])
+        if self.form is not None:
+            self.form.settle(self)
+        return self.block_is_done
 
 
 def _check_biases(config: IlladaConfig, settings: GenerationSettings) -> None:

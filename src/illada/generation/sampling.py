@@ -8,6 +8,7 @@ vocabulary · K best ids · D width · V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ IN_CACHE = 2**19
 NARROWEST = 1024
 """Fewest ids of a piece of the vocabulary, unless the limit on logits or the vocabulary is smaller."""
 
+FAR = 1e6
+"""How far below the others, at the temperature, lies what top-k, top-p and min-p cut where a form has the last word."""
+
 LEAST = torch.finfo(torch.float32).min
 
 Columns = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +43,7 @@ def is_plain(row: Request) -> bool:
     """Return whether this step of a row wants the most probable token, its probability and nothing else."""
     s = row.settings
     changed = s.temperature or s.guidance_scale or is_shifted(s) or row.alternatives or row.boost() is not None
-    return not changed and s.repetition_penalty == 1 and statistic_of(s) is None
+    return not changed and row.form is None and s.repetition_penalty == 1 and statistic_of(s) is None
 
 
 def is_shifted(settings: GenerationSettings) -> bool:
@@ -127,8 +131,11 @@ def propose(
     size = max(1, logits_held // model.config.vocab_size)
     parts: list[tuple[Tensor, ...]] = []
     kept = min(model.config.vocab_size, max(row.alternatives for row in rows))
-    for first in range(0, len(row_M), size):
-        row_C, position_C, index_C = (x_M[first : first + size] for x_M in (row_M, position_M, index_M))
+    # A row with a form stands last and is looked at as a whole.
+    free = int(counts[[row.form is None for row in rows]].sum())
+    edges = sorted({*range(0, free, size), *np.cumsum([0, *counts]).tolist()[int(np.sum(counts.cumsum() <= free)) :]})
+    for first, last in pairwise(edges):
+        row_C, position_C, index_C = (x_M[first:last] for x_M in (row_M, position_M, index_M))
         state_C = starts[row_C] + index_C
         second_C = state_C + counts[row_C]
         own_rows = rows[row_C[0] : row_C[-1] + 1]
@@ -213,7 +220,11 @@ class _Chunk:
             logits_CV[at, ids] += amounts.to(logits_CV)
 
     def sample(self, logits_CV: Tensor) -> Tensor:
-        """Return the proposals [C]: argmax, of logit - T log(-log u) over the ids kept where T is above 0."""
+        """Return the proposals [C]: argmax, of logit - T log(-log u) over the ids kept where T is above 0.
+
+        Those of a row with a form are the best that match it together.
+        """
+        form = self.rows[0].form
         proposal_C = logits_CV.argmax(-1)
         temperature_C = self.spread(lambda row: row.settings.temperature)
         warm = np.flatnonzero(temperature_C)
@@ -227,14 +238,24 @@ class _Chunk:
             noise_CV.log_().neg_().log_().mul_(temperature)
             at = _on(warm, logits_CV)
             choice_CV = logits_CV[at].double()
-            least_C1 = self.least_kept(choice_CV, temperature, warm)
-            if least_C1 is not None:
-                choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
+
+            def cut(least_C1: Tensor) -> None:
+                if form is None:
+                    choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
+                else:  # what is cut may be all that the form allows
+                    choice_CV.sub_((choice_CV < least_C1) * FAR * temperature)
+
+            if (least_C1 := self.least_kept(choice_CV, temperature, warm)) is not None:
+                cut(least_C1)
             min_p_C = self.spread(lambda row: row.settings.min_p)[warm]
             if min_p_C.any():
-                least_C1 = choice_CV.amax(-1, True) + temperature * _on(min_p_C[:, None], choice_CV).log()
-                choice_CV.masked_fill_(choice_CV < least_C1, -torch.inf)
+                cut(choice_CV.amax(-1, True) + temperature * _on(min_p_C[:, None], choice_CV).log())
+            if form is not None:
+                weight_CV = choice_CV / temperature
+                return form.choose(self.rows[0], weight_CV, choice_CV.sub_(noise_CV), float(temperature_C[0]))
             proposal_C[at] = choice_CV.sub_(noise_CV).argmax(-1)
+        elif form is not None:
+            return form.choose(self.rows[0], logits_CV, logits_CV, 0.0)
         return proposal_C
 
     def least_kept(self, logits_CV: Tensor, temperature_C1: Tensor, at_C: NDArray[np.intp]) -> Tensor | None:

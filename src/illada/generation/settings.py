@@ -62,6 +62,9 @@ class GenerationSettings:
         refresh_below: the adaptive cache is renewed after a step that committed a token of less than this probability.
         speculate: compute up to this many expected future steps together with each step, and take those whose state
             really came about: fewer passes, more positions, the same tokens. At a high temperature few come about.
+        regex: what the whole answer, or what fills each slot of a template, must match (docs/structured.md).
+        json_schema: the schema of the JSON that it must be.
+        choices: the texts of which it must be one.
 
     Raises:
         IlladaError: when a value is out of range or two of them contradict each other.
@@ -91,11 +94,15 @@ class GenerationSettings:
     cache: Cache = "none"
     refresh_below: float = 0.5
     speculate: int = 0
+    regex: str | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        object.__setattr__(self, "choices", tuple(self.choices))
         if isinstance(self.stop, str):
             raise IlladaError(f"stop must be a list of strings, got the string {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -144,6 +151,10 @@ class GenerationSettings:
             )
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
             raise IlladaError("top_k, top_p and min_p do nothing at temperature 0: give one, or leave them out")
+        forms = [name for name in FORMS if getattr(self, name) not in (None, ())]
+        forms += [name for name in ("stop", "think_boost") if forms and getattr(self, name)]
+        if len(forms) > 1:
+            raise IlladaError(f"{forms[0]} and {forms[1]} cannot be used together: leave one of them out")
         if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
             raise IlladaError(
                 f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"
@@ -167,6 +178,9 @@ class GenerationSettings:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
+
+FORMS = ("regex", "json_schema", "choices")
+"""Settings that say what an answer must match."""
 
 OF_DIFFUSION = (
     "block_length",

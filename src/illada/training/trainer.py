@@ -34,7 +34,7 @@ from illada.training.recipe import Recipe
 from illada.training.run_folder import DECAY, claim, requested_decay
 from illada.training.schedule import Schedule, make_schedule, on_plateau
 from illada.training.setup import Run
-from illada.training.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
+from illada.training.optional.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.validation import bits_per_byte, validation_batches
 from illada.weights.adapters import is_adapted
 from illada.weights.runs import RunState, assemble, checkpoints, read_metrics

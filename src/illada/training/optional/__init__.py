@@ -1,5 +1,5 @@
 """What a run can do without: kernels of other libraries, a command on every checkpoint, trackers, plots, baselines,
-estimates, utilisation, warnings, the line of progress, dropout, an average of the weights.
+estimates, utilisation, warnings, the line of progress, dropout, an average of the weights, what to do at a spike.
 
 Nothing in `illada.training` except `setup` and `trainer` imports from here.
 """

@@ -1,0 +1,1 @@
+"""Answers of a given form, and drafts: what generation can do without."""

@@ -1,0 +1,357 @@
+"""Answers that match a form, whatever the order they are written in (after DINGO, arXiv 2505.23061).
+
+An automaton over tokens says which texts match. Over the positions of a block dynamic programming finds the most
+probable ids at all masked positions that, with what is decided, lead to a state from which the form can still be met
+within the tokens that are left; above temperature 0 it draws them from the same distribution. Any of them may then be
+decided: the others stay possible. Where only one token is possible, or the form goes on with a fixed text, no pass is
+needed.
+
+Shape letters: M masked positions · V vocabulary · C classes of tokens · R states near the first · E their edges · L
+positions of a stretch.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada.errors import IlladaError
+from illada.generation.optional.byte_automaton import byte_automaton
+from illada.generation.optional.schema import schema_regex
+from illada.generation.optional.token_automaton import (
+    Edges,
+    TokenAutomaton,
+    Tree,
+    token_automaton,
+    vocabulary_bytes,
+)
+from illada.generation.request import Request
+from illada.generation.settings import GenerationSettings
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+LONGEST = 200_000
+"""Characters of a regular expression."""
+
+
+class Stretch(NamedTuple):
+    """Neighbouring positions of an answer that an automaton leads through."""
+
+    first: int
+    last: int
+    """The position behind it."""
+    state: int
+    left: int
+    """Tokens that may follow it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenForm:
+    """A form as an automaton over a tokenizer's tokens.
+
+    Args:
+        automaton: of the whole answer, or of what fills a slot.
+        encode: from bytes to ids whose bytes they are; [] where the tokenizer has another text in mind.
+    """
+
+    automaton: TokenAutomaton
+    encode: Callable[[bytes], list[int]]
+
+    def stretches(self, row: Request) -> list[Stretch]:
+        """Return the active block, or each slot of a template (its neighbouring masks)."""
+        if not row.template:
+            return [Stretch(row.block, row.block_end, row.state, row.budget - row.block_end)]
+        edge = np.flatnonzero(np.diff(np.concatenate(([0], row.slot_G, [0]))))
+        return [Stretch(first, last, self.automaton.start, 0) for first, last in edge.reshape(-1, 2).tolist()]
+
+    def leave_block(self, row: Request) -> None:
+        """Bring the row's state to the end of the active block, in which all that matters is decided."""
+        row.state = self.automaton.walk(row.state, row.ids_G[row.block : row.block_end].tolist())
+
+    # The choice
+
+    def choose(self, row: Request, weight_MV: Tensor, choice_MV: Tensor, temperature: float) -> Tensor:
+        """Return the ids at the open positions of a row [M] that match the form together.
+
+        At temperature 0 they have the largest sum of weights. Above it they are drawn: weights are log-probabilities
+        but for a constant, and choices, T times them less T log(-log u), say which token of several is taken.
+        """
+        weight, choice = weight_MV.cpu().numpy(), choice_MV.cpu().numpy()
+        score_MC = self.by_class(weight, temperature > 0)
+        best_MC = score_MC if weight is choice or not temperature else self.by_class(choice, False)
+        found: list[int] = []
+        begin = 0
+        for stretch in self.stretches(row):
+            masked_L = row.masked_G[stretch.first : stretch.last]
+            count = int(np.count_nonzero(masked_L))
+            own = slice(begin, begin + count)
+            fixed = row.ids_G[stretch.first : stretch.last]
+            found += self._path(stretch, masked_L, fixed, score_MC[own], best_MC[own], choice[own], temperature)
+            begin += count
+        return torch.tensor(found, dtype=torch.int64, device=weight_MV.device)
+
+    def by_class(self, value_MV: NDArray[np.floating], summed: bool) -> Floats:
+        """Return the best value of each class of tokens, or the log of the sum of their exponentials [M, C].
+
+        Of `anything`: the same of all ids; of `nothing` and of classes without an id: minus infinity.
+        """
+        automaton = self.automaton
+        full = np.flatnonzero(automaton.size_C)
+        by_MC = np.full((len(value_MV), automaton.nothing + 1), -np.inf)
+        most_M1 = value_MV.max(1, keepdims=True)
+        by_MC[:, automaton.anything] = most_M1[:, 0]
+        if summed:
+            by_MC[:, automaton.anything] += np.log(np.exp(value_MV - most_M1).sum(1))
+        ordered_MI, first = value_MV[:, automaton.order_I], automaton.first_C[full]
+        by_MC[:, full] = best_MC = np.maximum.reduceat(ordered_MI, first, axis=1)
+        if summed:  # each class from its own best: what top-k cuts lies far below the rest
+            ordered_MI = ordered_MI - np.repeat(best_MC, automaton.size_C[full], axis=1)
+            by_MC[:, full] += np.log(np.add.reduceat(np.exp(ordered_MI), first, axis=1))
+        return by_MC
+
+    def _path(
+        self,
+        stretch: Stretch,
+        masked_L: Bools,
+        id_L: NDArray[np.int64],
+        score_MC: Floats,
+        best_MC: Floats,
+        choice_MV: NDArray[np.floating],
+        temperature: float,
+    ) -> Iterator[int]:
+        """Yield the ids at the masked positions of a stretch, from left to right."""
+        automaton, edges = self.automaton, self.automaton.around(stretch.state, len(masked_L))
+        ahead_R = np.where(automaton.distance_S[edges.state_S] <= stretch.left, 0.0, -np.inf)
+        ahead = [ahead_R]
+        masked_before = np.cumsum(masked_L) - 1
+        for place in range(len(masked_L) - 1, -1, -1):
+            if masked_L[place]:
+                gain_E = score_MC[masked_before[place]][edges.class_E]
+            else:
+                gain_E = np.where(self._fits(edges, id_L[place]), 0.0, -np.inf)
+            ahead_R = _join(gain_E + ahead_R[edges.next_E], edges, summed=temperature > 0)
+            ahead.append(ahead_R)
+        ahead.reverse()
+        state = int(np.searchsorted(edges.state_S, stretch.state))
+        for place, masked in enumerate(masked_L):
+            own = slice(edges.row_S[state], edges.row_S[state + 1] if state + 1 < len(edges.row_S) else None)
+            next_E, class_E = edges.next_E[own], edges.class_E[own]
+            if not masked:
+                state = int(next_E[self._fits_class(class_E, id_L[place])][0])
+                continue
+            number = masked_before[place]
+            after_E = ahead[place + 1][next_E]
+            total_E = best_MC[number][class_E] + (temperature * after_E if temperature else after_E)
+            equal = np.flatnonzero(total_E == total_E.max())
+            ids = [self._best_of(int(class_E[one]), choice_MV[number]) for one in equal]
+            one = int(np.argmin(ids))  # of equal ones the first in the vocabulary, as without a form
+            state = int(next_E[equal[one]])
+            yield ids[one]
+
+    def _best_of(self, number: int, choice_V: NDArray[np.floating]) -> int:
+        """Return the best id of a class."""
+        automaton = self.automaton
+        if number == automaton.anything:
+            return int(choice_V.argmax())
+        first = automaton.first_C[number]
+        ids = automaton.order_I[first : first + automaton.size_C[number]]
+        return int(ids[choice_V[ids].argmax()])
+
+    def _fits(self, edges: Edges, token: int) -> Bools:
+        return self._fits_class(edges.class_E, token)
+
+    def _fits_class(self, class_E: NDArray[np.int64], token: int) -> Bools:
+        """Return which edges an id takes."""
+        own, automaton = self.automaton.class_V[token], self.automaton
+        return ((class_E == own) & (own != automaton.nothing)) | (class_E == automaton.anything)
+
+    # What is left no choice
+
+    def settle(self, row: Request) -> None:
+        """Decide the tokens of the active block that have no alternative, and fixed text behind what is decided."""
+        for stretch in self.stretches(row):
+            while self._settle(row, stretch):
+                pass
+
+    def _settle(self, row: Request, stretch: Stretch) -> bool:
+        """Decide what is fixed in a stretch as far as can be seen now; return whether that may show more."""
+        automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
+        masked_L = row.masked_G[stretch.first : stretch.last]
+        if not masked_L.any():
+            return False
+        id_L = row.ids_G[stretch.first : stretch.last]
+        real_E = edges.class_E != automaton.nothing
+        taken = [real_E if masked else self._fits(edges, token) for masked, token in zip(masked_L, id_L, strict=True)]
+        alive = [automaton.distance_S[edges.state_S] <= stretch.left]
+        for taken_E in reversed(taken):
+            alive.append(np.logical_or.reduceat(taken_E & alive[-1][edges.next_E], edges.row_S))
+        alive.reverse()
+        source_E = np.repeat(np.arange(len(edges.row_S)), np.diff([*edges.row_S, len(edges.class_E)]))
+        here_R = edges.state_S == stretch.state
+        left_edge = True
+        for place, taken_E in enumerate(taken):
+            if left_edge and masked_L[place]:
+                left_edge = False
+                if fixed := self._fixed_text(edges, int(here_R.argmax()), masked_L[place:], alive[place:]):
+                    at = stretch.first + place
+                    self._decide(row, at, fixed)
+                    return True
+            own_E = taken_E & here_R[source_E] & alive[place + 1][edges.next_E]
+            here_R = np.zeros_like(here_R)
+            here_R[edges.next_E[own_E]] = True
+            if masked_L[place]:
+                classes = np.unique(edges.class_E[own_E])
+                if len(classes) == 1 and classes[0] < automaton.anything and automaton.size_C[classes[0]] == 1:
+                    only = int(automaton.order_I[automaton.first_C[classes[0]]])
+                    self._decide(row, stretch.first + place, [only])
+                    if here_R.sum() == 1 and not masked_L[:place].any():
+                        return True
+        return False
+
+    def _decide(self, row: Request, at: int, ids: Sequence[int]) -> None:
+        """Decide neighbouring tokens; no pass looked at them, so their confidence is 1."""
+        own = slice(at, at + len(ids))
+        row.ids_G[own], row.masked_G[own], row.log_prob_G[own] = ids, False, 0.0
+        row.forced += len(ids)
+
+    def _fixed_text(self, edges: Edges, state: int, masked_L: Bools, alive: Sequence[Bools]) -> list[int]:
+        """Return the ids of the only text that the form goes on with from a state, as far as they are possible here.
+
+        The last of them is left to the model where more may follow, as it might be written together with that.
+        """
+        automaton, of = self.automaton, self.automaton.bytes
+        text, now = bytearray(), int(edges.state_S[state])
+        while now < automaton.end and (byte := automaton.only_byte[now]) >= 0 and len(text) < 64 * len(masked_L):
+            text.append(byte)
+            now = int(of.next_SB[now, byte])
+        ids = self.encode(bytes(text)) if text else []
+        ended = now < automaton.end and automaton.final_S[now] and not (of.next_SB[now] >= 0).any()
+        found: list[int] = []
+        for place, token in enumerate(ids if ended else ids[:-1]):
+            if place == len(masked_L) or not masked_L[place]:
+                break
+            end = edges.row_S[state + 1] if state + 1 < len(edges.row_S) else None
+            own = slice(edges.row_S[state], end)
+            fits = np.flatnonzero(self._fits_class(edges.class_E[own], token))
+            if not fits.size or not alive[place + 1][state := int(edges.next_E[own][fits[0]])]:
+                break
+            found.append(token)
+        return found
+
+
+def _join(value_E: Floats, edges: Edges, summed: bool) -> Floats:
+    """Return over the edges of each state the best value, or the log of the sum of exponentials."""
+    best_R = np.maximum.reduceat(value_E, edges.row_S)
+    if not summed:
+        return best_R
+    base_R = np.where(np.isneginf(best_R), 0.0, best_R)
+    count_R = np.diff([*edges.row_S, len(value_E)])
+    with np.errstate(divide="ignore"):
+        return np.log(np.add.reduceat(np.exp(value_E - np.repeat(base_R, count_R)), edges.row_S)) + base_R
+
+
+# Making and keeping
+
+
+class _Words:
+    """A tokenizer as forms see it."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        self.vocabulary = vocabulary
+        self._tokenizer = ref(tokenizer)  # which keeps this object, not the other way round
+        self._bytes = vocabulary_bytes(tokenizer, vocabulary)
+        self.tree = Tree.of(self._bytes)
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: int) -> "_Words":
+        """Return what is known of a tokenizer, found out once."""
+        with _lock:
+            found = _known.get(tokenizer)
+            if found is None or found.vocabulary != vocabulary:
+                found = _known[tokenizer] = cls(tokenizer, vocabulary)
+        return found
+
+    def encode(self, text: bytes) -> list[int]:
+        """Return the tokenizer's ids of a text; [] where it is no whole text, or its ids are another one's."""
+        tokenizer = self._tokenizer()
+        try:
+            ids = [] if tokenizer is None else tokenizer.encode(text.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            return []
+        same = all(token < self.vocabulary for token in ids)
+        return ids if same and b"".join(self._bytes[token] or b"?" for token in ids) == text else []
+
+
+_known: WeakKeyDictionary[Any, _Words] = WeakKeyDictionary()
+_lock = Lock()
+
+
+@lru_cache(maxsize=128)
+def _token_form(words: _Words, regex: str, kind: str, ending: tuple[int, ...]) -> TokenForm:
+    """Return a form for a tokenizer, made once."""
+    return TokenForm(token_automaton(byte_automaton(regex, kind), words.tree, ending, kind), words.encode)
+
+
+def regex_of(settings: GenerationSettings) -> tuple[str, str] | None:
+    """Return the regular expression of a form and what it was made of; None without a form.
+
+    Raises:
+        IlladaError: when a schema cannot be one.
+    """
+    if settings.regex is not None:
+        return settings.regex, "regex"
+    if settings.json_schema is not None:
+        return schema_regex(settings.json_schema), "json_schema"
+    if settings.choices:
+        return "|".join(map(re.escape, settings.choices)), "choices"
+    return None
+
+
+def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> None:
+    """Give a request the form that its settings ask for, and decide what that leaves no choice.
+
+    Args:
+        request: checked, with nothing decided.
+        tokenizer: one of transformers.
+        vocabulary: ids of the model.
+        name: of the request, for errors.
+
+    Raises:
+        IlladaError: when the form cannot be used, or needs more tokens than there are.
+    """
+    found = regex_of(request.settings)
+    if found is None:
+        return
+    regex, kind = found
+    if len(regex) > LONGEST:
+        raise IlladaError(f"{kind} is a regular expression of {len(regex):,} characters, at most {LONGEST:,} are taken")
+    ending = tuple(token for token in request.settings.eos_ids if token < vocabulary)
+    form = _token_form(_Words.of(tokenizer, vocabulary), regex, kind, ending)
+    request.form, request.state = form, form.automaton.start
+    needed = int(form.automaton.distance_S[form.automaton.start])
+    for stretch in form.stretches(request):
+        room = stretch.last - stretch.first + stretch.left
+        if needed > room:
+            raise IlladaError(
+                f"{name}: the shortest text that matches {kind} has {needed} tokens, the answer at most {room}: raise "
+                "max_new_tokens, or ask for less"
+            )
+    form.settle(request)
+    while request.block_is_done:
+        ended = np.isin(request.ids_G[request.block : request.block_end], request.settings.eos_ids).any()
+        if request.template or ended or request.block_end == request.budget:
+            # A request takes part in a pass at least.
+            last = np.flatnonzero(~request.masked_G & request.slot_G)[-1]
+            request.masked_G[last] = True
+            request.forced -= 1
+            return
+        request.open_next_block()
