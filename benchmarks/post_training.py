@@ -11,9 +11,9 @@
 
 `pairs` lets the model answer problems of the training split at temperature 1 and pairs a wrong answer of each with the
 right one. `noise` measures the variance, over seeds, of (B_tuned - B_start)(chosen) - (B_tuned - B_start)(rejected).
-`accuracy` answers held-out problems, or those of a file by their reward: right answers in percent, the difference to the
-first row, paired by problem, and tokens a pass; of a file also the mean reward. `published` turns the published sudokus
-and Countdown problems into files of problems, and writes conversations to tune a start on that have none of them.
+`accuracy` answers held-out problems, or those of a file by their reward: right answers in percent, the difference to
+the first row, paired by problem, and tokens a pass; of a file also the mean reward. `published` makes files of problems
+of the published sudokus and Countdown problems, and writes conversations to tune a start on that have none of them.
 """
 
 import argparse
@@ -165,17 +165,13 @@ def measure_files(options):
             first = right if first is None else first
             error = right.std(ddof=1) / len(right) ** 0.5, (right - first).std(ddof=1) / len(right) ** 0.5
             rate = sum(len(a.ids) + 1 for a in said) / sum(a.forwards for a in said)
-            print(
-                f"| {name} | {path} | {right.mean():.1f} ± {error[0]:.1f} | {(right - first).mean():+.1f} ± {error[1]:.1f} "
-                f"| {100 * scores.mean():.1f} | {rate:.2f} |",
-                flush=True,
-            )
+            beside = f"{(right - first).mean():+.1f} ± {error[1]:.1f}"
+            solved = f"{right.mean():.1f} ± {error[0]:.1f}"
+            print(f"| {name} | {path} | {solved} | {beside} | {100 * scores.mean():.1f} | {rate:.2f} |", flush=True)
 
 
 def measure_accuracy(options):
     """Print accuracy and tokens a pass of each model and task."""
-    if options.files:
-        return measure_files(options)
     tasks = options.tasks or list(TASKS)
     first = {}
     print(
@@ -235,7 +231,10 @@ def main():
     published.add_argument("--sudokus", type=int, default=1500, help="of the conversations")
     published.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.run(options)
+    if getattr(options, "files", None):
+        measure_files(options)
+    else:
+        options.run(options)
 
 
 if __name__ == "__main__":

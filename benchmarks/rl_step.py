@@ -5,8 +5,8 @@
 A cycle answers 16 sudokus six times each, judges the answers and makes four optimiser steps on them. Every answer has
 32 tokens, one decided a pass (blocks of 16); ours are also timed as they are in use, ending where the model ends
 them. Each program runs alone, on one thread, for one cycle and for three: half of the difference is a cycle, without
-start and loading. No copy of the start is kept. Rounds alternate. Theirs needs the packages that dllm names, trl 0.19.1, and runs their LLaDA network
-on our weights (`illada export --layout released`).
+start and loading. No copy of the start is kept. Rounds alternate. Theirs needs the packages that dllm names and trl
+0.19.1, and runs their LLaDA network on our weights (`illada export --layout released`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import reduce
 from pathlib import Path
 
 NAMES = {
@@ -50,10 +51,8 @@ def theirs(model, checkout, problems, cycles):
 
     weights = load_file(f"{model}/model.safetensors")
     with torch.no_grad():
-        for name, tensor in model_of_theirs.state_dict().items():
-            for old, new in NAMES.items():
-                name = name.replace(old, new)
-            tensor.copy_(weights[name])
+        for theirs_name, tensor in model_of_theirs.state_dict().items():
+            tensor.copy_(weights[reduce(lambda name, pair: name.replace(*pair), NAMES.items(), theirs_name)])
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
 
     def reward(prompts, completions, **fields):
@@ -129,7 +128,9 @@ def ours(model, problems, method, whole, cycles, folder):
 def seconds(command):
     """Return the processor seconds of a command and its last line."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -144,11 +145,17 @@ def main():
     parser.add_argument("--dllm", help="a checkout of dllm")
     parser.add_argument("--dllm_python", help="the interpreter of an environment with what dllm needs")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--theirs", nargs=3, help=argparse.SUPPRESS)  # model, problems, cycles: runs in their environment
+    parser.add_argument("--theirs", nargs=3, help=argparse.SUPPRESS)  # model, problems, cycles; in their environment
     options = parser.parse_args()
     if options.theirs:
         model, problems, cycles = options.theirs
-        return theirs(model, options.dllm, problems, int(cycles))
+        theirs(model, options.dllm, problems, int(cycles))
+    else:
+        compare(options)
+
+
+def compare(options):
+    """Time all ways in turn, and print a table."""
     from illada.post_training.problems import Problems
 
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -27,12 +28,23 @@ END, MASK = 2, 5
 class Letters:
     """A byte-level tokenizer of 64 ids: special ones, letters, pairs of letters."""
 
-    pieces = ["<bos>", "<pad>", "<eos>", "<user>", "<bot>", "<mask>", *"abcdef{}[]:,.\"0123456789-", "Ġ", "ab", "ba"]
+    pieces: ClassVar = [
+        "<bos>",
+        "<pad>",
+        "<eos>",
+        "<user>",
+        "<bot>",
+        "<mask>",
+        *'abcdef{}[]:,."0123456789-',
+        "Ġ",
+        "ab",
+        "ba",
+    ]
     pieces += ["abc", '":', '{"', "Ġa", "Ã", "©", "true", "12", "cab", 'a"']
     pieces += [f"<{place}>" for place in range(len(pieces), 64)]
-    special = {*range(6), *(place for place, piece in enumerate(pieces) if piece[0] == "<")}
-    all_special_ids = sorted(special)
-    added_tokens_decoder: dict = {}
+    special: ClassVar = {*range(6), *(place for place, piece in enumerate(pieces) if piece[0] == "<")}
+    all_special_ids: ClassVar = sorted(special)
+    added_tokens_decoder: ClassVar = {}
 
     class backend_tokenizer:  # noqa: N801
         decoder = "ByteLevel"
@@ -198,8 +210,8 @@ def a_row(form, decided, **settings):
 
 
 def matcher(regex):
-    return lambda ids: None not in [FOUR[i] for i in ids] and bool(
-        re.fullmatch(regex, b"".join(FOUR[i] for i in ids).decode())
+    return lambda ids: (
+        None not in [FOUR[i] for i in ids] and bool(re.fullmatch(regex, b"".join(FOUR[i] for i in ids).decode()))
     )
 
 
@@ -321,7 +333,11 @@ def test_any_expression_in_any_way(untied, regex, way, block, first, seed):
     try:
         [answer] = generate(untied, [[first, 8]], own, LETTERS)
     except IlladaError as error:
-        assert "the shortest text that matches" in str(error) or "no tokens of this vocabulary" in str(error)
+        said = str(error)
+    else:
+        said = ""
+    if said:
+        assert "the shortest text that matches" in said or "no tokens of this vocabulary" in said
         return
     assert re.fullmatch(regex, answer.text, re.ASCII)
 
@@ -371,12 +387,8 @@ def test_a_causal_model_is_led_too(build_model):
 
 def test_each_slot_matches(tied):
     template = [7, None, None, None, 8, 9, None, None]
-    for regex, way in itertools.product(["[ab]{2,5}", "abcd|bad|ab", r"\d+"], [{}, {"temperature": 1.0}]):
-        try:
-            [answer] = infill(tied, [template], settings(regex, **way), LETTERS)
-        except IlladaError as error:
-            assert "shortest" in str(error)
-            continue
+    for regex, way in itertools.product(["[ab]{2,5}", "abcd|bad|ab|b{2,3}", r"\d+"], [{}, {"temperature": 1.0}]):
+        [answer] = infill(tied, [template], settings(regex, **way), LETTERS)
         for first, last in ((1, 4), (6, 8)):
             assert re.fullmatch(regex, LETTERS.decode(answer.ids[first:last]))
 

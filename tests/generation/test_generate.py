@@ -16,6 +16,7 @@ import reference
 from illada.errors import IlladaError
 from illada.generation import sampling
 from illada.generation.engine import Engine, generate, infill
+from illada.generation.optional.drafts import draft_ahead, has_come_true
 from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings
 from illada.generation.unmask import positions_to_commit, quota
@@ -784,7 +785,7 @@ def after_one_step(ids=(6, 7, 8, 9), probabilities=None, **change):
 def test_drafts_go_as_far_as_the_last_pass_foretells():
     def drafts(room=1000, **change):
         row = after_one_step(**change)
-        assert row.speculate(room) == sum(draft.size for draft in row.drafts) <= max(0, room)
+        assert draft_ahead(row, room) == sum(draft.size for draft in row.drafts) <= max(0, room)
         return [draft.masked_G.tolist().count(False) for draft in row.drafts]
 
     assert drafts(speculate=2) == [2, 3]
@@ -809,9 +810,9 @@ def test_a_draft_counts_only_for_the_state_it_foretold():
         ([0.5, 0.4, 0.3], (6, 7, 8, 9), False),  # doubt: the next pass renews the past
     ):
         row = after_one_step(speculate=1, cache="adaptive", refresh_below=0.75)
-        row.speculate(1000)
+        draft_ahead(row, 1000)
         row.commit(proposals(1, came, ids))
-        assert row.matches(row.drafts[0]) == same
+        assert has_come_true(row, row.drafts[0]) == same
 
 
 def test_requests_enter_and_leave_between_passes(tied):

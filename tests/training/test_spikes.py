@@ -10,7 +10,8 @@ import torch
 from test_trainer import held, same, steps_of, train_killed_at, weights
 
 from illada.errors import DivergedError
-from illada.training import parallel, spikes, trainer
+from illada.training import parallel, trainer
+from illada.training.optional import spikes
 from illada.training.optional.spikes import data_step, remember, trouble
 from illada.training.trainer import train
 from illada.weights.runs import RunState, checkpoints, read_metrics

@@ -3,16 +3,19 @@
 import json as json_format
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 from illada.commands import heavy
 from illada.errors import IlladaError
+from illada.files import read_json
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.text.prompts import encode_plain, encode_template, read_prompts, show_ids
 from illada.weights.options import ModelOptions
 
-SHOWN = ("ids", "finish_reason", "forwards", "positions", "log_probs")
+SHOWN = ("ids", "finish_reason", "forwards", "positions", "forced", "log_probs")
 """What `--json` prints of a `Generation`, beside the prompt and the text."""
 
 
@@ -36,7 +39,7 @@ def generate(
         slot_tokens: fill in each ___ of the prompts with so many tokens, instead of writing on.
         json: print one JSON object per prompt.
     """
-    prompts = read_prompts(prompt, file)
+    prompts, settings = read_prompts(prompt, file), with_schema(settings)
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
@@ -62,6 +65,13 @@ def generate(
             if len(prompts) > 1:
                 print(f"> {text}")
             print(show_ids(tokenizer, answer.ids))
+
+
+def with_schema(settings: GenerationSettings) -> GenerationSettings:
+    """Return settings with the schema that the file they name holds."""
+    if not isinstance(settings.json_schema, str):
+        return settings
+    return replace(settings, json_schema=read_json(Path(settings.json_schema)))
 
 
 def _check_plain(model: str, tokenizer: Any, prompts: Sequence[str]) -> None:
@@ -102,5 +112,6 @@ def chat(model: ModelOptions, settings: GenerationSettings, system: str | None =
         settings: how to decode.
         system: system message.
     """
+    settings = with_schema(settings)
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
     heavy.terminal.chat(network, tokenizer, settings, system)

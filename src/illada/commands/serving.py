@@ -1,6 +1,7 @@
 """`illada serve` and `illada batch`."""
 
 from illada.commands import heavy
+from illada.commands.generation import with_schema
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 from illada.serving.options import Copies, ServerSettings
@@ -9,6 +10,7 @@ from illada.weights.options import ModelOptions
 
 def serve(model: ModelOptions, settings: ServerSettings, copies: Copies, generation: GenerationSettings) -> None:
     """Serve a model: an OpenAI-compatible API, and a page to watch answers form."""
+    generation = with_schema(generation)
     if copies == Copies():
         heavy.server.serve(model, settings, generation)
     else:
@@ -27,4 +29,4 @@ def batch(file: str, /, model: ModelOptions, generation: GenerationSettings, out
     """
     if at_once < 1:
         raise IlladaError(f"at_once is {at_once}: it must be at least 1")
-    heavy.batch.answer_batch(file, output, model, generation, at_once)
+    heavy.batch.answer_batch(file, output, model, with_schema(generation), at_once)

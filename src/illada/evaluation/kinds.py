@@ -6,7 +6,9 @@ from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 
 KINDS = {
-    name: kind for name, kind in get_type_hints(GenerationSettings).items() if name not in ("eos_token_id", "stop")
+    name: kind
+    for name, kind in get_type_hints(GenerationSettings).items()
+    if name not in ("eos_token_id", "stop", "json_schema", "choices")
 }
 """Types of the settings that a task or a user may give."""
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

@@ -13,7 +13,7 @@ from illada.generation.denoise import denoise
 from illada.generation.optional.drafts import draft_ahead, has_come_true
 from illada.generation.optional.forms import give_form
 from illada.generation.request import Proposals, Request
-from illada.generation.settings import FORMS, GenerationSettings, settings_for
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.kv_cache import PagePool
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.chat import Prompt, encode_any, encoded_ids, is_encoding
@@ -142,9 +142,7 @@ def infill(
     """
     engine = Engine(model, tokenizer, on_step, max_batch_tokens)
     for template, own in _with_settings(model, templates, settings, "templates"):
-        request = Request.of_template(model.config, template, own, name := f"template {engine.submitted}")
-        give_form(request, tokenizer, model.config.vocab_size, name)
-        engine.enter(request)
+        engine.enter(engine.template(template, own, f"template {engine.submitted}"))
     return engine.run()
 
 
@@ -198,11 +196,17 @@ class Engine:
     def request(self, prompt: Sequence[int], settings: GenerationSettings, name: str = "the prompt") -> Request:
         """Check a prompt, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
         request = Request.of_prompt(self.model.config, prompt, settings, name)
-        for option in ("stop", "think_boost", *FORMS):
-            if getattr(settings, option) not in (None, 0, ()) and self.tokenizer is None:
+        for option in ("stop", "think_boost"):
+            if getattr(settings, option) and self.tokenizer is None:
                 raise IlladaError(f"{option} needs a tokenizer: give one to generate")
         if settings.think_boost and self.tokenizer is not None:
             request.think = tuple(self.tokenizer.encode("</think>", add_special_tokens=False))
+        give_form(request, self.tokenizer, self.model.config.vocab_size, name)
+        return request
+
+    def template(self, template: Sequence[int | None], settings: GenerationSettings, name: str) -> Request:
+        """Check a template, called `name` in errors, and return what `enter` takes; safe to call from any thread."""
+        request = Request.of_template(self.model.config, template, settings, name)
         give_form(request, self.tokenizer, self.model.config.vocab_size, name)
         return request
 

@@ -63,7 +63,7 @@ class GenerationSettings:
         speculate: compute up to this many expected future steps together with each step, and take those whose state
             really came about: fewer passes, more positions, the same tokens. At a high temperature few come about.
         regex: what the whole answer, or what fills each slot of a template, must match (docs/structured.md).
-        json_schema: the schema of the JSON that it must be.
+        json_schema: the schema of the JSON that it must be; on the command line the file that holds it.
         choices: the texts of which it must be one.
 
     Raises:
@@ -95,7 +95,7 @@ class GenerationSettings:
     refresh_below: float = 0.5
     speculate: int = 0
     regex: str | None = None
-    json_schema: dict[str, Any] | bool | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

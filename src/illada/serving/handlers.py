@@ -12,8 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 from illada.errors import IlladaError, needs
-from illada.generation.request import Request
-from illada.generation.settings import GenerationSettings, settings_for
+from illada.generation.settings import FORMS, GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
@@ -262,7 +261,7 @@ class Handlers:
         engine = self.worker.engine
         if prompt.slot or prompt.gap:
             settings = replace(settings, think_boost=0.0)
-            request = Request.of_template(engine.model.config, prompt.ids, settings, "the text with its gaps")
+            request = engine.template(prompt.ids, settings, "the text with its gaps")
             limit = prompt.gap or request.budget
             return Answer(index, request, Detokenizer(self._tokenizer), limit, slot=prompt.slot)
         if self._model.config.causal:
@@ -273,9 +272,9 @@ class Handlers:
             raise IlladaError(f"the prompt has {len(ids)} tokens but the context is {self._context}: shorten it")
         limit = min(settings.max_new_tokens, room)
         block = min(settings.block_length, limit)
-        # Answers are computed in whole blocks and cut.
+        # Answers are computed in whole blocks and cut; what has a form must not be cut.
         budget = -(-limit // block) * block
-        if budget > room:
+        if budget > room or any(getattr(settings, name) not in (None, ()) for name in FORMS):
             limit = budget = room // block * block
         steps = settings.steps_per_block and min(settings.steps_per_block, block)
         settings = replace(settings, max_new_tokens=budget, block_length=block, steps_per_block=steps)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
+from illada.serving.forms import NO_FORM, FormFields, Strict, TextFormat
 
 with needs("serve", "serving"):
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+    from pydantic import BeforeValidator, Field, model_validator
     from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -27,7 +28,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "previous_response_id": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncation": ("disabled",),
@@ -36,7 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """OpenAI's fields that this server cannot serve, and the values besides null that ask for nothing."""
 
 REASONS = {
-    "response_format": "use text: no slots of fixed length hold every JSON value, so it cannot be forced soundly",
     "tools": "this model calls none; with tool_choice none they are accepted",
     "background": "ask for a stream, or use `illada batch`",
     "conversation": "this server keeps nothing: send the whole conversation as input",
@@ -60,8 +59,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
 """OpenAI's fields that change no answer here, and the values besides null that ask for nothing. A header names those
 that asked for something."""
 
-MOST_FIELDS = 100
-"""Most fields of one object of a request: each unknown one would be an error of its own."""
 MOST_BIASES = 1024
 
 EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
@@ -69,19 +66,6 @@ EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
 FAST = {"threshold": 0.95, "cache": "adaptive"}
 """What `decoding: "fast"` means, as in `illada eval`."""
-
-
-class Strict(BaseModel):
-    """Takes nothing that it does not know, and converts nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bound_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MOST_FIELDS:
-            raise ValueError(f"an object has {len(data)} fields: at most {MOST_FIELDS} are read")
-        return data
 
 
 class JsonBody(Strict):
@@ -138,7 +122,7 @@ Alternatives = Annotated[int, Field(ge=0, le=20)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_biases)]
 
 
-class GenerationRequest(JsonBody):
+class GenerationRequest(JsonBody, FormFields):
     """The fields that all requests for answers share."""
 
     max_tool_calls: Any = None
@@ -252,6 +236,8 @@ class GenerationRequest(JsonBody):
             values |= {"top_p": 1.0, "top_k": None, "min_p": 0.0}
         if self.max_tokens is not None:
             values["max_new_tokens"] = self.max_tokens
+        if (form := self.form()) != NO_FORM:
+            values |= form
         if values["steps_per_block"] is not None and values["steps_per_block"] > values["block_length"]:
             raise IlladaError(f"steps_per_block must be at most block_length {values['block_length']}")
         return GenerationSettings(**values)
@@ -343,12 +329,6 @@ class Item(Message):
     phase: str | None = None
 
 
-class TextFormat(Strict):
-    """What a response's text is like: plain."""
-
-    type: Literal["text"]
-
-
 class TextOptions(Strict):
     """Options of a response's text."""
 
@@ -386,6 +366,11 @@ class ResponseRequest(GenerationRequest):
         if messages[0]["role"] == "system":
             return [{"role": "system", "content": f"{self.instructions}\n\n{messages[0]['content']}"}, *messages[1:]]
         return [{"role": "system", "content": self.instructions}, *messages]
+
+    def form(self) -> dict[str, Any]:
+        """Return what the answer must match; the text's format says it too."""
+        wanted = None if self.text is None or self.text.format is None else self.text.format.schema_of_answer()
+        return super().form() if wanted is None else {**NO_FORM, "json_schema": wanted}
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ResponseRequest":

@@ -28,13 +28,13 @@ from illada.training.log import StepLog
 from illada.training.optim import set_updates, update
 from illada.training.optional.flops import flops_per_token, peak_flops
 from illada.training.optional.pace import Pace
+from illada.training.optional.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.optional.trackers import make_trackers
 from illada.training.parallel import before_pass, clip, gradient_norm, join, release
 from illada.training.recipe import Recipe
 from illada.training.run_folder import DECAY, claim, requested_decay
 from illada.training.schedule import Schedule, make_schedule, on_plateau
 from illada.training.setup import Run
-from illada.training.optional.spikes import RETURNS_TO_ONE_STEP, SKIPS_IN_A_ROW, data_step, remember, trouble
 from illada.training.validation import bits_per_byte, validation_batches
 from illada.weights.adapters import is_adapted
 from illada.weights.runs import RunState, assemble, checkpoints, read_metrics

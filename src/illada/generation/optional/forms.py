@@ -332,6 +332,8 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
     if found is None:
         return
     regex, kind = found
+    if tokenizer is None:
+        raise IlladaError(f"{kind} needs a tokenizer: give one")
     if len(regex) > LONGEST:
         raise IlladaError(f"{kind} is a regular expression of {len(regex):,} characters, at most {LONGEST:,} are taken")
     ending = tuple(token for token in request.settings.eos_ids if token < vocabulary)

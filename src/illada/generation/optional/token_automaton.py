@@ -66,8 +66,8 @@ class Tree:
                     ends[node] = low
                     low += 1
                 first[node] = len(first)
-                for one, group in groupby(range(low, high), lambda place, at=depth: texts[place][at]):
-                    own = [*group]
+                for one, group in groupby(enumerate(texts[low:high], low), lambda item, at=depth: item[1][at]):  # type: ignore[misc]
+                    own = [place for place, _ in group]
                     below.append((len(first), own[0], own[-1] + 1))
                     for column, value in ((first, 0), (children, 0), (byte, one), (ends, -1)):
                         column.append(value)

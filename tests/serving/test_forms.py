@@ -1,0 +1,124 @@
+"""Answers of a given form from the server: OpenAI's response formats with its own client, and the fields of others."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import httpx
+import pytest
+
+CHAT, TEXT, ITEMS = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+HELLO = [{"role": "user", "content": "one two"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}, "n": {"type": "integer", "maximum": 20}},
+    "required": ["ok", "kind"],
+    "additionalProperties": False,
+}
+
+
+def ask(server, path, **body):
+    return httpx.post(server + path, json={"max_tokens": 64, **body}, timeout=60)
+
+
+def text_of(answer):
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def is_valid(text):
+    found = json.loads(text)
+    assert isinstance(found["ok"], bool)
+    assert found["kind"] in "ab"
+    assert found.get("n", 0) <= 20
+    assert found.keys() <= {"ok", "kind", "n"}
+
+
+def test_openai_parses_what_it_asked_for(server):
+    openai = pytest.importorskip("openai")
+    pydantic = pytest.importorskip("pydantic")
+
+    class Reply(pydantic.BaseModel):
+        ok: bool
+        kind: Literal["a", "b"]
+        more: list[bool] | None
+
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    for temperature in (0, 1):
+        given = {"model": "tiny", "temperature": temperature}
+        chat = client.chat.completions.parse(messages=HELLO, response_format=Reply, max_tokens=120, **given)
+        assert isinstance(chat.choices[0].message.parsed, Reply)
+        response = client.responses.parse(input="one two", text_format=Reply, max_output_tokens=120, **given)
+        assert isinstance(response.output_parsed, Reply)
+    with client.chat.completions.stream(model="tiny", messages=HELLO, response_format=Reply, max_tokens=120) as events:
+        final = events.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, Reply)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA, "strict": True}}},
+        {"guided_json": SCHEMA},
+        {"guided_json": json.dumps(SCHEMA)},
+        {"structured_outputs": {"json": SCHEMA}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("decoding", ["exact", "fast", {"block_length": 16, "speculate": 2}], ids=str)
+def test_schemas_by_every_name(server, fields, decoding):
+    is_valid(text_of(ask(server, CHAT, messages=HELLO, decoding=decoding, **fields)))
+    is_valid(text_of(ask(server, TEXT, prompt="one", temperature=1, seed=3, decoding=decoding, **fields)))
+
+
+def test_the_other_forms(server):
+    found = text_of(ask(server, CHAT, messages=HELLO, guided_regex="(?:one|two){2,3}"))
+    assert re.fullmatch("(?:one|two){2,3}", found)
+    assert text_of(ask(server, CHAT, messages=HELLO, structured_outputs={"choice": ["yes", "no"]})) in ("yes", "no")
+    assert text_of(ask(server, CHAT, messages=HELLO, guided_choice=["certainly"])) == "certainly"
+    assert isinstance(
+        json.loads(text_of(ask(server, CHAT, messages=HELLO, response_format={"type": "json_object"}))), dict
+    )
+    plain = text_of(ask(server, CHAT, messages=HELLO))
+    assert text_of(ask(server, CHAT, messages=HELLO, response_format={"type": "text"})) == plain
+    item = ask(server, ITEMS, input="one", text={"format": {"type": "json_schema", "name": "it", "schema": SCHEMA}})
+    is_valid(item.json()["output"][0]["content"][0]["text"])
+
+
+def test_a_gap_has_a_form_too(server):
+    found = text_of(ask(server, TEXT, prompt="one ___ two", slot_tokens=3, guided_regex=r"[0-9]{3,5}", max_tokens=None))
+    assert re.search(r"one [0-9]{3,5} two", found)
+
+
+def test_a_stream_gives_the_same(server):
+    body = {"messages": HELLO, "max_tokens": 64, "guided_json": SCHEMA}
+    whole = text_of(ask(server, CHAT, **body))
+    pieces = []
+    with httpx.stream("POST", server + CHAT, json={**body, "stream": True}, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                pieces += [json.loads(line[6:])["choices"][0]["delta"].get("content") or ""]
+    assert "".join(pieces) == whole
+
+
+def test_company_changes_nothing(server):
+    """A third of the requests have a form; each answer is the one that its request gets alone."""
+    bodies = [
+        {"messages": [{"role": "user", "content": f"one {n}"}], "seed": n, "temperature": n % 2}
+        | ({"guided_json": SCHEMA} if n % 3 == 0 else {"max_tokens": 24})
+        for n in range(24)
+    ]
+    alone = [text_of(ask(server, CHAT, **body)) for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        together = [*pool.map(lambda body: text_of(ask(server, CHAT, **body)), bodies)]
+    assert together == alone
+    for text in together[::3]:
+        is_valid(text)
+
+
+def test_what_cannot_fit_is_refused_with_both_numbers(server):
+    answer = ask(server, CHAT, messages=HELLO, guided_json=SCHEMA, max_tokens=4)
+    assert answer.status_code == 400
+    assert re.search(r"has \d+ tokens, the answer at most 4", answer.json()["error"]["message"])
