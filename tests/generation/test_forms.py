@@ -360,6 +360,17 @@ def test_speculation_and_drafts_change_nothing(tied, regex):
     assert ahead.forwards <= plain.forwards
 
 
+@pytest.mark.parametrize("block", [3, 5, 12, 24])
+def test_drafts_stop_where_fixed_text_is_written_otherwise(untied, block):
+    """The last pass proposed other tokens for the text that the form then decides by itself."""
+    regex = r'\{"abc":(?:true|12|a{1,3}),"bad":(?:[a-f]{1,4}|"[ab]*"),"cab":\[\d{1,2}\]\}'
+    for first, way in itertools.product(range(7, 12), [{}, {"threshold": 0.3}, {"cache": "frozen"}]):
+        own = {"block": block, "budget": 48, "eos_token_id": 1, **way}
+        plain, ahead = (generate(untied, [[first, 9]], settings(regex, speculate=n, **own), LETTERS)[0] for n in (0, 4))
+        assert plain.ids == ahead.ids
+        assert re.fullmatch(regex, plain.text)
+
+
 def test_fixed_text_costs_no_pass(tied):
     fixed = '\\{"abc":\\[12,(?:0|1)\\]\\}'
     [answer] = generate(tied, [[7]], settings(fixed, 24, 24), LETTERS)

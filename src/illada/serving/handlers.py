@@ -272,9 +272,11 @@ class Handlers:
             raise IlladaError(f"the prompt has {len(ids)} tokens but the context is {self._context}: shorten it")
         limit = min(settings.max_new_tokens, room)
         block = min(settings.block_length, limit)
-        # Answers are computed in whole blocks and cut; what has a form must not be cut.
+        # Answers are computed in whole blocks and cut; one that has a form is not cut.
         budget = -(-limit // block) * block
-        if budget > room or any(getattr(settings, name) not in (None, ()) for name in FORMS):
+        if any(getattr(settings, name) not in (None, ()) for name in FORMS):
+            limit = budget = limit // block * block
+        elif budget > room:
             limit = budget = room // block * block
         steps = settings.steps_per_block and min(settings.steps_per_block, block)
         settings = replace(settings, max_new_tokens=budget, block_length=block, steps_per_block=steps)

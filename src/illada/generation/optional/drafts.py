@@ -23,6 +23,9 @@ def draft_ahead(request: Request, room: int) -> int:
         open_M = state.masked_G[state.latest.position_M]
         if not open_M.any():  # the last pass said nothing about the next block
             break
+        # What a form decided by itself may be written in other tokens than the last pass proposed.
+        if state.form is not None and (state.ids_G[state.latest.position_M] != state.latest.id_M).any():
+            break
         draft = copy.copy(state)
         draft.drafts = []
         draft.ids_G, draft.masked_G = state.ids_G.copy(), state.masked_G.copy()
@@ -31,7 +34,8 @@ def draft_ahead(request: Request, room: int) -> int:
             ended = np.isin(draft.ids_G[draft.block : draft.block_end], draft.settings.eos_ids).any()
             if ended or draft.block_end == draft.budget or draft.settings.cache != "none":
                 break
-            draft.open_next_block()
+            if draft.open_next_block():  # nothing is open there
+                break
         if draft.doubt or taken + draft.size > room:
             break
         draft.pasts = [past.fork(draft.first) for past in request.pasts]

@@ -85,9 +85,9 @@ class TokenForm:
         At temperature 0 they have the largest sum of weights. Above it they are drawn: weights are log-probabilities
         but for a constant, and choices, T times them less T log(-log u), say which token of several is taken.
         """
-        weight, choice = weight_MV.cpu().numpy(), choice_MV.cpu().numpy()
+        weight, choice = weight_MV.float().cpu().numpy(), choice_MV.cpu().numpy()
         score_MC = self.by_class(weight, temperature > 0)
-        best_MC = score_MC if weight is choice or not temperature else self.by_class(choice, False)
+        best_MC = self.by_class(choice, False) if temperature else score_MC
         found: list[int] = []
         begin = 0
         for stretch in self.stretches(row):
@@ -310,6 +310,8 @@ def regex_of(settings: GenerationSettings) -> tuple[str, str] | None:
     if settings.regex is not None:
         return settings.regex, "regex"
     if settings.json_schema is not None:
+        if isinstance(settings.json_schema, str):
+            raise IlladaError("json_schema is a text: give the schema itself")
         return schema_regex(settings.json_schema), "json_schema"
     if settings.choices:
         return "|".join(map(re.escape, settings.choices)), "choices"

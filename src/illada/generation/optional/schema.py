@@ -1,23 +1,24 @@
 """A JSON Schema becomes a regular expression: every text that it matches is JSON which is valid under the schema.
 
-The syntax is that of Rust's `regex` and of Python's `re`; the whole text has to match. Not every valid instance is
+The whole text has to match. Not every valid instance is
 there: only one layout (that of `json.dumps`), keys in the order of the schema, no keys beside those of `properties`,
 recursion and free values to a stated depth. A keyword that restricts instances and is not here is refused by name.
 The standard is JSON Schema 2020-12; `definitions` and lists of `items` of older drafts are understood too.
 
-Every piece of an expression can be followed by `*`-free text: what has alternatives stands in brackets.
+Every piece of an expression that has alternatives stands in brackets, so pieces can be put side by side.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import combinations
-from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 from illada.errors import IlladaError
+from illada.generation.optional.schema_pattern import escaped, pattern_regex, times
 
 LIMIT = 200_000
 """Characters of an expression with its bounded repetitions written out; also those of a schema."""
@@ -26,17 +27,17 @@ NESTING = 64
 """How deep schemas may stand in schemas, recursion unrolled."""
 
 GROUPS = 60
-"""How deep groups may stand in groups: each costs up to four of the 250 levels that Rust's parser has."""
+"""How deep groups may stand in groups: what parses the expression goes down a few calls for each."""
 
-CHAR = r'([^"\\\x00-\x1F]|\\["\\/bfnrt])'
-NO_QUOTE = r'([^"\\\x00-\x1F]|\\[\\/bfnrt])'
+_ESCAPE = r'\\["\\/bfnrt]'
+CHAR = rf'([^"\\\x00-\x1F]|{_ESCAPE})'
 STRING = f'"{CHAR}*"'
 INTEGER = "-?(0|[1-9][0-9]*)"
 NUMBER = rf"{INTEGER}(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 
 _LEAP = "(0[48]|[2468][048]|[13579][26])"
 _YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
-_DAY = "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"  # 29: below
+_DAY = "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
 _DATE = f"({_YEAR}-{_DAY}|([0-9]{{2}}{_LEAP}|{_LEAP}00)-02-29)"
 _MINUTE = "([01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_MINUTE}:[0-5][0-9](\.[0-9]{{1,9}})?(Z|[+-]{_MINUTE})"
@@ -53,56 +54,26 @@ FORMATS = {
 """RFC 3339 without leap seconds, RFC 4122, and mail addresses within the lengths of RFC 5321."""
 
 Kinds = frozenset[str]
-KIND_OF = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"} | {
-    list: "array",
-    dict: "object",
-}
-"""Whole numbers are ints here, even those written 1.0, so "number" without "integer" means those with a fraction."""
+KIND_OF = {type(None): "null", bool: "boolean", int: "integer", float: "number"}
+KIND_OF |= {str: "string", list: "array", dict: "object"}
+"""Whole numbers are ints here, even those written 1.0; where "number" is allowed, "integer" is too."""
 KINDS: Kinds = frozenset(KIND_OF.values())
 
-ANNOTATIONS = frozenset(
-    "title description default examples $comment $schema $id $anchor $dynamicAnchor $defs definitions deprecated "
-    "readOnly writeOnly discriminator".split()
-)
+ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "discriminator"}
+ANNOTATIONS |= {"$comment", "$schema", "$id", "$anchor", "$dynamicAnchor", "$defs", "definitions"}
+COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Length", "Items", "Properties")}
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 RULES_OF = {
-    "number": frozenset("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()),
-    "string": frozenset("minLength maxLength pattern format".split()),
-    "array": frozenset("items prefixItems additionalItems minItems maxItems uniqueItems".split()),
-    "object": frozenset("properties required additionalProperties minProperties maxProperties".split()),
+    "number": {*BOUNDS, "multipleOf"},
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"},
+    "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
 }
 COMBINERS = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")
-REFUSED = frozenset(
-    "patternProperties propertyNames dependentRequired dependentSchemas dependencies if then else not "
-    "unevaluatedProperties unevaluatedItems contains minContains maxContains $dynamicRef $recursiveRef "
-    "$recursiveAnchor $vocabulary contentEncoding contentMediaType contentSchema".split()
-)
 KNOWN = ANNOTATIONS.union({"type"}, COMBINERS, *RULES_OF.values())
-
-_WANTED: list[tuple[str, str, Callable[[Any], bool]]] = [
-    (
-        "minLength maxLength minItems maxItems minProperties maxProperties",
-        "a whole number from 0 on",
-        lambda value: type(value) is int and value >= 0,
-    ),
-    ("minimum maximum exclusiveMinimum exclusiveMaximum", "a number", lambda value: type(value) in (int, float)),
-    ("multipleOf", "a number above 0", lambda value: type(value) in (int, float) and value > 0),
-    ("properties", "an object", lambda value: isinstance(value, dict)),
-    ("required", "a list of strings", lambda value: _are_strings(value)),
-    (
-        "enum anyOf oneOf allOf prefixItems",
-        "a list that is not empty",
-        lambda value: isinstance(value, list) and value != [],
-    ),
-    ("uniqueItems", "true or false", lambda value: isinstance(value, bool)),
-    ("pattern format $ref", "a string", lambda value: isinstance(value, str)),
-    (
-        "type",
-        f"one of {', '.join(sorted(KINDS))}, or a list of them",
-        lambda value: _are_strings(value) and KINDS.issuperset(value) or (isinstance(value, str) and value in KINDS),
-    ),
-]
-WANTED = {keyword: (words, fits) for keywords, words, fits in _WANTED for keyword in keywords.split()}
-"""For a keyword, what its value has to be, in words and as a test."""
+REFUSED = {"if", "then", "else", "not", "contains", "minContains", "maxContains", "patternProperties", "propertyNames"}
+REFUSED |= {"dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"}
+REFUSED |= {"$dynamicRef", "$recursiveRef", "$vocabulary", "contentEncoding", "contentMediaType", "contentSchema"}
 
 
 def schema_regex(schema: dict[str, Any] | bool, depth: int = 3) -> str:
@@ -133,6 +104,7 @@ def schema_regex(schema: dict[str, Any] | bool, depth: int = 3) -> str:
     return regex
 
 
+@cache
 def any_json(depth: int = 3) -> str:
     """Return an expression for any JSON value in which lists and objects nest up to `depth` deep."""
     scalars = f"null|true|false|{NUMBER}|{STRING}"
@@ -231,8 +203,7 @@ class _Builder:
                 at.refuse(keyword, "it restricts answers; leave it out and check them yourself")
             if keyword not in KNOWN and not keyword.startswith("x-"):
                 at.refuse(keyword, "it is unknown; leave it out, or begin its name with x- to have it ignored")
-            words, fits = WANTED.get(keyword, ("", None))
-            if fits and not fits(value):
+            if words := _wanted(keyword, value):
                 raise IlladaError(_shown(f"json_schema: {keyword} must be {words}, at {at.pointer}"))
         if "$id" in schema and at.pointer != "#":
             at.refuse("$id", "below the root it changes what pointers mean; leave it out")
@@ -258,9 +229,7 @@ class _Builder:
             for one, other in combinations([self.facts(branch, place) for branch, place in places], 2):
                 self.spend(10)
                 if not one.apart(other):
-                    at.refuse(
-                        "oneOf", "its branches may overlap; use anyOf, or tell them apart by type or required const"
-                    )
+                    at.refuse("oneOf", "branches may overlap; use anyOf, or tell them apart by type or required const")
         return _either(pieces)
 
     def reference(self, pointer: str, at: _Place, kinds: Kinds) -> str | None:
@@ -318,18 +287,16 @@ class _Builder:
         if "type" not in schema:  # keywords say which kinds are meant
             hinted = {kind for kind, rules in RULES_OF.items() if rules & schema.keys()}
             kinds = kinds & (hinted | {"integer"} if "number" in hinted else hinted) or kinds
-        pieces: list[str | None] = [{"null": "null", "boolean": "(true|false)"}.get(kind) for kind in sorted(kinds)]
-        if "number" in kinds:
-            pieces.append(_number(schema, at))
-        elif "integer" in kinds:
-            pieces.append(_integer(schema, at))
-        if "string" in kinds:
-            pieces.append(_string(schema, at))
-        if "array" in kinds:
-            pieces.append(self.array(schema, at))
-        if "object" in kinds:
-            pieces.append(self.object(schema, at))
-        return _either(pieces)
+        makers: dict[str, Callable[[dict[str, Any], _Place], str | None]] = {
+            "null": lambda *_: "null",
+            "boolean": lambda *_: "(true|false)",
+            "number": _number,
+            "integer": lambda rules, place: None if "number" in kinds else _integer(rules, place),
+            "string": _string,
+            "array": self.array,
+            "object": self.object,
+        }
+        return _either(make(schema, at) for kind, make in makers.items() if kind in kinds)
 
     def array(self, schema: dict[str, Any], at: _Place) -> str | None:
         """Return the expression of a list."""
@@ -415,8 +382,28 @@ def _values(schema: dict[str, Any]) -> frozenset[str] | None:
     return None if values is None else frozenset(json.dumps(value, sort_keys=True) for value in values)
 
 
-def _are_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+def _wanted(keyword: str, value: Any) -> str:
+    """Return in words what the value of a keyword has to be, or "" if it is that."""
+    number, strings = type(value) in (int, float), isinstance(value, list) and all(type(one) is str for one in value)
+    fits, words = True, ""
+    if keyword in COUNTS:
+        fits, words = type(value) is int and value >= 0, "a whole number from 0 on"
+    elif keyword in RULES_OF["number"]:
+        fits, words = number and (keyword != "multipleOf" or value > 0), "a number (above 0 for multipleOf)"
+    elif keyword in ("enum", "anyOf", "oneOf", "allOf", "prefixItems"):
+        fits, words = isinstance(value, list) and value != [], "a list that is not empty"
+    elif keyword in ("pattern", "format", "$ref"):
+        fits, words = isinstance(value, str), "a string"
+    elif keyword == "properties":
+        fits, words = isinstance(value, dict), "an object"
+    elif keyword == "required":
+        fits, words = strings, "a list of strings"
+    elif keyword == "uniqueItems":
+        fits, words = isinstance(value, bool), "true or false"
+    elif keyword == "type":
+        fits = KINDS.issuperset(value if strings else [value] if isinstance(value, str) else [""])
+        words = f"one of {', '.join(sorted(KINDS))}, or a list of them"
+    return "" if fits else words
 
 
 def _whole(text: str) -> int | float:
@@ -433,25 +420,15 @@ def _pointer(tokens: Iterable[str]) -> str:
     return "".join("/" + token.replace("~", "~0").replace("/", "~1") for token in tokens)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-
-
 def _literal(value: Any) -> str:
     """Return the expression of one JSON value."""
-    return _escaped(json.dumps(value, ensure_ascii=False))
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def _either(pieces: Iterable[str | None]) -> str | None:
     """Return the expression of one of some pieces, or None if all are impossible."""
     real = [piece for piece in pieces if piece is not None]
     return f"({'|'.join(real)})" if len(real) > 1 else real[0] if real else None
-
-
-def _times(low: int, high: float) -> str:
-    if high == math.inf:
-        return f"{{{low},}}" if low else "*"
-    return f"{{{low},{high}}}"
 
 
 def _listed(ends: str, prefix: list[str], rest: str | None, low: int = 0, high: float = math.inf) -> str | None:
@@ -462,7 +439,7 @@ def _listed(ends: str, prefix: list[str], rest: str | None, low: int = 0, high: 
         return None
     first = prefix[: int(min(count, len(prefix)))]
     more = count > len(first)
-    tail = f"(, {rest}){_times(max(low - len(first), 0), count - len(first))}" if more else ""
+    tail = f"(, {rest}){times(max(low - len(first), 0), count - len(first))}" if more else ""
     for n, piece in reversed(list(enumerate(first))):
         tail = (", " if n else "") + piece + tail
         tail = f"({tail})?" if n >= low else tail
@@ -486,7 +463,7 @@ def _bounded(regex: str) -> str:
             sizes[-1] += last
     if len(regex) > LIMIT or sizes[0] > LIMIT or deepest > GROUPS:
         raise IlladaError(
-            f"JSON of this form needs an expression of more than {LIMIT:,} characters or {GROUPS} groups in each other; "
+            f"this form of JSON needs an expression of over {LIMIT:,} characters or {GROUPS} groups in each other; "
             "give smaller bounds (maxLength, maxItems), fewer optional keys or a smaller depth"
         )
     return regex
@@ -494,7 +471,7 @@ def _bounded(regex: str) -> str:
 
 def _number(schema: dict[str, Any], at: _Place) -> str:
     """Return the expression of any number."""
-    for keyword in RULES_OF["number"] & schema.keys():
+    for keyword in sorted(RULES_OF["number"] & schema.keys()):
         at.refuse(keyword, "numbers with a fraction have no bounds here; make the type integer or leave it out")
     return NUMBER
 
@@ -503,10 +480,13 @@ def _integer(schema: dict[str, Any], at: _Place) -> str | None:
     """Return the expression of a whole number within bounds."""
     if schema.get("multipleOf", 1) != 1:
         at.refuse("multipleOf", "leave it out and check the answer yourself")
-    lows = [math.ceil(schema[name]) for name in ("minimum",) if name in schema]
-    lows += [math.floor(schema[name]) + 1 for name in ("exclusiveMinimum",) if name in schema]
-    highs = [math.floor(schema[name]) for name in ("maximum",) if name in schema]
-    highs += [math.ceil(schema[name]) - 1 for name in ("exclusiveMaximum",) if name in schema]
+    lows, highs = [], []
+    for name in BOUNDS & schema.keys():
+        open_, value = name.startswith("exclusive"), schema[name]
+        if name.endswith("inimum"):
+            lows.append(math.floor(value) + 1 if open_ else math.ceil(value))
+        else:
+            highs.append(math.ceil(value) - 1 if open_ else math.floor(value))
     if any(abs(bound) >= 10**18 for bound in lows + highs):
         at.refuse("a bound of more than 18 digits", "give a smaller one or none")
     if not lows and not highs:
@@ -521,16 +501,13 @@ def _natural(low: int, high: int | None) -> str | None:
     """Return the expression of the whole numbers from `low` to `high`, both not negative."""
     if high is not None and low > high:
         return None
-    digits, longest = len(str(low)), math.inf if high is None else len(str(high))
-    if digits == longest:
+    short, long = len(str(low)), len(str(high))
+    if high is None:
+        return f"({_digits(str(low), '9' * short)}|[1-9][0-9]{times(short, math.inf)})"
+    if short == long:
         return _digits(str(low), str(high))
-    pieces = [_digits(str(low), "9" * digits)]
-    last = longest - 1 if high is not None else math.inf
-    if digits < last or high is None:
-        pieces.append(f"[1-9][0-9]{_times(digits, last - 1)}")
-    if high is not None:
-        pieces.append(_digits("1" + "0" * (len(str(high)) - 1), str(high)))
-    return _either(pieces)
+    middle = f"[1-9][0-9]{times(short, long - 2)}" if short < long - 1 else None
+    return _either([_digits(str(low), "9" * short), middle, _digits("1" + "0" * (long - 1), str(high))])
 
 
 def _digits(low: str, high: str) -> str:
@@ -555,12 +532,12 @@ def _digits(low: str, high: str) -> str:
 def _string(schema: dict[str, Any], at: _Place) -> str | None:
     """Return the expression of a string."""
     for name in ("pattern", "format"):
-        beside = next((other for other in RULES_OF["string"] & schema.keys() if other != name), None)
+        beside = next((other for other in sorted(RULES_OF["string"] & schema.keys()) if other != name), None)
         if name in schema and beside:
             at.refuse(f"{beside} beside {name}", "say both in one pattern")
     if "pattern" in schema:
         try:
-            return f'"{_search(_parsed(schema["pattern"]), CHAR + "*", CHAR + "*")}"'
+            return f'"{pattern_regex(schema["pattern"], f"{CHAR}*")}"'
         except (re.error, OverflowError, RecursionError) as error:
             at.refuse("pattern", f"{error}; write it with classes, groups and repetition, ^ and $ at the ends")
     if "format" in schema:
@@ -569,109 +546,4 @@ def _string(schema: dict[str, Any], at: _Place) -> str | None:
             at.refuse(f"format {name}", f"those are {', '.join(FORMATS)}; use a pattern or leave it out")
         return f'"{FORMATS[name]}"'
     low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
-    # outlines-core also follows matches that begin later. In a bare string with \" in it these would be 2 ** high.
-    char = CHAR if at.level or (low, high) == (0, math.inf) else NO_QUOTE
-    return f'"{char}{_times(low, high)}"' if low <= high else None
-
-
-Ranges = list[tuple[int, int]]
-
-
-def _complement(ranges: Ranges) -> Ranges:
-    """Return the code points that are not in some ranges."""
-    start, gaps = 0, []
-    for low, high in sorted(ranges):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = max(start, high + 1)
-    return [*gaps, (start, 0x10FFFF)] if start <= 0x10FFFF else gaps
-
-
-NO_CHARS: Ranges = [(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF)]
-"""What stands in JSON's strings only behind a backslash, or never."""
-
-_DIGITS: Ranges = [(48, 57)]
-_WORDS: Ranges = [(48, 57), (65, 90), (95, 95), (97, 122)]
-_SPACES: Ranges = [(9, 13), (32, 32), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029)]
-_SPACES += [(0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)]
-CATEGORIES = {
-    "CATEGORY_DIGIT": _DIGITS,
-    "CATEGORY_WORD": _WORDS,
-    "CATEGORY_SPACE": _SPACES,
-    "CATEGORY_NOT_DIGIT": _complement(_DIGITS),
-    "CATEGORY_NOT_WORD": _complement(_WORDS),
-    "CATEGORY_NOT_SPACE": _complement(_SPACES),
-}
-"""Those of ECMA-262."""
-
-_OTHER_ESCAPE = re.compile(r"\\(?![dDwWsSnrtfvxu\W])[\w\W]?|\\u[dD][89a-fA-F]")
-_OTHER_SYNTAX = re.compile(r"(\[\^?[\]\[]|\[(?=[^\]]*(?:--|&&|~~|\|\|))|\(\?(?!:)|\{,)|\[[^\]]*\]")
-
-
-def _parsed(pattern: str) -> list[Any]:
-    """Return the tree of a pattern if Python and ECMA-262 read it alike."""
-    pairs = re.findall(r"\\[\w\W]?(?:(?<=u)[dD][89a-fA-F])?", pattern)
-    odd = next((pair for pair in pairs if _OTHER_ESCAPE.match(pair)), None)
-    bare = re.sub(r"\\[\w\W]", "x", pattern)
-    odd = odd or next((found[1] for found in _OTHER_SYNTAX.finditer(bare) if found[1]), None)
-    if odd:
-        raise re.error(f"{odd!r} has no place in it")
-    return list(_parser.parse(pattern))
-
-
-def _search(items: list[Any], before: str, after: str) -> str:
-    """Return the expression of what a pattern finds, with `before` and `after` where it is not anchored."""
-    if items and items[0] == (_constants.AT, _constants.AT_BEGINNING):
-        items, before = items[1:], ""
-    if items and items[-1] == (_constants.AT, _constants.AT_END):
-        items, after = items[:-1], ""
-    if len(items) == 1 and items[0][0] is _constants.BRANCH:
-        return f"({'|'.join(_search(list(branch), before, after) for branch in items[0][1][1])})"
-    return before + _sequence(items) + after
-
-
-def _sequence(items: Iterable[Any]) -> str:
-    """Return the expression of a row of a pattern's nodes."""
-    return "".join(_item(str(name), value) for name, value in items)
-
-
-def _item(name: str, value: Any) -> str:
-    """Return the expression of one node of a pattern."""
-    if name == "LITERAL":
-        return _escaped(json.dumps(chr(value), ensure_ascii=False)[1:-1])
-    if name == "NOT_LITERAL":
-        return _class(_complement([(value, value)]))
-    if name == "ANY":
-        return _class(_complement([(10, 10), (13, 13), (0x2028, 0x2029)]))
-    if name == "IN":
-        negated = str(value[0][0]) == "NEGATE"
-        ranges = [pair for kind, member in value[negated:] for pair in _members(str(kind), member)]
-        return _class(_complement(ranges) if negated else ranges)
-    if name == "BRANCH":
-        return f"({'|'.join(map(_sequence, value[1]))})"
-    if name == "SUBPATTERN":
-        return f"({_sequence(value[3])})"
-    if name in ("MAX_REPEAT", "MIN_REPEAT"):
-        low, high, inner = value
-        return f"({_sequence(inner)}){_times(low, math.inf if high == _constants.MAXREPEAT else high)}"
-    raise re.error("^ and $ stand elsewhere" if name == "AT" else f"{name.lower()} has no place in it")
-
-
-def _members(kind: str, member: Any) -> Ranges:
-    """Return the ranges of one member of a class."""
-    return CATEGORIES[str(member)] if kind == "CATEGORY" else [member if kind == "RANGE" else (member, member)]
-
-
-def _class(ranges: Ranges) -> str:
-    """Return the expression of the characters of some ranges that need no backslash in JSON."""
-    kept = _complement(_complement(ranges) + NO_CHARS)
-    if not kept:
-        raise re.error("a class has no character that JSON writes without a backslash")
-    return f"[{''.join(f'{_code(low)}-{_code(high)}' if high > low else _code(low) for low, high in kept)}]"
-
-
-def _code(point: int) -> str:
-    char = chr(point)
-    if char.isascii():
-        return char if char.isalnum() else f"\\x{point:02X}"
-    return f"\\u{point:04X}" if point < 0x10000 else f"\\U{point:08X}"
+    return f'"{CHAR}{times(low, high)}"' if low <= high else None
