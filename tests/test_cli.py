@@ -394,7 +394,7 @@ def test_generate(work, capsys):
     cli.main(["generate", "--model", work.run, "--prompt", "one two", *GENERATE, "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["prompt"] == "one two"
-    assert record.keys() == {"prompt", "text", "ids", "finish_reason", "forwards", "positions", "log_probs"}
+    assert record.keys() == {"prompt", "text", "ids", "finish_reason", "forwards", "positions", "forced", "log_probs"}
     assert record["forwards"] >= 4
     prompt_tokens = len(encode_plain(load_tokenizer(work.tok), "one two"))
     blocks = record["forwards"] // 4  # without a cache, each pass computes everything up to its block's end
