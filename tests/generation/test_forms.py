@@ -15,11 +15,13 @@ from scipy import stats
 from illada import rng
 from illada.errors import IlladaError
 from illada.generation.engine import generate, infill
+from illada.generation.optional import forms
 from illada.generation.optional.byte_automaton import byte_automaton
 from illada.generation.optional.forms import TokenForm, give_form
 from illada.generation.optional.token_automaton import UNREACHABLE, Tree, token_automaton
 from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings
+from illada.model.kv_cache import KVCache
 from reference import reference_fillings
 
 END, MASK = 2, 5
@@ -382,11 +384,17 @@ def test_fixed_text_costs_no_pass(tied):
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "frozen", "adaptive"])
-def test_blocks_without_a_pass_leave_the_caches_whole(tied, cache):
-    """Blocks of fixed text are skipped; the next pass computes them all."""
+def test_blocks_without_a_pass_leave_the_caches_whole(tied, cache, monkeypatch):
+    """Blocks of fixed text are skipped; the next pass computes them all, and reads nothing that was not written."""
+    begin, passes = KVCache.begin, []
+    monkeypatch.setattr(KVCache, "begin", lambda self, *span: passes.append(span) or begin(self, *span))
     [answer] = generate(tied, [[7, 8]], settings("[ab]" + "abcdef" * 3 + "[ab]{4}", 3, 30, cache=cache), LETTERS)
     assert re.fullmatch("[ab](?:abcdef){3}[ab]{4}", answer.text)
     assert answer.forced >= 9
+    written = 0
+    for start, length in passes:
+        assert start <= written
+        written = start + length
 
 
 def test_a_causal_model_is_led_too(build_model):
@@ -402,6 +410,43 @@ def test_each_slot_matches(tied):
         [answer] = infill(tied, [template], settings(regex, **way), LETTERS)
         for first, last in ((1, 4), (6, 8)):
             assert re.fullmatch(regex, LETTERS.decode(answer.ids[first:last]))
+
+
+@pytest.mark.parametrize("ending", [None, (2, 8), (2, 6), 60])
+def test_ids_that_end_an_answer(tied, ending):
+    """Without any the text must fill the answer; one that is a text elsewhere (8: c, 6: a) is none of the answer."""
+    for regex in ("[ab]{3,30}", "[ab]{2,9}d*c?", "c?(?:ab|b)+"):
+        own = settings(regex, 4, 16, eos_token_id=ending)
+        [answer] = generate(tied, [[7, 9]], own, LETTERS)
+        assert re.fullmatch(regex, answer.text)
+        assert ending is not None or len(answer.ids) == 16
+    if ending is None:
+        with pytest.raises(IlladaError, match="no text that matches regex has exactly 16 tokens"):
+            generate(tied, [[7, 9]], settings("[ab]{3}", 4, 16, eos_token_id=None), LETTERS)
+
+
+def test_forms_that_cost_too_much_are_refused(tied, monkeypatch):
+    many = "[" + "".join(f"\\x{a:02x}-\\x{b:02x}" for a in range(1, 127) for b in range(a, 128)) + "]"
+    with pytest.raises(IlladaError, match="needs too large an automaton"):
+        byte_automaton(many + "{5000}")
+    monkeypatch.setattr(forms, "MOST_STEPS", 1000)
+    with pytest.raises(IlladaError, match="too large for blocks of this length"):
+        generate(tied, [[7]], settings("(?s).*[a-f0-9 ].{3}[a-m]", 80, 80, eos_token_id=1), LETTERS)
+    assert len(byte_automaton("a{0,3000}x").final_S) == 3002
+    assert len(byte_automaton("(?:a|b){0,400}").final_S) == 401
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"choices": "yes"}, "choices must be a list of texts"),
+        ({"choices": [1]}, "choices must be a list of texts"),
+        ({"regex": 5}, "regex must be a text"),
+    ],
+)
+def test_values_of_another_type(values, words):
+    with pytest.raises(IlladaError, match=words):
+        settings(**values)
 
 
 def test_choices_and_what_cannot_be(tied):
@@ -429,8 +474,6 @@ def test_choices_and_what_cannot_be(tied):
 
 
 def test_a_form_is_made_once(tied, monkeypatch):
-    from illada.generation.optional import forms
-
     made = []
     monkeypatch.setattr(forms, "byte_automaton", lambda *key: made.append(key) or byte_automaton(*key))
     for _ in range(3):

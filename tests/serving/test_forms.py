@@ -122,3 +122,30 @@ def test_what_cannot_fit_is_refused_with_both_numbers(server):
     answer = ask(server, CHAT, messages=HELLO, guided_json=SCHEMA, max_tokens=4)
     assert answer.status_code == 400
     assert re.search(r"has \d+ tokens, the answer at most 4", answer.json()["error"]["message"])
+
+
+def test_an_answer_may_use_all_the_tokens_it_is_given(server):
+    found = ask(
+        server, CHAT, messages=HELLO, guided_regex="[0-9]{30,200}", max_tokens=60, decoding={"block_length": 32}
+    )
+    assert re.fullmatch("[0-9]{30,200}", text_of(found))
+
+
+def test_gaps_that_no_text_fills_are_refused(server):
+    answer = ask(server, TEXT, prompt="x = ___ y", slot_tokens=4, guided_choice=["a"], max_tokens=None)
+    assert answer.status_code == 400
+    assert "has exactly 4 tokens" in answer.json()["error"]["message"]
+
+
+def test_two_forms_are_refused_and_a_response_names_its_own(server):
+    text = {"format": {"type": "json_object"}}
+    both = ask(server, ITEMS, input="x", guided_regex="[0-9]{2}", text=text)
+    assert both.status_code == 400
+    assert ask(server, ITEMS, input="x", text=text).json()["text"] == text
+
+
+def test_a_server_may_have_a_form_of_its_own(serve_model):
+    with serve_model(regex="[0-9]{3}") as (address, _):
+        assert re.fullmatch("[0-9]{3}", text_of(ask(address, CHAT, messages=HELLO)))
+        plain = text_of(ask(address, CHAT, messages=HELLO, response_format={"type": "text"}))
+        assert not re.fullmatch("[0-9]{3}", plain)

@@ -102,7 +102,10 @@ class GenerationSettings:
         """Check every value; lists become tuples."""
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        self._require("choices", not isinstance(self.choices, str), "a list of texts")
         object.__setattr__(self, "choices", tuple(self.choices))
+        self._require("choices", all(isinstance(text, str) for text in self.choices), "a list of texts")
+        self._require("regex", self.regex is None or isinstance(self.regex, str), "a text")
         if isinstance(self.stop, str):
             raise IlladaError(f"stop must be a list of strings, got the string {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))

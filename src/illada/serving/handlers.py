@@ -275,7 +275,9 @@ class Handlers:
         # Answers are computed in whole blocks and cut; one that has a form is not cut.
         budget = -(-limit // block) * block
         if any(getattr(settings, name) not in (None, ()) for name in FORMS):
-            limit = budget = limit // block * block
+            blocks = budget // block
+            block = limit // blocks
+            limit = budget = block * blocks
         elif budget > room:
             limit = budget = room // block * block
         steps = settings.steps_per_block and min(settings.steps_per_block, block)

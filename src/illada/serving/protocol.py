@@ -236,7 +236,7 @@ class GenerationRequest(JsonBody, FormFields):
             values |= {"top_p": 1.0, "top_k": None, "min_p": 0.0}
         if self.max_tokens is not None:
             values["max_new_tokens"] = self.max_tokens
-        if (form := self.form()) != NO_FORM:
+        if (form := self.form()) != NO_FORM or self.response_format is not None:
             values |= form
         if values["steps_per_block"] is not None and values["steps_per_block"] > values["block_length"]:
             raise IlladaError(f"steps_per_block must be at most block_length {values['block_length']}")
@@ -370,7 +370,11 @@ class ResponseRequest(GenerationRequest):
     def form(self) -> dict[str, Any]:
         """Return what the answer must match; the text's format says it too."""
         wanted = None if self.text is None or self.text.format is None else self.text.format.schema_of_answer()
-        return super().form() if wanted is None else {**NO_FORM, "json_schema": wanted}
+        if wanted is None:
+            return super().form()
+        if super().form() != NO_FORM:
+            raise ValueError("text.format and another field each say what an answer must match: give one of them")
+        return {**NO_FORM, "json_schema": wanted}
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ResponseRequest":

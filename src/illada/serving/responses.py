@@ -175,6 +175,8 @@ class ItemResponses(Responses):
         assert isinstance(body, ResponseRequest)
         self._number = 0
         self._item_id = f"msg_{uuid.uuid4().hex}"
+        form = body.text and body.text.format
+        wanted = form and form.model_dump(by_alias=True, exclude_unset=True)
         self._head = {
             "id": self._head["id"],
             "object": "response",
@@ -187,7 +189,7 @@ class ItemResponses(Responses):
             "top_p": body.top_p,
             "top_logprobs": body.alternatives,
             "user": body.user,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": wanted or {"type": "text"}},
             "tools": [],
             "tool_choice": "none",
             "parallel_tool_calls": False,

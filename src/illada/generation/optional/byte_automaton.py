@@ -56,7 +56,7 @@ class ByteAutomaton(NamedTuple):
     """Successor of each state by each byte, -1 for none."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def byte_automaton(regex: str, name: str = "regex") -> ByteAutomaton:
     r"""Return the smallest automaton of the texts that a regular expression matches as a whole.
 
@@ -68,8 +68,10 @@ def byte_automaton(regex: str, name: str = "regex") -> ByteAutomaton:
     try:
         parsed = _parser.parse(regex)
         regex.encode()
-    except (re.error, OverflowError, RecursionError, UnicodeEncodeError) as error:
-        raise IlladaError(f"{name} is no regular expression: {error}") from None
+    except RecursionError:
+        raise IlladaError(f"{name} is nested too deeply: make it simpler") from None
+    except (re.error, OverflowError, UnicodeEncodeError) as error:
+        raise IlladaError(f"{name} is no regular expression: {str(error)[:200]!s}") from None
     if parsed.state.flags & (re.IGNORECASE | re.MULTILINE | re.LOCALE):
         raise IlladaError(f"{name} has a flag that is not supported: leave out (?i), (?m) and (?L)")
     builder = _Builder(name, bool(parsed.state.flags & re.DOTALL))
@@ -96,6 +98,7 @@ class _Builder:
     def __init__(self, name: str, dot_all: bool):
         self.name = name
         self.any: Ranges = [(0, LAST)] if dot_all else [(0, 9), (11, LAST)]
+        self.ranges_read = 0
         self.free: list[list[int]] = [[]]
         """Successors of each state that take no byte."""
         self.edges: list[list[tuple[int, int, int]]] = [[]]
@@ -108,6 +111,12 @@ class _Builder:
         self.free.append([])
         self.edges.append([])
         return len(self.free) - 1
+
+    def read(self, ranges: int) -> None:
+        """Count ranges of characters, those of a class once for each place where it stands."""
+        self.ranges_read += ranges
+        if self.ranges_read > 4 * MOST_NODES:
+            raise self.too_large()
 
     def too_large(self) -> IlladaError:
         """Return the error to raise when a limit is passed."""
@@ -169,6 +178,7 @@ class _Builder:
             return _others([(argument, argument)])
         if kind is op.LITERAL:
             return [(argument, argument)]
+        self.read(len(argument))
         found: Ranges = []
         for inner, value in argument:
             if inner is op.RANGE:
@@ -177,7 +187,8 @@ class _Builder:
                 found.append((value, value))
             elif inner is op.CATEGORY:
                 found += CATEGORIES[value] if value in CATEGORIES else _others(CATEGORIES[OPPOSITES[value]])
-        return _others(found) if argument[0][0] is op.NEGATE else found
+        others = _others(found)
+        return others if argument[0][0] is op.NEGATE else _others(others)  # in order, none of them twice
 
     def characters(self, ranges: Ranges, start: int) -> int:
         """Add one character of some ranges of code points."""
@@ -280,16 +291,15 @@ def _smallest(final_S: NDArray[np.bool_], next_SB: NDArray[np.int32], name: str)
     dead = len(final_S)  # a last state, which no text leaves, stands for -1
     _, byte = np.unique(next_SB, axis=1, return_index=True)  # of bytes that all states take alike, one each
     to_SB = np.append(np.where(next_SB < 0, dead, next_SB), np.full((1, 256), dead), 0)
-    # States at different distances from an end differ, which saves most rounds.
-    state_S = np.where(np.append(final_S, False), 0, dead + 1)
-    distance = 0
-    while (near_S := (state_S[to_SB[:, byte]] == distance).any(1) & (state_S > dead)).any():
-        distance += 1
-        state_S[near_S] = distance
-    if state_S[0] > dead:
+    state_S = _lengths(np.append(final_S, False), to_SB[:, byte])
+    if not state_S[0]:
         raise IlladaError(f"{name} matches nothing: no answer could be given")
-    count = 0
+    live_S, count, work = state_S > 0, 0, 0
     while (found := len(np.unique(state_S))) != count:
+        if (work := work + len(state_S) * len(byte)) > 20 * MOST_WORK:
+            state_S = np.where(live_S, np.arange(1, len(live_S) + 1), 0)  # more states, the same texts
+            count = len(np.unique(state_S))
+            break
         count, before_S = found, np.unique(state_S, return_inverse=True)[1]
         state_S = before_S
         for column in byte:
@@ -299,3 +309,42 @@ def _smallest(final_S: NDArray[np.bool_], next_SB: NDArray[np.int32], name: str)
     number = np.full(count, -1)
     number[state_S[kept]] = np.arange(len(kept))
     return ByteAutomaton(int(number[state_S[0]]), final_S[kept], number[state_S[to_SB[kept]]].astype(np.int32))
+
+
+def _lengths(final_S: NDArray[np.bool_], to_SC: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a number for each state that equal states share: of its shortest and its longest text; 0 of the dead one.
+
+    That tells most states apart, and saves most rounds of what follows.
+
+    Args:
+        final_S: which states are final; the last one is dead.
+        to_SC: their successors.
+    """
+    states, dead = len(final_S), len(final_S) - 1
+    source = np.repeat(np.arange(states), to_SC.shape[1])
+    order = np.argsort(to_SC, axis=None, kind="stable")
+    source, begin = source[order], np.searchsorted(to_SC.ravel()[order], np.arange(states + 1))
+
+    def before(some: NDArray[np.int64]) -> NDArray[np.int64]:
+        count = begin[some + 1] - begin[some]
+        return source[np.repeat(begin[some] - np.cumsum(count) + count, count) + np.arange(count.sum())]
+
+    shortest_S, fresh = np.where(final_S, 0, -1), np.flatnonzero(final_S)
+    for length in range(1, states + 1):
+        near = before(fresh)
+        fresh = np.unique(near[shortest_S[near] < 0])
+        if not fresh.size:
+            break
+        shortest_S[fresh] = length
+    shortest_S[dead] = -1
+    # A longest text has each state whose successors all have one.
+    longest_S, waiting_S = np.full(states, -1), np.full(states, to_SC.shape[1])
+    fresh = np.flatnonzero(shortest_S < 0)
+    for length in range(states + 1):
+        longest_S[fresh] = length
+        near, count = np.unique(before(fresh), return_counts=True)
+        waiting_S[near] -= count
+        fresh = near[(waiting_S[near] == 0) & (longest_S[near] < 0)]
+        if not fresh.size:
+            break
+    return np.where(shortest_S < 0, 0, 1 + shortest_S * (states + 2) + longest_S + 1)

@@ -39,8 +39,8 @@ from illada.generation.settings import GenerationSettings
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-LONGEST = 200_000
-"""Characters of a regular expression."""
+LONGEST, MOST_STEPS = 200_000, 10_000_000
+"""Characters of a regular expression; edges of its automaton times the length of a block (a tenth of a second)."""
 
 
 class Stretch(NamedTuple):
@@ -130,7 +130,7 @@ class TokenForm:
     ) -> Iterator[int]:
         """Yield the ids at the masked positions of a stretch, from left to right."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, len(masked_L))
-        ahead_R = np.where(automaton.distance_S[edges.state_S] <= stretch.left, 0.0, -np.inf)
+        ahead_R = np.where(automaton.may_stand(stretch.left)[edges.state_S], 0.0, -np.inf)
         ahead = [ahead_R]
         masked_before = np.cumsum(masked_L) - 1
         for place in range(len(masked_L) - 1, -1, -1):
@@ -191,7 +191,7 @@ class TokenForm:
         id_L = row.ids_G[stretch.first : stretch.last]
         real_E = edges.class_E != automaton.nothing
         taken = [real_E if masked else self._fits(edges, token) for masked, token in zip(masked_L, id_L, strict=True)]
-        alive = [automaton.distance_S[edges.state_S] <= stretch.left]
+        alive = [automaton.may_stand(stretch.left)[edges.state_S]]
         for taken_E in reversed(taken):
             alive.append(np.logical_or.reduceat(taken_E & alive[-1][edges.next_E], edges.row_S))
         alive.reverse()
@@ -295,7 +295,7 @@ _known: WeakKeyDictionary[Any, _Words] = WeakKeyDictionary()
 _lock = Lock()
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=16)
 def _token_form(words: _Words, regex: str, kind: str, ending: tuple[int, ...]) -> TokenForm:
     """Return a form for a tokenizer, made once."""
     return TokenForm(token_automaton(byte_automaton(regex, kind), words.tree, ending, kind), words.encode)
@@ -346,8 +346,16 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
         room = stretch.last - stretch.first + stretch.left
         if needed > room:
             raise IlladaError(
-                f"{name}: the shortest text that matches {kind} has {needed} tokens, the answer at most {room}: raise "
-                "max_new_tokens, or ask for less"
+                f"{name}: the shortest text that matches {kind} has {needed} tokens, the answer at most {room}: allow "
+                "more tokens, or ask for less"
+            )
+        if not form.automaton.may_stand(room)[form.automaton.start]:
+            raise IlladaError(
+                f"{name}: no text that matches {kind} has exactly {room} tokens, and no id ends it before"
+            )
+        if len(form.automaton.edges.class_E) * (stretch.last - stretch.first) > MOST_STEPS:
+            raise IlladaError(
+                f"{kind} is too large for blocks of this length: make it simpler, or block_length smaller"
             )
     form.settle(request)
     while request.block_is_done:

@@ -23,6 +23,8 @@ from illada.generation.optional.schema_pattern import escaped, pattern_regex, ti
 LIMIT = 200_000
 """Characters of an expression with its bounded repetitions written out; also those of a schema."""
 
+LONGEST_PATTERN = 2_000
+
 NESTING = 64
 """How deep schemas may stand in schemas, recursion unrolled."""
 
@@ -535,6 +537,8 @@ def _string(schema: dict[str, Any], at: _Place) -> str | None:
         beside = next((other for other in sorted(RULES_OF["string"] & schema.keys()) if other != name), None)
         if name in schema and beside:
             at.refuse(f"{beside} beside {name}", "say both in one pattern")
+    if len(schema.get("pattern", "")) > LONGEST_PATTERN:
+        at.refuse("pattern", f"it has more than {LONGEST_PATTERN:,} characters")
     if "pattern" in schema:
         try:
             return f'"{pattern_regex(schema["pattern"], f"{CHAR}*")}"'

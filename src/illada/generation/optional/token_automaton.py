@@ -108,6 +108,7 @@ class TokenAutomaton:
         size_C: how many ids are in it.
         edges: of all states.
         bytes: the automaton over bytes it was made of, whose states are its own, but for the end.
+        ending: whether there is an id that ends an answer; without one all of the answer must be filled.
     """
 
     start: int
@@ -119,7 +120,9 @@ class TokenAutomaton:
     size_C: Ints
     edges: Edges
     bytes: ByteAutomaton
+    ending: bool
     near: OrderedDict[tuple[int, int], Edges] = field(default_factory=OrderedDict)
+    exactly: list[NDArray[np.bool_]] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
 
     @property
@@ -142,9 +145,22 @@ class TokenAutomaton:
         with self.lock:
             if (found := self.near.get((start, steps))) is None:
                 found = self.near[start, steps] = _around(self, start, steps)
-                if len(self.near) > 64:
+                if len(self.near) > 8:
                     self.near.popitem(last=False)
         return found
+
+    def may_stand(self, left: int) -> NDArray[np.bool_]:
+        """Return in which states an answer may be when so many tokens are left [S]."""
+        if self.ending:
+            return self.distance_S <= left
+        with self.lock:
+            if not self.exactly:
+                self.exactly.append(self.final_S)
+            real_E = self.edges.class_E != self.nothing
+            while len(self.exactly) <= left:
+                on_E = real_E & self.exactly[-1][self.edges.next_E]
+                self.exactly.append(np.logical_or.reduceat(on_E, self.edges.row_S))
+            return self.exactly[left]
 
     @cached_property
     def only_byte(self) -> NDArray[np.int32]:
@@ -177,6 +193,9 @@ def token_automaton(of: ByteAutomaton, tree: Tree, ending: Sequence[int], name: 
         IlladaError: when it is too large, or when no tokens make such an answer.
     """
     state_P, text_P, next_P = _steps(of, tree, name)
+    free = np.setdiff1d(np.flatnonzero(tree.text_V >= 0), ending)  # an id that ends an answer is no text of it
+    taken = np.isin(text_P, tree.text_V[free])
+    state_P, text_P, next_P = state_P[taken], text_P[taken], next_P[taken]
     keys = np.random.default_rng(0).integers(0, 2**63, (2, 2), dtype=np.uint64) | np.uint64(1)
     step_P = state_P * np.int64(len(of.final_S)) + next_P
     taken_T2 = np.zeros((tree.texts, 2), dtype=np.uint64)
@@ -211,7 +230,7 @@ def token_automaton(of: ByteAutomaton, tree: Tree, ending: Sequence[int], name: 
     order_I = in_class[np.argsort(class_V[in_class], kind="stable")]
     size_C = np.bincount(class_V[in_class], minlength=classes + 1)
     first_C = np.concatenate(([0], np.cumsum(size_C)[:-1]))
-    return TokenAutomaton(of.start, final_S, distance_S, class_V, order_I, first_C, size_C, edges, of)
+    return TokenAutomaton(of.start, final_S, distance_S, class_V, order_I, first_C, size_C, edges, of, bool(ending))
 
 
 def _steps(of: ByteAutomaton, tree: Tree, name: str) -> tuple[Ints, Ints, Ints]:
