@@ -158,6 +158,7 @@ def test_the_road_of_the_readme_is_walked(tmp_path, monkeypatch, capsys):
     pairs = [{"prompt": f"Shift: {n}", "chosen": str(n + 1), "rejected": str(n)} for n in range(20)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     Path("questions.jsonl").write_text(json.dumps({"context": "one", "candidates": [" two", " three"], "answer": 0}))
+    Path("schema.json").write_text(json.dumps({"enum": ["a", 1]}))
     Path("runs").mkdir()
     Path("runs/demo").symlink_to(tmp_path / "runs/chat")
     Path("runs/other").symlink_to(tmp_path / "runs/base")
