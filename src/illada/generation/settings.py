@@ -154,7 +154,7 @@ class GenerationSettings:
             )
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
             raise IlladaError("top_k, top_p and min_p do nothing at temperature 0: give one, or leave them out")
-        forms = [name for name in FORMS if getattr(self, name) not in (None, ())]
+        forms = self.forms
         forms += [name for name in ("stop", "think_boost") if forms and getattr(self, name)]
         if len(forms) > 1:
             raise IlladaError(f"{forms[0]} and {forms[1]} cannot be used together: leave one of them out")
@@ -173,6 +173,11 @@ class GenerationSettings:
         """
         refuse_masks(vars(self))
         return replace(self, block_length=1, cache="frozen")
+
+    @property
+    def forms(self) -> list[str]:
+        """The settings that say what the answer must match; one at most."""
+        return [name for name in FORMS if getattr(self, name) not in (None, ())]
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

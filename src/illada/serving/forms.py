@@ -1,10 +1,10 @@
 """What a request may say of the form of its answer: OpenAI's response formats, and the fields of guided decoding that
 other servers take."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from illada.errors import needs
+from illada.files import parse_json
 
 with needs("serve", "serving"):
     from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -121,8 +121,8 @@ def _read(schema: Schema | str | None, name: str) -> Schema | None:
     if not isinstance(schema, str):
         return schema
     try:
-        found = json.loads(schema)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(schema)
+    except ValueError as error:
         raise ValueError(f"{name} is no JSON ({error})") from None
     if not isinstance(found, dict | bool):
         raise ValueError(f"{name} must hold a schema: an object, true or false")

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 from illada.errors import IlladaError, needs
-from illada.generation.settings import FORMS, GenerationSettings, settings_for
+from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
@@ -274,7 +274,7 @@ class Handlers:
         block = min(settings.block_length, limit)
         # Answers are computed in whole blocks and cut; one that has a form is not cut.
         budget = -(-limit // block) * block
-        if any(getattr(settings, name) not in (None, ()) for name in FORMS):
+        if settings.forms:
             blocks = budget // block
             block = limit // blocks
             limit = budget = block * blocks

@@ -175,7 +175,7 @@ class _Builder:
         if kind is op.ANY:
             return self.any
         if kind is op.NOT_LITERAL:
-            return _others([(argument, argument)])
+            return others([(argument, argument)])
         if kind is op.LITERAL:
             return [(argument, argument)]
         self.read(len(argument))
@@ -186,9 +186,9 @@ class _Builder:
             elif inner is op.LITERAL:
                 found.append((value, value))
             elif inner is op.CATEGORY:
-                found += CATEGORIES[value] if value in CATEGORIES else _others(CATEGORIES[OPPOSITES[value]])
-        others = _others(found)
-        return others if argument[0][0] is op.NEGATE else _others(others)  # in order, none of them twice
+                found += CATEGORIES[value] if value in CATEGORIES else others(CATEGORIES[OPPOSITES[value]])
+        rest = others(found)
+        return rest if argument[0][0] is op.NEGATE else others(rest)  # in order, none of them twice
 
     def characters(self, ranges: Ranges, start: int) -> int:
         """Add one character of some ranges of code points."""
@@ -204,7 +204,7 @@ class _Builder:
         return end
 
 
-def _others(ranges: Ranges) -> Ranges:
+def others(ranges: Ranges) -> Ranges:
     """Return the code points outside of ranges."""
     found, begin = [], 0
     for first, last in sorted(ranges):

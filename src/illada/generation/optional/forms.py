@@ -143,7 +143,7 @@ class TokenForm:
         ahead.reverse()
         state = int(np.searchsorted(edges.state_S, stretch.state))
         for place, masked in enumerate(masked_L):
-            own = slice(edges.row_S[state], edges.row_S[state + 1] if state + 1 < len(edges.row_S) else None)
+            own = edges.leaving(state)
             next_E, class_E = edges.next_E[own], edges.class_E[own]
             if not masked:
                 state = int(next_E[self._fits_class(class_E, id_L[place])][0])
@@ -195,7 +195,6 @@ class TokenForm:
         for taken_E in reversed(taken):
             alive.append(np.logical_or.reduceat(taken_E & alive[-1][edges.next_E], edges.row_S))
         alive.reverse()
-        source_E = np.repeat(np.arange(len(edges.row_S)), np.diff([*edges.row_S, len(edges.class_E)]))
         here_R = edges.state_S == stretch.state
         left_edge = True
         for place, taken_E in enumerate(taken):
@@ -205,7 +204,7 @@ class TokenForm:
                     at = stretch.first + place
                     self._decide(row, at, fixed)
                     return True
-            own_E = taken_E & here_R[source_E] & alive[place + 1][edges.next_E]
+            own_E = taken_E & here_R[edges.source_E] & alive[place + 1][edges.next_E]
             here_R = np.zeros_like(here_R)
             here_R[edges.next_E[own_E]] = True
             if masked_L[place]:
@@ -239,8 +238,7 @@ class TokenForm:
         for place, token in enumerate(ids if ended else ids[:-1]):
             if place == len(masked_L) or not masked_L[place]:
                 break
-            end = edges.row_S[state + 1] if state + 1 < len(edges.row_S) else None
-            own = slice(edges.row_S[state], end)
+            own = edges.leaving(state)
             fits = np.flatnonzero(self._fits_class(edges.class_E[own], token))
             if not fits.size or not alive[place + 1][state := int(edges.next_E[own][fits[0]])]:
                 break
@@ -254,9 +252,8 @@ def _join(value_E: Floats, edges: Edges, summed: bool) -> Floats:
     if not summed:
         return best_R
     base_R = np.where(np.isneginf(best_R), 0.0, best_R)
-    count_R = np.diff([*edges.row_S, len(value_E)])
     with np.errstate(divide="ignore"):
-        return np.log(np.add.reduceat(np.exp(value_E - np.repeat(base_R, count_R)), edges.row_S)) + base_R
+        return np.log(np.add.reduceat(np.exp(value_E - base_R[edges.source_E]), edges.row_S)) + base_R
 
 
 # Making and keeping

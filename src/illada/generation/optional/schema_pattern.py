@@ -7,18 +7,7 @@ from collections.abc import Iterable
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
-Ranges = list[tuple[int, int]]
-
-
-def _complement(ranges: Ranges) -> Ranges:
-    """Return the code points that are not in some ranges."""
-    start, gaps = 0, []
-    for low, high in sorted(ranges):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = max(start, high + 1)
-    return [*gaps, (start, 0x10FFFF)] if start <= 0x10FFFF else gaps
-
+from illada.generation.optional.byte_automaton import Ranges, others
 
 NO_CHARS: Ranges = [(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF)]
 """What stands in JSON's strings only behind a backslash, or never."""
@@ -28,7 +17,7 @@ _WORDS: Ranges = [(48, 57), (65, 90), (95, 95), (97, 122)]
 _SPACES: Ranges = [(9, 13), (32, 32), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029)]
 _SPACES += [(0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)]
 CATEGORIES = {"CATEGORY_DIGIT": _DIGITS, "CATEGORY_WORD": _WORDS, "CATEGORY_SPACE": _SPACES}
-CATEGORIES |= {name.replace("_", "_NOT_"): _complement(ranges) for name, ranges in CATEGORIES.items()}
+CATEGORIES |= {name.replace("_", "_NOT_"): others(ranges) for name, ranges in CATEGORIES.items()}
 """Those of ECMA-262."""
 
 _OTHER = re.compile(r"(\[\^?[\]\[]|\[(?=[^\]]*(?:--|&&|~~|\|\|))|\(\?(?!:)|\{,)|\[[^\]]*\]")
@@ -75,16 +64,16 @@ def _item(name: str, value: Any) -> str:
     if name == "LITERAL":
         return escaped(json.dumps(chr(value), ensure_ascii=False)[1:-1])
     if name == "NOT_LITERAL":
-        return _class(_complement([(value, value)]))
+        return _class(others([(value, value)]))
     if name == "ANY":
-        return _class(_complement([(10, 10), (13, 13), (0x2028, 0x2029)]))
+        return _class(others([(10, 10), (13, 13), (0x2028, 0x2029)]))
     if name == "IN":
         negated = str(value[0][0]) == "NEGATE"
         ranges: Ranges = []
         for kind, member in value[negated:]:
             one = [member if str(kind) == "RANGE" else (member, member)]
             ranges += CATEGORIES[str(member)] if str(kind) == "CATEGORY" else one
-        return _class(_complement(ranges) if negated else ranges)
+        return _class(others(ranges) if negated else ranges)
     if name == "BRANCH":
         return f"({'|'.join(map(_sequence, value[1]))})"
     if name == "SUBPATTERN":
@@ -97,7 +86,7 @@ def _item(name: str, value: Any) -> str:
 
 def _class(ranges: Ranges) -> str:
     """Return the expression of the characters of some ranges that need no backslash in JSON."""
-    kept = _complement(_complement(ranges) + NO_CHARS)
+    kept = others(others(ranges) + NO_CHARS)
     if not kept:
         raise re.error("a class has no character that JSON writes without a backslash")
     return f"[{''.join(f'{_code(low)}-{_code(high)}' if high > low else _code(low) for low, high in kept)}]"

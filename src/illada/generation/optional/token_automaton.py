@@ -89,6 +89,15 @@ class Edges:
     next_E: Ints
     """Number of the next among the states."""
 
+    def leaving(self, state: int) -> slice:
+        """Return where the edges of a state lie, by its number among the states."""
+        return slice(self.row_S[state], self.row_S[state + 1] if state + 1 < len(self.row_S) else None)
+
+    @cached_property
+    def source_E(self) -> Ints:  # noqa: N802
+        """The state that each edge leaves, by its number among the states."""
+        return np.repeat(np.arange(len(self.row_S)), np.diff(self.row_S, append=len(self.class_E)))
+
 
 @dataclass(frozen=True, eq=False)
 class TokenAutomaton:
@@ -175,7 +184,7 @@ class TokenAutomaton:
         for token in ids:
             if state == self.end:
                 break
-            own = slice(edges.row_S[state] + 1, edges.row_S[state + 1] if state < self.end else None)
+            own = slice(edges.row_S[state] + 1, edges.leaving(state).stop)  # without the edge of `nothing`
             state = int(edges.next_E[own][edges.class_E[own] == self.class_V[token]][0])
         return state
 
@@ -259,10 +268,9 @@ def _steps(of: ByteAutomaton, tree: Tree, name: str) -> tuple[Ints, Ints, Ints]:
 def _distances(edges: Edges, final_S: NDArray[np.bool_], nothing: int) -> Ints:
     """Return how many tokens lead from each state to a final one, at least."""
     distance_S = np.where(final_S, 0, UNREACHABLE)
-    source_E = np.repeat(edges.state_S, np.diff([*edges.row_S, len(edges.class_E)]))
     steps, real_E = 0, edges.class_E != nothing
     while True:
-        near = source_E[real_E & (distance_S[edges.next_E] == steps)]
+        near = edges.source_E[real_E & (distance_S[edges.next_E] == steps)]
         near = near[distance_S[near] == UNREACHABLE]
         if not near.size:
             return distance_S
