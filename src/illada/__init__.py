@@ -21,6 +21,7 @@ from illada.errors import IlladaError
 if TYPE_CHECKING:
     from illada.diffusion.loss import diffusion_loss
     from illada.generation.engine import Generation, StepEvent, generate, infill
+    from illada.generation.optional.tool_calls import Tools
     from illada.generation.settings import GenerationSettings
     from illada.model.config import IlladaConfig
     from illada.model.transformer import IlladaForMaskedLM, IlladaModel
@@ -41,6 +42,7 @@ __all__ = [
     "IlladaForMaskedLM",
     "IlladaModel",
     "StepEvent",
+    "Tools",
     "__version__",
     "confidence_scores",
     "diffusion_loss",
@@ -60,6 +62,7 @@ _HOMES = {
     "IlladaForMaskedLM": "model.transformer",
     "IlladaModel": "model.transformer",
     "StepEvent": "generation.engine",
+    "Tools": "generation.optional.tool_calls",
     "confidence_scores": "scoring.confidence",
     "diffusion_loss": "diffusion.loss",
     "elbo": "post_training.bounds",

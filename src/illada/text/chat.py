@@ -66,7 +66,7 @@ def encode_prompt(
     Raises:
         IlladaError: when the messages do not alternate or the tokenizer's template refuses them.
     """
-    return _render(tokenizer, check_messages(messages, "user", record), record, generation=True)
+    return render(tokenizer, check_messages(messages, "user", record), record, generation=True)
 
 
 def encode_conversation(
@@ -85,8 +85,8 @@ def encode_conversation(
     if not isinstance(eos, int):
         raise IlladaError("the tokenizer has no eos_token: answers could not end")
     plain = check_messages(messages, "assistant", record)
-    prompt = _render(tokenizer, plain[:-1], record, generation=True)
-    ids = _render(tokenizer, plain, record, generation=False)
+    prompt = render(tokenizer, plain[:-1], record, generation=True)
+    ids = render(tokenizer, plain, record, generation=False)
     if ids[: len(prompt)] != prompt:
         raise IlladaError(f"{record}: the chat template renders the prompt differently once an answer follows it")
     answer = ids[len(prompt) :]
@@ -103,9 +103,10 @@ def encode_conversation(
     return [*prompt, *answer, eos], len(prompt)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], record: str, generation: bool
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], record: str, generation: bool, tools: Any = None
 ) -> list[int]:
+    """Return the ids that the tokenizer's chat template gives messages; errors as in `encode_prompt`."""
     if not tokenizer.chat_template:
         raise IlladaError("the tokenizer has no chat template: use one made by `illada tokenizer` or of a chat model")
     first_error: Exception | None = None
@@ -114,6 +115,7 @@ def _render(
         try:
             ids: list[int] = tokenizer.apply_chat_template(
                 attempt,
+                tools=tools,
                 add_generation_prompt=generation,
                 sanitize_control_tokens=True,
                 return_dict=False,
@@ -132,16 +134,16 @@ def _next_turn_opening(tokenizer: PreTrainedTokenizerFast, _template: str) -> li
     LLaDA's templates open the assistant's turn with or without `add_generation_prompt`.
     """
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    prompt = _render(tokenizer, [question], "template", generation=True)
-    if prompt != _render(tokenizer, [question], "template", generation=False):
+    prompt = render(tokenizer, [question], "template", generation=True)
+    if prompt != render(tokenizer, [question], "template", generation=False):
         return []
-    rest = _render(tokenizer, [question, answer], "template", generation=False)[len(prompt) :]
+    rest = render(tokenizer, [question, answer], "template", generation=False)[len(prompt) :]
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = next((place for place, token_id in enumerate(rest) if token_id in special), len(rest))
     return rest[end + 1 :]
 
 
-def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put what system messages say before the first user message, for templates that reject that role.
 
     As in the authors' evaluation code, the text of each is stripped and followed by a blank line, and where the
