@@ -62,6 +62,6 @@ for chunk in stream:
 
 print("\n# An error")
 try:
-    client.chat.completions.create(model=model, messages=[question], tools=[{"type": "function"}])
+    client.chat.completions.create(model=model, messages=[question], tools=[{"type": "web_search"}])
 except BadRequestError as error:
     print(f"{error.status_code} {error.body['type']}: {error.body['message']}")

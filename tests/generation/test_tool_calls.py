@@ -1,6 +1,7 @@
 """Calls of tools: what a template writes is read off it, an answer's form holds the calls, and what comes is read."""
 
 import copy
+import io
 import itertools
 import json
 import re
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from illada import GenerationSettings, Tools, generate
+from illada import GenerationSettings, Tools, cli, generate
+from illada.commands import terminal
 from illada.errors import IlladaError
 from illada.generation.optional.call_format import OURS, CallReader
 from illada.generation.optional.tool_calls import _without
@@ -221,6 +223,54 @@ def test_a_random_model_calls_as_asked(with_template, tiny_tokenizer, build_mode
             assert call.name == "now" or arguments.keys() <= {"town", "days"}
             assert arguments.get("town", "Rome") in ("Rome", "Oslo")
             assert arguments.get("days", 0) <= 9
+
+
+def test_a_talk_in_the_terminal_asks_for_the_results_of_calls(tiny_tokenizer, build_model, monkeypatch, capsys):
+    ids = {"eos_token_id": tiny_tokenizer.eos_token_id}
+    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=1024, **ids)
+    tools, seen = Tools([NOW], tiny_tokenizer), []
+    monkeypatch.setattr(tools, "encode", lambda messages: seen.append([*messages]) or Tools.encode(tools, messages))
+
+    def talk(*lines, choice="now", **settings):
+        seen.clear()
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        given = GenerationSettings(max_new_tokens=64, block_length=16, **settings)
+        terminal.chat(model, tiny_tokenizer, given, "Brief.", tools, choice)
+        return capsys.readouterr().out
+
+    shown = talk("one", "noon", "two", "midnight")
+    assert shown.startswith(written(TWO) + "\n")
+    called = [messages for messages in seen if messages[-1]["role"] == "tool"]
+    assert [messages[-1]["content"] for messages in called[:1]] == ["noon"]
+    assert called[0][2]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    assert called[0][-1]["tool_call_id"] == called[0][2]["tool_calls"][0]["id"]
+    assert talk("one") == written(TWO) + "\n"  # the input ends before the result
+    with pytest.raises(IlladaError, match="tools and choices cannot"):
+        talk("one", choices=("a",))
+    with pytest.raises(IlladaError, match="'then', which is none"):
+        talk("one", choice="then")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "cannot be read"),
+        ("{}", "holds no list of tools"),
+        ('[{"name": "a b"}]', "name of tool 0"),
+        ('{"tools": [{"name": "now"}]}', "'then', which is none of the tools"),
+    ],
+)
+def test_files_of_tools_that_are_refused(tmp_path, write_tiny_model, capsys, content, words):
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    arguments = ["chat", "--model", str(write_tiny_model(tmp_path / "model")), "--tool_choice", "then"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--tools", str(file)])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "nothing without tools" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

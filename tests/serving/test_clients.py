@@ -109,7 +109,7 @@ def test_openai_raises_its_own_errors(client, address, stream):
     error = refused(openai.BadRequestError, temperature=7)
     assert (error.param, error.type) == ("temperature", "invalid_request_error")
     assert "\n" not in error.body["message"]
-    assert "tools is not supported" in refused(openai.BadRequestError, tools=[{"type": "function"}]).body["message"]
+    assert "function is missing" in refused(openai.BadRequestError, tools=[{"type": "function"}]).body["message"]
     assert (
         "context is 256" in refused(openai.BadRequestError, messages=[{"role": "user", "content": "x" * 999}]).message
     )
@@ -210,7 +210,11 @@ def test_example_openai_client(address):
     assert "tokens a pass" in parts[1]
     assert "filled in: [" in parts[2]
     assert parts[4].count("\n") > 16
-    assert parts[5].splitlines()[1].startswith("400 invalid_request_error: tools is not supported")
+    assert (
+        parts[5]
+        .splitlines()[1]
+        .startswith("400 invalid_request_error: tools.0: only functions can be called here, no 'web_search'")
+    )
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")

@@ -9,8 +9,8 @@ from string import ascii_lowercase
 from typing import Any
 
 from illada.commands import heavy
-from illada.errors import IlladaError
-from illada.files import read_json
+from illada.errors import IlladaError, first_line
+from illada.files import parse_json, read_json
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.text.prompts import encode_plain, encode_template, read_prompts, show_ids
 from illada.weights.options import ModelOptions
@@ -104,14 +104,39 @@ def _say(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
-def chat(model: ModelOptions, settings: GenerationSettings, system: str | None = None) -> None:
+def chat(
+    model: ModelOptions,
+    settings: GenerationSettings,
+    system: str | None = None,
+    tools: str | None = None,
+    tool_choice: str | None = None,
+) -> None:
     """Talk to a tuned model in the terminal and watch each answer form.
 
     Args:
         model: which model, and how to load it.
         settings: how to decode.
         system: system message.
+        tools: JSON file with a list of functions that may be called, as OpenAI's APIs take it; what a call gives is
+            asked for.
+        tool_choice: auto, required, or the function that each answer to a message must call; auto by default.
     """
     settings = with_schema(settings)
+    if tools is None and tool_choice is not None:
+        raise IlladaError("tool_choice does nothing without tools: give a file of tools, or leave it out")
+    functions = None if tools is None else _read_tools(Path(tools))
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
-    heavy.terminal.chat(network, tokenizer, settings, system)
+    known = None if functions is None else heavy.tool_calls.Tools(functions, tokenizer)
+    heavy.terminal.chat(network, tokenizer, settings, system, known, tool_choice or "auto")
+
+
+def _read_tools(path: Path) -> list[Any]:
+    """Return the list of tools in a file, or in the request that it holds."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IlladaError(f"{path} cannot be read: {first_line(error)}") from error
+    tools = found.get("tools") if isinstance(found, dict) else found
+    if not isinstance(tools, list):
+        raise IlladaError(f"{path} holds no list of tools: give one as OpenAI's APIs take it")
+    return tools

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
+    import illada.generation.optional.tool_calls as tool_calls
     import illada.post_training.distillation as distillation
     import illada.post_training.preferences as preferences
     import illada.post_training.reinforcement as reinforcement
@@ -66,6 +67,7 @@ MODULES = {
     "server": "illada.serving.server",
     "terminal": "illada.commands.terminal",
     "train_tokenizer": "illada.preparation.train_tokenizer",
+    "tool_calls": "illada.generation.optional.tool_calls",
     "training": "illada.training.trainer",
     "verification": "illada.weights.verify",
     "weights": "illada.weights.load",

@@ -1,9 +1,11 @@
 """One answer on its way from the engine to a client, and what the engine's thread reports about it."""
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Literal
 
 from illada.generation.engine import StepEvent
+from illada.generation.optional.call_format import CallPiece, CallReader
 from illada.generation.request import Request
 from illada.serving.detokenize import Detokenizer, Token
 
@@ -55,6 +57,7 @@ class Answer:
         stream: whether updates are wanted before the end.
         slot: tokens of each slot where the answer is a whole text with slots, else 0.
         echo: whether the text begins with the prompt.
+        reader: tells calls of tools from the rest of the text, where there may be some.
     """
 
     index: int
@@ -64,6 +67,7 @@ class Answer:
     stream: bool = False
     slot: int = 0
     echo: bool = False
+    reader: CallReader | None = None
     reported: int = 0
     """Tokens that the updates so far hold."""
     steps: list[Step] = field(default_factory=list)
@@ -73,6 +77,11 @@ class Answer:
     committed: int = 0
     """Generated tokens in the updates so far."""
     content: str = ""
+    """The text so far, without calls."""
+    pieces: list[CallPiece] = field(default_factory=list)
+    """What the last update brought of calls."""
+    call_ids: list[str] = field(default_factory=list)
+    """A name of its own for each call so far."""
     tokens: list[Token] = field(default_factory=list)
     _alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     """At each id so far; the detokenizer makes one token of each."""
@@ -100,8 +109,13 @@ class Answer:
         if self._alternatives:
             first = len(self.tokens)
             tokens = [token._replace(alternatives=self._alternatives[first + at]) for at, token in enumerate(tokens)]
+        self.finish = "stop" if self.detokenizer.stopped else update.finish
+        if self.reader is not None:
+            text, self.pieces = self.reader.take(text, last=update.finish is not None)
+            self.call_ids += [f"call_{uuid.uuid4().hex}" for piece in self.pieces if piece.name is not None]
+            if self.finish and self.call_ids:
+                self.finish = "tool_calls"
         self.content += text
         self.tokens += tokens
         self.forwards = update.forwards
-        self.finish = "stop" if self.detokenizer.stopped else update.finish
         return text, tokens

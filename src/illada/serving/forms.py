@@ -92,8 +92,8 @@ class FormFields(Strict):
     guided_json: Schema | str | None = None
     guided_choice: Choices | None = None
 
-    def form(self) -> dict[str, Any]:
-        """Return the settings that say what the answer must match."""
+    def asked(self) -> dict[str, tuple[str, Any]]:
+        """Return the field that asks for a form, if any, with the setting that says the same and its value."""
         other = self.structured_outputs or StructuredOutputs()
         wanted: dict[str, tuple[str, Any]] = {
             "response_format": ("json_schema", self.response_format and self.response_format.schema_of_answer()),
@@ -108,11 +108,15 @@ class FormFields(Strict):
         found = {field: setting for field, setting in wanted.items() if setting[1] is not None}
         if len(found) > 1:
             raise ValueError(f"{' and '.join(found)} each say what an answer must match: give one of them")
-        return NO_FORM | dict(found.values())
+        return found
+
+    def form(self) -> dict[str, Any]:
+        """Return the settings that say what the answer must match."""
+        return NO_FORM | dict(self.asked().values())
 
     @model_validator(mode="after")
     def _one_form(self) -> "FormFields":
-        self.form()
+        self.asked()
         return self
 
 

@@ -4,18 +4,23 @@ import asyncio
 import copy
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from illada.errors import IlladaError, needs
+from illada.generation.optional.forms import regex_of
+from illada.generation.optional.tool_calls import Tools
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer
 from illada.serving.detokenize import Detokenizer, TokenTexts
+from illada.serving.forms import NO_FORM, FormFields
 from illada.serving.options import ServerSettings
 from illada.serving.protocol import (
     ApiError,
@@ -35,6 +40,7 @@ from illada.serving.responses import (
     diffusion_step,
 )
 from illada.serving.streams import READING, Call, EventStream, unless_disconnected
+from illada.serving.tools import Choice
 from illada.serving.worker import Worker
 from illada.text.chat import encode_prompt
 from illada.text.prompts import SLOT_SIGN, encode_plain, encode_template
@@ -143,7 +149,7 @@ class Handlers:
             try:
                 answers, prompt_tokens = await loop.run_in_executor(self._thread, self._answers, body)
             except IlladaError as error:
-                raise ApiError(400, str(error), param=_field_of(str(error), body)) from error
+                raise _refusal(error, body) from error
         seconds = end - time.monotonic()
         if self._server.log_prompts:
             log.info("asked %s", body.model_dump_json(exclude_none=True))
@@ -158,7 +164,7 @@ class Handlers:
 
         def encode() -> list[int]:
             if body.messages is not None:
-                return self._encode_chat([message.plain() for message in body.messages])
+                return self._encode_chat(body.conversation(), self._tools(body))
             text = body.prompt or ""
             if body.add_special_tokens:
                 return encode_plain(self._encoding, text)
@@ -185,11 +191,13 @@ class Handlers:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except IlladaError as error:
-            raise ApiError(400, str(error), param=_field_of(str(error), body)) from error
+            raise _refusal(error, body) from error
 
     def _answers(self, body: Body) -> tuple[list[Answer], int]:
         """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in its own thread."""
-        settings = settings_for(self._model, body.settings(self._defaults))
+        settings, tools = settings_for(self._model, body.settings(self._defaults)), self._tools(body)
+        if tools is not None and tools.names and not isinstance(body, CompletionRequest):
+            settings = _with_calls(settings, tools, body.choice())
         count = body.n or 1
         if count > self._server.max_choices:
             raise IlladaError(f"n is {count}: this server gives at most {self._server.max_choices} answers to a prompt")
@@ -206,10 +214,11 @@ class Handlers:
         answers: list[Answer] = []
         prompt_tokens = 0
         for prompt in prompts:
-            encoded = self._encode(body, prompt)
+            encoded = self._encode(body, prompt, tools)
             for number in range(count):
                 answer = self._answer(encoded, replace(settings, seed=(seed + number) % 2**63), len(answers))
                 answer.stream, answer.request.watched = bool(body.stream), body.diffusion
+                answer.reader = tools.reader() if tools is not None and tools.names else None
                 answer.request.alternatives = alternatives
                 if isinstance(body, CompletionRequest) and body.echo:
                     answer.echo = True
@@ -223,17 +232,26 @@ class Handlers:
         if any(stop in text for stop in settings.stop):
             raise IlladaError("echo cannot repeat a prompt that holds a stop text: leave one of them out")
 
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the ids of a conversation; the answer goes on with the assistant's last message, if it is the last."""
-        if messages[-1]["role"] != "assistant" or len(messages) == 1:
-            return encode_prompt(self._encoding, messages)
-        (begun,) = encode_texts(self._encoding, [messages[-1]["content"]])
-        return [*encode_prompt(self._encoding, messages[:-1]), *begun]
+    def _tools(self, body: Body | TokenizeRequest) -> Tools | None:
+        """Return the tools of a conversation that has some, or calls of some."""
+        if isinstance(body, CompletionRequest):
+            return None
+        functions = body.functions()
+        called = any("tool_calls" in message or message["role"] == "tool" for message in body.conversation())
+        return Tools(functions, self._encoding) if functions or called else None
 
-    def _encode(self, body: Body, prompt: Any) -> EncodedPrompt:
-        """Encode one prompt; `prompt` means nothing for a conversation."""
+    def _encode_chat(self, messages: list[dict[str, Any]], tools: Tools | None) -> list[int]:
+        """Return the ids of a conversation; the answer goes on with the assistant's last message, if it is the last."""
+        encode = partial(encode_prompt, self._encoding) if tools is None else tools.encode
+        if messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1] or len(messages) == 1:
+            return encode(messages)
+        (begun,) = encode_texts(self._encoding, [messages[-1]["content"]])
+        return [*encode(messages[:-1]), *begun]
+
+    def _encode(self, body: Body, prompt: Any, tools: Tools | None) -> EncodedPrompt:
+        """Encode one prompt; `prompt` means nothing for a conversation, `tools` for anything else."""
         if not isinstance(body, CompletionRequest):
-            return EncodedPrompt([*self._encode_chat(body.conversation())])
+            return EncodedPrompt([*self._encode_chat(body.conversation(), tools)])
         if not (body.slot_tokens or body.suffix):
             return EncodedPrompt([*(encode_plain(self._encoding, prompt) if isinstance(prompt, str) else prompt)])
         if not isinstance(prompt, str):
@@ -297,7 +315,7 @@ class Handlers:
                 answer, steps, text, tokens = progress
                 for step in steps:
                     yield f"event: diffusion\n{_event(diffusion_step(answer, step, self._token_texts))}"
-                if text or (tokens and responses.log_probs):
+                if text or answer.pieces or (tokens and responses.log_probs):
                     for event in responses.chunks(answer, text, tokens):
                         yield _event(event)
                 if answer.finish is not None:
@@ -316,12 +334,28 @@ class Handlers:
             log.info("answered %s", json.dumps([answer.content for answer in answers], ensure_ascii=False))
 
 
-def _field_of(message: str, body: BaseModel) -> str:
-    """Return the field that an error is about: one that its message names, or else what is to be answered."""
-    fields = type(body).model_fields
-    if (name := named_field(message)) in fields:
-        return str(name)
-    return next(name for name in ("messages", "input", "prompt", "tokens") if name in fields)
+def _with_calls(settings: GenerationSettings, tools: Tools, choice: Choice) -> GenerationSettings:
+    """Return settings under which the answer may, or must, call tools; a form that they have is for other answers."""
+    if settings.stop:
+        raise IlladaError("tools and stop cannot be used together: leave one of them out")
+    content = regex_of(settings)
+    regex = tools.regex(*choice, content=None if content is None else content[0])
+    return replace(settings, **NO_FORM | {"regex": regex})
+
+
+def _refusal(error: IlladaError, body: BaseModel) -> ApiError:
+    """Return what a client is told of an error: what it calls a form by its own field's name, and the field."""
+    text, fields = str(error), type(body).model_fields
+    asked = body.asked() if isinstance(body, FormFields) else {}
+    if getattr(body, "tools", None) and not asked:
+        asked = {"tools": ("regex", None)}
+    for field, (setting, _) in asked.items():
+        if re.search(rf"\b{setting}\b", text):
+            return ApiError(400, re.sub(rf"\b{setting}\b", field, text), param=field.partition(".")[0])
+    if (name := named_field(text)) in fields:
+        return ApiError(400, text, param=name)
+    param = next(name for name in ("messages", "input", "prompt", "tokens") if name in fields)
+    return ApiError(400, text, param=param)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.serving.forms import NO_FORM, FormFields, Strict, TextFormat
+from illada.serving.tools import CallItem, ChatCall, ChatToolFields, ItemToolFields, joined
 
 with needs("serve", "serving"):
-    from pydantic import BeforeValidator, Field, model_validator
+    from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
     from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -36,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """OpenAI's fields that this server cannot serve, and the values besides null that ask for nothing."""
 
 REASONS = {
-    "tools": "this model calls none; with tool_choice none they are accepted",
+    "tools": "a text has no calls; ask /v1/chat/completions",
     "background": "ask for a stream, or use `illada batch`",
     "conversation": "this server keeps nothing: send the whole conversation as input",
     "previous_response_id": "this server keeps nothing: send the whole conversation as input",
@@ -162,14 +163,13 @@ class GenerationRequest(JsonBody, FormFields):
     def _drop_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if data.get("tool_choice") == "none":
-            data = {name: value for name, value in data.items() if name != "tools"}
-        for name, neutral in NEUTRAL.items():
+        unknown = {name: neutral for name, neutral in NEUTRAL.items() if name not in cls.model_fields}
+        for name, neutral in unknown.items():
             value = data.get(name)
             # True is 1, and False is 0, but not in JSON.
             if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
                 raise ValueError(f"{name} is not supported: {REASONS.get(name, 'leave it out')}")
-        return {name: value for name, value in data.items() if name not in NEUTRAL}
+        return {name: value for name, value in data.items() if name not in unknown}
 
     @model_validator(mode="after")
     def _check(self) -> "GenerationRequest":
@@ -253,31 +253,48 @@ class TextPart(Strict):
 class Message(Strict):
     """What one side says; the content is a text or a list of parts."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Any
     content: Any
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """Return the role and content that chat templates know."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ChatMessage(Message):
-    """A turn of a conversation."""
+    """A turn of a conversation; one of the role `tool` gives the result of a call."""
 
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
     name: str | None = None
     type: Literal["text", "message"] | None = None
+    tool_calls: Annotated[list[ChatCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if name not in EMPTY or value not in (None, [])}
+        data = {name: value for name, value in data.items() if name not in EMPTY or value not in (None, [])}
+        return {**data, "content": ""} if "tool_calls" in data and data.get("content") is None else data
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> "ChatMessage":
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) is not None and self.role != role:
+                raise ValueError(f"{field} is for messages of the role {role}")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message as chat templates know it."""
+        calls = {} if self.tool_calls is None else {"tool_calls": [call.model_dump() for call in self.tool_calls]}
+        result = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        return {**super().plain(), **calls, **result}
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ChatToolFields, GenerationRequest):
     """A conversation whose next message the model writes; a last message of the assistant is gone on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -295,7 +312,7 @@ class ChatRequest(GenerationRequest):
         """How many of the most probable tokens are wanted beside each token."""
         return self.top_logprobs or 0
 
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates know them."""
         return [message.plain() for message in self.messages]
 
@@ -322,11 +339,44 @@ class ItemPart(Strict):
 class Item(Message):
     """A message among a response's input."""
 
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ItemPart], Field(fail_fast=True)]
     type: Literal["message"] | None = None
     id: str | None = None
     status: str | None = None
     phase: str | None = None
+
+
+class ResultItem(Strict):
+    """The result of a call among a response's input."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | Annotated[list[ItemPart], Field(fail_fast=True)]
+    id: str | None = None
+    status: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the result as the message that chat templates know."""
+        text = self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+        return {"role": "tool", "content": text, "tool_call_id": self.call_id}
+
+
+ITEMS = {"function_call": CallItem, "function_call_output": ResultItem}
+"""Items of a response's input that are no messages, by their types."""
+
+
+def _kind_of_item(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) and kind in ITEMS else "message"
+
+
+AnyItem = Annotated[
+    Annotated[Item, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")],
+    Discriminator(_kind_of_item),
+]
 
 
 class TextOptions(Strict):
@@ -336,10 +386,10 @@ class TextOptions(Strict):
     verbosity: Any = None
 
 
-class ResponseRequest(GenerationRequest):
+class ResponseRequest(ItemToolFields, GenerationRequest):
     """A conversation in the form of OpenAI's Responses API; nothing of it is stored."""
 
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+    input: str | Annotated[list[AnyItem], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
@@ -357,24 +407,23 @@ class ResponseRequest(GenerationRequest):
         """How many of the most probable tokens are wanted beside each token."""
         return self.top_logprobs or 0 if self.include else 0
 
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates know them; the instructions come first."""
         given = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        messages = [item.plain() for item in given]
+        messages = joined([item.plain() for item in given])
         if self.instructions is None:
             return messages
         if messages[0]["role"] == "system":
             return [{"role": "system", "content": f"{self.instructions}\n\n{messages[0]['content']}"}, *messages[1:]]
         return [{"role": "system", "content": self.instructions}, *messages]
 
-    def form(self) -> dict[str, Any]:
-        """Return what the answer must match; the text's format says it too."""
+    def asked(self) -> dict[str, tuple[str, Any]]:
+        """Return the field that asks for a form; the text's format may."""
         wanted = None if self.text is None or self.text.format is None else self.text.format.schema_of_answer()
-        if wanted is None:
-            return super().form()
-        if super().form() != NO_FORM:
+        found = super().asked()
+        if wanted is not None and found:
             raise ValueError("text.format and another field each say what an answer must match: give one of them")
-        return {**NO_FORM, "json_schema": wanted}
+        return found if wanted is None else {"text.format": ("json_schema", wanted)}
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ResponseRequest":
@@ -390,7 +439,7 @@ class ResponseRequest(GenerationRequest):
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class TokenizeRequest(JsonBody):
+class TokenizeRequest(ChatToolFields, JsonBody):
     """A text or a conversation whose ids are wanted."""
 
     model: str | None = None
@@ -403,6 +452,10 @@ class TokenizeRequest(JsonBody):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give a prompt or messages")
         return self
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages as chat templates know them."""
+        return [message.plain() for message in self.messages or []]
 
 
 class DetokenizeRequest(JsonBody):
@@ -490,7 +543,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     error = max(errors, key=rank)
     # The names of the tried types say nothing to a client.
     place = [str(part) for part in error["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
-    place = [part for part in place if part not in ("str", "Decoding")]
+    place = [part for part in place if part not in ("str", "Decoding", "message", *ITEMS)]
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         text = f"unknown field {str(error['loc'][-1])[:80]!r}: leave it out"

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from illada.generation.optional.call_format import CallPiece
 from illada.serving.answer import Answer, Step
 from illada.serving.detokenize import Token, TokenTexts
+from illada.serving.forms import Strict
 from illada.serving.protocol import ApiError, ChatRequest, CompletionRequest, ResponseRequest
 
 Body = ChatRequest | CompletionRequest | ResponseRequest
@@ -163,9 +165,27 @@ class ChatResponses(Responses):
             log_probs = {"content": listed(tokens, self._show), "refusal": None}
         return {"delta" if chunk else "message": message, "logprobs": log_probs}
 
+    def _choice(self, answer: Answer, content: dict[str, Any], last: bool) -> dict[str, Any]:
+        if answer.reader is not None and "message" in content and answer.reader.calls:
+            message = content["message"]
+            calls = [
+                {"id": name, "type": "function", "function": call._asdict()}
+                for name, call in zip(answer.call_ids, answer.reader.calls, strict=True)
+            ]
+            content["message"] = {**message, "content": message["content"] or None, "tool_calls": calls}
+        elif answer.pieces and not last:
+            content["delta"]["tool_calls"] = [self._call_delta(answer, piece) for piece in answer.pieces]
+        return super()._choice(answer, content, last)
+
+    def _call_delta(self, answer: Answer, piece: CallPiece) -> dict[str, Any]:
+        if piece.name is None:
+            return {"index": piece.number, "function": {"arguments": piece.arguments}}
+        function = {"name": piece.name, "arguments": piece.arguments}
+        return {"index": piece.number, "id": answer.call_ids[piece.number], "type": "function", "function": function}
+
 
 class ItemResponses(Responses):
-    """Writes the answer of `/v1/responses`: one message, or the typed events of its stream."""
+    """Writes the answer of `/v1/responses`: a message, calls, or both, or the typed events of their stream."""
 
     prefix, whole_object, chunk_object = "resp_", "response", "response"
     end = None
@@ -175,8 +195,11 @@ class ItemResponses(Responses):
         assert isinstance(body, ResponseRequest)
         self._number = 0
         self._item_id = f"msg_{uuid.uuid4().hex}"
+        self._opened: list[int] = []
+        """The items whose stream has begun: -1 is the message, the others are calls."""
         form = body.text and body.text.format
         wanted = form and form.model_dump(by_alias=True, exclude_unset=True)
+        choice = body.tool_choice
         self._head = {
             "id": self._head["id"],
             "object": "response",
@@ -190,9 +213,9 @@ class ItemResponses(Responses):
             "top_logprobs": body.alternatives,
             "user": body.user,
             "text": {"format": wanted or {"type": "text"}},
-            "tools": [],
-            "tool_choice": "none",
-            "parallel_tool_calls": False,
+            "tools": [tool.model_dump() for tool in body.tools or []],
+            "tool_choice": choice.model_dump() if isinstance(choice, Strict) else choice or "auto",
+            "parallel_tool_calls": body.choice().parallel,
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
@@ -204,29 +227,40 @@ class ItemResponses(Responses):
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": log_probs}
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the response with its one message."""
+        """Return the response with its message and its calls."""
         (answer,) = answers
-        return self._response(self._status(answer), [self._message(answer)], self._usage(answers))
+        numbers = [*range(len(answer.call_ids))]
+        items = [
+            self._item(answer, number) for number in ([-1, *numbers] if answer.content or not numbers else numbers)
+        ]
+        return self._response(self._status(answer), items, self._usage(answers))
 
-    def opening(self, answer: Answer) -> Iterator[dict[str, Any]]:  # noqa: ARG002
-        """Yield the events that open the response, its message and the message's text."""
+    def opening(self, answer: Answer) -> Iterator[dict[str, Any]]:
+        """Yield the events that open the response, and its message where there can be nothing else."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
-        message = {"id": self._item_id, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=message)
-        yield self._part_event("response.content_part.added", part=self.content("", [], chunk=True))
+        if answer.reader is None:
+            yield from self._open(answer, -1)
 
-    def chunks(self, answer: Answer, text: str, tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:  # noqa: ARG002
-        """Yield the event with the next text and tokens."""
-        log_probs = listed(tokens, self._show) if self.log_probs else []
-        yield self._part_event("response.output_text.delta", delta=text, logprobs=log_probs)
+    def chunks(self, answer: Answer, text: str, tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:
+        """Yield the events with the next text and tokens, and with what came of calls."""
+        if text or (answer.reader is None and tokens):
+            if not self._opened:
+                yield from self._open(answer, -1)
+            log_probs = listed(tokens, self._show) if self.log_probs else []
+            yield self._part_event("response.output_text.delta", delta=text, logprobs=log_probs)
+        for piece in answer.pieces:
+            if piece.name is not None:
+                yield from self._close(answer)
+                yield from self._open(answer, piece.number)
+            if piece.arguments:
+                yield self._call_event(answer, "delta", delta=piece.arguments)
 
     def ending(self, answer: Answer) -> Iterator[dict[str, Any]]:
-        """Yield the events that close the text and the message."""
-        part = self.content(answer.content, answer.tokens, chunk=False)
-        yield self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
-        yield self._part_event("response.content_part.done", part=part)
-        yield self._event("response.output_item.done", output_index=0, item=self._message(answer))
+        """Yield the events that close what is open."""
+        if not self._opened:
+            yield from self._open(answer, -1)
+        yield from self._close(answer)
 
     def closing(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
         """Yield the event with the whole response."""
@@ -236,13 +270,42 @@ class ItemResponses(Responses):
         """Return the event that ends a stream which failed."""
         return self._event("error", code=error.code or error.kind, message=error.message, param=error.param)
 
+    def _open(self, answer: Answer, number: int) -> Iterator[dict[str, Any]]:
+        """Yield the events that open an item."""
+        self._opened.append(number)
+        item = self._item(answer, number)
+        empty: dict[str, Any] = {"content": []} if number < 0 else {"arguments": ""}
+        item |= {"status": "in_progress"} | empty
+        yield self._event("response.output_item.added", output_index=len(self._opened) - 1, item=item)
+        if number < 0:
+            yield self._part_event("response.content_part.added", part=self.content("", [], chunk=True))
+
+    def _close(self, answer: Answer) -> Iterator[dict[str, Any]]:
+        """Yield the events that close the last item, if there is one."""
+        if not self._opened:
+            return
+        item = self._item(answer, self._opened[-1])
+        if self._opened[-1] < 0:
+            (part,) = item["content"]
+            yield self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
+            yield self._part_event("response.content_part.done", part=part)
+        else:
+            yield self._call_event(answer, "done", name=item["name"], arguments=item["arguments"])
+        yield self._event("response.output_item.done", output_index=len(self._opened) - 1, item=item)
+
     def _status(self, answer: Answer) -> str:
         return "incomplete" if answer.finish == "length" else "completed"
 
-    def _message(self, answer: Answer) -> dict[str, Any]:
-        content = [self.content(answer.content, answer.tokens, chunk=False)]
-        status = self._status(answer)
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+    def _item(self, answer: Answer, number: int) -> dict[str, Any]:
+        """Return a call as it is now, or the message (-1)."""
+        if number < 0:
+            content = [self.content(answer.content, answer.tokens, chunk=False)]
+            status = self._status(answer)
+            return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+        assert answer.reader is not None
+        name = answer.call_ids[number]
+        head = {"id": name.replace("call", "fc", 1), "call_id": name, "type": "function_call", "status": "completed"}
+        return {**head, **answer.reader.calls[number]._asdict()}
 
     def _response(self, status: str, output: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
@@ -265,6 +328,10 @@ class ItemResponses(Responses):
 
     def _part_event(self, kind: str, **content: Any) -> dict[str, Any]:
         return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **content)
+
+    def _call_event(self, answer: Answer, end: str, **content: Any) -> dict[str, Any]:
+        kind, item = f"response.function_call_arguments.{end}", self._item(answer, self._opened[-1])
+        return self._event(kind, item_id=item["id"], output_index=len(self._opened) - 1, **content)
 
 
 def diffusion_step(answer: Answer, step: Step, token_texts: TokenTexts) -> dict[str, Any]:

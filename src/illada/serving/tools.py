@@ -1,0 +1,225 @@
+"""What a request may say of tools, as in OpenAI's two APIs: the functions, which of them may be called, calls and
+results of earlier turns."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from illada.errors import needs
+from illada.generation.optional.tool_calls import MOST_TOOLS
+from illada.serving.forms import Strict
+
+with needs("serve", "serving"):
+    from pydantic import BeforeValidator, Field, model_validator
+
+
+class Choice(NamedTuple):
+    """Which functions an answer may call."""
+
+    mode: str
+    """auto, required, or none."""
+    names: tuple[str, ...] | None = None
+    """Those that may be called; None for all."""
+    parallel: bool = True
+    """Whether several calls may be in one answer."""
+
+
+class Named(Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class Function(Named):
+    """A function that may be called; the arguments always match its parameters, with `strict` or without."""
+
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return it without what the model is not told."""
+        shown = {name: getattr(self, name) for name in ("name", "description", "parameters")}
+        return {name: value for name, value in shown.items() if value is not None}
+
+
+def _of_functions(tool: Any) -> Any:
+    """Refuse tools of other kinds in one sentence; otherwise their fields would be what is wrong."""
+    if isinstance(tool, dict) and tool.get("type", "function") != "function":
+        raise ValueError(f"only functions can be called here, no {str(tool['type'])[:80]!r}")
+    return tool
+
+
+class ChatTool(Strict):
+    """A tool of the chat API."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Return its function without what the model is not told."""
+        return self.function.plain()
+
+
+class ItemTool(Function):
+    """A tool of the Responses API."""
+
+    type: Literal["function"]
+
+
+class ChatReference(Strict):
+    """Names a function, as the chat API does."""
+
+    type: Literal["function"]
+    function: Named
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.name
+
+
+class ItemReference(Named):
+    """Names a function, as the Responses API does."""
+
+    type: Literal["function"]
+
+
+class _Allowed(Strict):
+    mode: Literal["auto", "required"]
+
+
+class ChatSubset(_Allowed):
+    """Some of the functions, as the chat API names them."""
+
+    tools: Annotated[list[ChatReference], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
+class ChatAllowed(Strict):
+    """Allows some of the functions, as the chat API does."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: ChatSubset
+
+    def choice(self) -> Choice:
+        """Return what it allows."""
+        return Choice(self.allowed_tools.mode, tuple(tool.name for tool in self.allowed_tools.tools))
+
+
+class ItemAllowed(_Allowed):
+    """Allows some of the functions, as the Responses API does."""
+
+    type: Literal["allowed_tools"]
+    tools: Annotated[list[ItemReference], Field(min_length=1, max_length=MOST_TOOLS)]
+
+    def choice(self) -> Choice:
+        """Return what it allows."""
+        return Choice(self.mode, tuple(tool.name for tool in self.tools))
+
+
+def _one_kind(choice: Any) -> Any:
+    """Refuse what is no choice in one sentence; otherwise each kind would have an error of its own."""
+    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+        raise ValueError('it must be "none", "auto", "required", or name a function')
+    return choice
+
+
+class ToolFields(Strict):
+    """Fields about tools that both chat APIs have; each says what a tool and a choice look like."""
+
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    def functions(self) -> list[dict[str, Any]]:
+        """Return the functions that the model is told of: none where it must not call any."""
+        return [] if self.choice().mode == "none" else [tool.plain() for tool in self.tools or []]
+
+    def choice(self) -> Choice:
+        """Return which functions the answer may call."""
+        given = self.tool_choice
+        if isinstance(given, ChatReference | ItemReference):  # one call of this function
+            return Choice("required", (given.name,), parallel=False)
+        parallel = self.parallel_tool_calls is not False
+        if isinstance(given, ChatAllowed | ItemAllowed):
+            return given.choice()._replace(parallel=parallel)
+        return Choice(given or "auto", None, parallel)
+
+    @model_validator(mode="after")
+    def _choice_of_some(self) -> "ToolFields":
+        wanted = self.choice()
+        if not self.tools and (wanted.mode == "required" or wanted.names):
+            raise ValueError("tool_choice needs tools to choose from")
+        names = [function["name"] for function in self.functions()]
+        if unknown := [name for name in wanted.names or () if name not in names]:
+            raise ValueError(f"tool_choice names {unknown[0]!r}, which is none of the tools")
+        return self
+
+
+class ChatToolFields(ToolFields):
+    """Fields about tools in the chat API."""
+
+    tools: (
+        Annotated[
+            list[Annotated[ChatTool, BeforeValidator(_of_functions)]], Field(max_length=MOST_TOOLS, fail_fast=True)
+        ]
+        | None
+    ) = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ChatReference | ChatAllowed | None, BeforeValidator(_one_kind)
+    ] = None
+
+
+class ItemToolFields(ToolFields):
+    """Fields about tools in the Responses API."""
+
+    tools: (
+        Annotated[
+            list[Annotated[ItemTool, BeforeValidator(_of_functions)]], Field(max_length=MOST_TOOLS, fail_fast=True)
+        ]
+        | None
+    ) = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ItemReference | ItemAllowed | None, BeforeValidator(_one_kind)
+    ] = None
+
+
+class CalledFunction(Named):
+    """A function with the arguments of a call."""
+
+    arguments: str
+
+
+class ChatCall(Strict):
+    """A call in a message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class CallItem(Strict):
+    """A call among a response's input."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the call as a message of the assistant that chat templates know."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"id": self.call_id, "function": function}]}
+
+
+def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in which the calls of one turn, items of their own before, stand in one message."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        if found and "tool_calls" in message and found[-1]["role"] == "assistant":
+            calls = [*found[-1].get("tool_calls", ()), *message["tool_calls"]]
+            found[-1] = {**found[-1], "tool_calls": calls}
+        else:
+            found.append(message)
+    return found
