@@ -3,16 +3,20 @@
     OMP_NUM_THREADS=1 python benchmarks/serve_soak.py --model FOLDER [--clients 200] [--seconds 120]
 
 Clients ask in turns for problems of many kinds: whole, streaming or with diffusion events, and some go away before the
-end. Before, every problem was answered alone; every answer under load must be that one. --model is a trained demo's.
+end. A third of the problems ask for a form: an expression, a schema, choices, calls of tools. Before, every problem was
+answered alone; every answer under load must be that one, and have its form. --model is a trained demo's.
 """
 
 import argparse
 import itertools
+import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jsonschema
 import numpy as np
 
 from illada.bench.load import Request, Run, drive, get_json, mixed_up, started_server
@@ -34,8 +38,58 @@ WAYS: tuple[dict[str, Any], ...] = (
 """How problems are answered: one token a step and several, drawn, cached, speculative, several answers at once."""
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["letters", "digits"]},
+        "sure": {"type": "boolean"},
+        "counts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+        "word": {"type": "string", "maxLength": 8},
+    },
+    "required": ["kind", "sure", "counts"],
+    "additionalProperties": False,
+}
+DIGITS = "[0-9]( [0-9]){0,5}"
+TOOL = {"type": "function", "function": {"name": "look", "description": "Look closer.", "parameters": SCHEMA}}
+FORMS: tuple[dict[str, Any], ...] = (
+    {"guided_regex": DIGITS},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "look", "schema": SCHEMA}}},
+    {"guided_choice": ["yes", "no", "perhaps not"]},
+    {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+    {"tools": [TOOL]},
+)
+"""What a third of the problems ask for."""
+FIELDS = set().union(*FORMS)
+
+
+def has_its_form(body: dict[str, Any], said: str) -> bool:
+    """Say whether an answer, its calls written as name and arguments, is what its request allows."""
+    if "guided_regex" in body:
+        return re.fullmatch(DIGITS, said) is not None
+    if "guided_choice" in body:
+        return said in body["guided_choice"]
+    if "response_format" in body:
+        return is_valid(said)
+    if "tools" in body:
+        text, called, arguments = said.partition('look{"kind"')
+        return is_valid('{"kind"' + arguments) if called and not text else body.get("tool_choice") != "required"
+    return True
+
+
+def is_valid(text: str) -> bool:
+    """Say whether a text is JSON that is valid under the schema."""
+    try:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
 def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
-    """Return requests of every text by every second way: as a question, to be continued, or with gaps to fill."""
+    """Return requests of every text by every second way: as a question, to be continued, or with gaps to fill.
+
+    Every third one asks for a form; calls of tools are for questions.
+    """
     most, requests = card["defaults"]["max_new_tokens"], []
     for (number, text), (place, way) in itertools.product(enumerate(texts), enumerate(WAYS)):
         if (number + place) % 2:
@@ -48,6 +102,9 @@ def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
             body |= {"prompt": [text, text[::-1]], "max_tokens": most // 3}
         else:
             body |= {"prompt": f"{text} ___ and ___", "slot_tokens": 3 + number % 5}
+        if not len(requests) % 3 and "stop" not in way:
+            body |= FORMS[len(requests) // 3 % (len(FORMS) if "messages" in body else 3)] | {"max_tokens": most}
+            body.pop("slot_tokens", None)
         requests.append(Request(f"/v1/{'chat/' if 'messages' in body else ''}completions", body, len(requests)))
     return requests
 
@@ -100,13 +157,16 @@ def main() -> None:
     print(f"first text {summary['first_text']}")
     cpu = summary["cpu"]["last"] - summary["cpu"]["first"]
     print(f"server: {cpu / run.seconds:.2f} of a core, {summary['statuses']['ok'] / cpu:.1f} requests a second of it")
+    formed = [outcome for outcome in run.outcomes if outcome.status == "ok" and FIELDS & outcome.request.body.keys()]
+    invalid = [one for one in formed if not all(has_its_form(one.request.body, said) for said, _ in one.answer)]
+    print(f"{len(formed)} whole answers to requests for a form, {len(invalid)} of them without it")
     print(f"waiting at most {summary['waiting']['most']:.0f}; answers that are not those given alone: {len(wrong)}")
     print(f"memory {' '.join(f'{size:.1f}' for size in quarters)} MB in each quarter, {growth:+.2f} MB a minute")
     right = {outcome.request.problem: outcome.answer for outcome in alone.outcomes}
-    for outcome in wrong[:5]:
+    for outcome in [*wrong[:5], *invalid[:5]]:
         print(f"{outcome.request}\n  alone {right[outcome.request.problem]}\n  now   {outcome.answer}")
     statuses = summary["statuses"].keys() | alone.summary()["statuses"].keys()
-    sys.exit(bool(wrong) or not statuses <= {"ok", "cancelled"})
+    sys.exit(bool(wrong or invalid) or not statuses <= {"ok", "cancelled"})
 
 
 if __name__ == "__main__":

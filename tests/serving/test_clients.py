@@ -31,6 +31,8 @@ def address(served_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
     for part in served_model:
         part.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))  # tools take room
     (folder / "suggestions.json").write_text('{"about": "A random model."}')
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
@@ -215,6 +217,13 @@ def test_example_openai_client(address):
         .splitlines()[1]
         .startswith("400 invalid_request_error: tools.0: only functions can be called here, no 'web_search'")
     )
+
+
+def test_example_structured(address):
+    digits, reply, tool = run(address, sys.executable, str(EXAMPLES / "structured.py"), address).split("\n# ")
+    assert re.fullmatch("[0-9]( [0-9]){5}", digits.splitlines()[1])
+    assert re.search(r"Reply\(language='(Python|C|unknown)', documented=(True|False)\)", reply)
+    assert re.search(r"tool_calls: Weather\(town='(Rome|Oslo)', days=[123]\)", tool)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")

@@ -229,7 +229,7 @@ async def _send(session: aiohttp.ClientSession, url: str, outcome: Outcome, now:
             else:
                 answer = await response.json()
                 outcome.answer = tuple(
-                    (choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"])
+                    (_said(choice, "message"), choice["finish_reason"])
                     for choice in sorted(answer["choices"], key=itemgetter("index"))
                 )
                 _use(outcome, answer["usage"])
@@ -239,6 +239,15 @@ async def _send(session: aiohttp.ClientSession, url: str, outcome: Outcome, now:
     except (aiohttp.ClientError, OSError, LookupError, TypeError, ValueError) as error:
         outcome.status = f"lost: {type(error).__name__}"
     outcome.ended = now()
+
+
+def _said(choice: dict[str, Any], part: str) -> str:
+    """Return what a choice, or a piece of it, says: its text and its calls of tools."""
+    if part not in choice:
+        return str(choice["text"])
+    calls = [call["function"] for call in choice[part].get("tool_calls") or ()]
+    written = [f"{call.get('name', '')}{call['arguments']}" for call in calls]
+    return "".join([choice[part].get("content") or "", *written])
 
 
 def _use(outcome: Outcome, usage: dict[str, int]) -> None:
@@ -267,10 +276,10 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, now: 
             if event.get("usage"):
                 _use(outcome, event["usage"])
             for choice in event["choices"]:
-                piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
+                piece = _said(choice, "delta")
                 if piece and outcome.text is None:
                     outcome.text = now()
-                texts[choice["index"]] = texts.get(choice["index"], "") + (piece or "")
+                texts[choice["index"]] = texts.get(choice["index"], "") + piece
                 if choice.get("finish_reason"):
                     reasons[choice["index"]] = choice["finish_reason"]
 
