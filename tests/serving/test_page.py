@@ -515,7 +515,7 @@ def test_a_form_that_cannot_be_is_not_sent(server, visit, size):
         box(page).press("Enter")
         expect(field).to_be_focused()  # the settings are open again, where the mistake is
         expect(wrong).to_be_visible()
-        shoot(page, f"form-wrong-{size}")
+        shoot(page, f"form-wrong-{kind}-{len(text)}-{size}")
     expect(page.locator(".exchange")).to_have_count(0)
     assert sent == []
     ask_for(page, "regex", "(?=a)b")  # only the server can know
