@@ -54,7 +54,7 @@ tokens: list[str] = []
 for chunk in stream:
     if chunk.object != "diffusion.step":
         continue
-    shown = {"m": "░", "p": "({})", "c": "{}", "f": "{}"}
+    shown = {"m": "░", "p": "({})", "c": "{}", "g": "{}", "f": "{}"}
     step = chunk.to_dict()
     new = zip(step["states"], step["texts"], strict=True)
     tokens[step["start"] :] = [shown[state].format(text) if text or state == "m" else "" for state, text in new]

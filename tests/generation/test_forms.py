@@ -381,6 +381,31 @@ def test_fixed_text_costs_no_pass(tied):
     assert answer.log_probs.count(0.0) >= 7
     [given] = generate(tied, [[7]], settings("abcabc", 4, 24), LETTERS)
     assert (given.text, given.forwards) == ("abcabc", 1)
+    [full] = generate(tied, [[7]], settings("abcabc", 6, 6, eos_token_id=None), LETTERS)
+    assert (full.text, full.forwards, full.forced) == ("abcabc", 1, 5)  # a pass has to decide something
+
+
+@pytest.mark.parametrize("regex", ["abcdefabcdef[ab]{2}(?:fedcba){4}", "abcabc", "(?:abc|bcd|12cab|dad|cab){4,9}"])
+@pytest.mark.parametrize("first", [7, 8, 9])
+def test_steps_say_what_the_form_gave(untied, regex, first):
+    """Also where blocks before the first pass, or behind the last one, need none, and where drafts run ahead."""
+
+    def told(**way):
+        events = []
+        [answer] = generate(untied, [[first, 9]], settings(regex, 8, 48, eos_token_id=1, **way), LETTERS, events.append)
+        assert events[-1].done
+        assert events[-1].ids[: len(answer.ids)] == answer.ids
+        assert sum(events[-1].forced) == answer.forced
+        return answer, events
+
+    answer, events = told()
+    for passes, event in enumerate(events, 1):
+        of_form = np.array(event.forced)
+        assert np.array(event.committed)[of_form].all()
+        assert (np.array(event.confidence)[of_form] == 1).all()
+        assert sum(event.committed) - of_form.sum() == passes  # each pass decides one token
+    assert answer.forwards == len(events)
+    assert [event.forced for event in told(speculate=3)[1]] == [event.forced for event in events]
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "frozen", "adaptive"])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -177,6 +178,11 @@ def say(page, text):
 
 def answered(exchange, steps=TOKENS):
     expect(exchange.locator(".step")).to_have_text(f"step {steps} of {steps}")
+
+
+def completed(exchange):
+    """Wait until the last step is shown, whichever it is."""
+    expect(exchange.locator(".step")).to_have_text(re.compile(r"^step (\d+) of \1$"))
 
 
 def whole_answer(site, messages):
@@ -402,7 +408,145 @@ def test_the_picture_says_what_its_axes_and_colours_are(site, visit):
     expect(exchange.locator(".columns")).to_have_text(f"startpasses of the model →pass {TOKENS}")
     expect(exchange.locator(".rows")).to_have_text("tokens →")
     expect(exchange.locator(".colours")).to_contain_text("undecided")
-    expect(exchange.locator(".colours i")).to_have_count(5)
+    expect(exchange.locator(".colours i:visible")).to_have_count(5)  # none for a form, where there is none
+    expect(exchange.page.locator("#legend")).not_to_contain_text("by the form", use_inner_text=True)
+
+
+SCHEMA = """{
+  "type": "object",
+  "properties": {"sure": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}, "1": {"const": 12345678901234567}},
+  "required": ["sure", "kind", "1"],
+  "additionalProperties": false
+}"""
+
+
+def ask_for(page, kind, text):
+    """Set in the settings what an answer must match; the field is returned."""
+    if not page.locator("#settings").is_visible():
+        page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Answer must match").select_option(kind)
+    field = page.locator(f"#settings [name={kind}]")
+    field.fill(text)
+    return field
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_an_answer_of_a_form_shows_what_the_form_gave(server, visit, size, theme):
+    page = visit(server, size, theme, settings={"max_tokens": 80})
+    ask_for(page, "json_schema", SCHEMA)
+    shoot(page, f"form-settings-{size}-{theme}")
+    assert [one for one in page.evaluate(CONTRASTS) if one[0] < 4.5] == []
+    page.keyboard.press("Escape")
+    exchange, asked = say(page, "one")
+    assert asked["guided_json"] == SCHEMA  # as it was written: the order of its keys, all digits
+    completed(exchange)
+    tokens = exchange.locator(".answer .tokens")
+    found = json.loads(tokens.text_content())
+    assert [*found] == ["sure", "kind", "1"]
+    assert found["1"] == 12345678901234567
+    assert '{"sure":' in "".join(tokens.locator(".g").all_text_contents())
+    assert tokens.locator(".g").count() > tokens.locator(".c").count() > 0
+    style = "(one) => getComputedStyle(one).textDecorationLine"
+    assert tokens.locator(".g").first.evaluate(style) == "underline overline"
+    expect(page.locator("#legend .of-form")).to_have_text("given by the form")
+    expect(page.locator("#legend .of-form")).to_be_visible()
+    expect(exchange.locator(".colours i:visible")).to_have_count(6)
+    tokens.locator(".g").first.hover()
+    expect(tokens.locator(".g").first).to_have_attribute("title", "given by the form, without a pass of the model")
+    count = sum(map(bool, tokens.locator(".c, .g").all_text_contents()))  # the end has no text and is not counted
+    expect(exchange.locator(".counts")).to_contain_text(f"{count} tokens")
+    shoot(page, f"form-answer-{size}-{theme}")
+    assert [one for one in page.evaluate(CONTRASTS) if one[0] < 4.5] == []
+    page.reload()
+    expect(page.locator(".exchange .g").first).to_be_visible()
+    expect(page.locator("#legend .of-form")).to_be_visible()
+    again, asked = say(page, "two")
+    assert asked["guided_json"] == SCHEMA  # the setting is remembered
+    completed(again)
+    again.get_by_label("Step of the replay").press("Home")
+    expect(again.locator(".g, .c")).to_have_count(0)
+
+
+def test_other_forms_and_gaps_of_a_form(server, visit):
+    page = visit(server, settings={"max_tokens": 80})
+    ask_for(page, "regex", "(?:abcdefgh){4}[0-9]{2}")
+    exchange, asked = say(page, "one")
+    assert asked["guided_regex"] == "(?:abcdefgh){4}[0-9]{2}"
+    completed(exchange)  # whole blocks without a pass are shown as well
+    assert re.fullmatch("(?:abcdefgh){4}[0-9]{2}", exchange.locator(".answer .tokens").text_content())
+    ask_for(page, "choices", "certainly\n\n not at all \n")
+    exchange, asked = say(page, "one")
+    assert asked["guided_choice"] == ["certainly", " not at all "]
+    completed(exchange)
+    assert exchange.locator(".answer .tokens").text_content() in asked["guided_choice"]
+    ask_for(page, "regex", "[0-9]{3}-")
+    box(page).fill("one ___ two")
+    page.get_by_label("Tokens in each gap").fill("4")
+    exchange, asked = say(page, "one ___ two")
+    assert (asked["guided_regex"], asked["slot_tokens"]) == ("[0-9]{3}-", 4)
+    completed(exchange)
+    assert re.fullmatch("one [0-9]{3}- two", exchange.locator(".answer .tokens").text_content())
+    assert exchange.locator(".g").all_text_contents() == ["-"]
+    shoot(page, "form-gaps")
+    page.get_by_label("Answer must match").select_option("none")
+    _, asked = say(page, "one")
+    assert not asked.keys() & {"guided_json", "guided_regex", "guided_choice", "response_format"}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_form_that_cannot_be_is_not_sent(server, visit, size):
+    page = visit(server, size, expected=["400"])
+    sent = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    wrong = page.locator("#wrong")
+    for kind, text, line in [
+        ("json_schema", "", "Write the schema as JSON"),
+        ("json_schema", '{"type": "object",}', "This is no JSON: "),
+        ("json_schema", "[1]", "A schema is an object"),
+        ("regex", "", "Write the expression"),
+        ("choices", "\n \n", "Write one choice a line"),
+    ]:
+        field = ask_for(page, kind, text)
+        expect(wrong).to_contain_text(line)
+        assert field.evaluate("(one) => one.getAttribute('aria-describedby')") == "wrong"
+        page.keyboard.press("Escape")
+        box(page).fill("one")
+        box(page).press("Enter")
+        expect(field).to_be_focused()  # the settings are open again, where the mistake is
+        expect(wrong).to_be_visible()
+        shoot(page, f"form-wrong-{kind}-{len(text)}-{size}")
+    expect(page.locator(".exchange")).to_have_count(0)
+    assert sent == []
+    ask_for(page, "regex", "(?=a)b")  # only the server can know
+    expect(wrong).to_be_hidden()
+    page.keyboard.press("Escape")
+    exchange, _ = say(page, "one")
+    expect(exchange.get_by_role("alert")).to_contain_text("lookahead")
+    shoot(page, f"form-refused-{size}")
+    ask_for(page, "json_schema", "{")
+    page.keyboard.press("Escape")
+    exchange.get_by_role("button", name="Try again").click()
+    expect(page.locator("#settings [name=json_schema]")).to_be_focused()
+    assert len(sent) == 1
+
+
+def test_the_servers_own_form_is_the_default(serve_model, visit):
+    schema = json.loads(SCHEMA)
+    with serve_model(max_new_tokens=80, json_schema=schema) as (address, _):
+        page = visit(address)
+        expect(page.locator("#model")).to_have_text("tiny")
+        exchange, asked = say(page, "one")
+        expect(exchange.locator(".g").first).to_be_visible()
+        assert not asked.keys() & {"guided_json", "response_format"}
+        page.get_by_role("button", name="Settings").click()
+        assert json.loads(page.locator("[name=json_schema]").input_value()).keys() == schema.keys()
+        completed(exchange)
+        page.get_by_label("Answer must match").select_option("none")
+        exchange, asked = say(page, "one")
+        assert asked["response_format"] == {"type": "text"}
+        completed(exchange)
+        expect(exchange.locator(".g")).to_have_count(0)
 
 
 def test_a_lost_server_can_come_back(site, visit):

@@ -103,6 +103,23 @@ def test_a_stream_gives_the_same(server):
     assert "".join(pieces) == whole
 
 
+def test_steps_show_what_the_form_gave(server):
+    """Of every block, those included that no pass was needed for: first, between and last."""
+    regex = "(?:abcdefgh){4}[0-9]{2}(?:hgfedcba){4}[0-9](?:hgfedcba){4}"
+    body = {"messages": HELLO, "max_tokens": 120, "guided_regex": regex, "stream": True, "diffusion": True}
+    texts, states, confidences, forwards = [], "", [], 0
+    with httpx.stream("POST", server + CHAT, json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and (step := json.loads(line[6:]))["object"] == "diffusion.step":
+                start, forwards = step["start"], step["forwards"]
+                texts[start:], states = step["texts"], states[:start] + step["states"]
+                confidences[start:] = step["confidences"]
+    assert re.fullmatch(regex, "".join(texts))
+    assert set(states.rstrip("m")) == {"c", "g"}  # behind the end nothing is decided
+    assert states.count("c") == forwards  # each pass decides one token
+    assert all(p == 1 for p, state in zip(confidences, states, strict=True) if state == "g")
+
+
 def test_company_changes_nothing(server):
     """A third of the requests have a form; each answer is the one that its request gets alone."""
     bodies = [

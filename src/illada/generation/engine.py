@@ -58,12 +58,14 @@ class StepEvent:
     step: int
     """Step within the block, from 0."""
     ids: list[int]
-    """The answer up to the end of the active block: committed ids, or the present proposal where still masked."""
+    """The answer so far, in whole blocks: committed ids, or the present proposal where still masked."""
     committed: list[bool]
     confidence: list[float]
     """Probability of each id when it was last proposed."""
     done: bool
     """Whether the answer is complete; its `Generation` may be shorter than `ids`."""
+    forced: list[bool] = field(default_factory=list)
+    """Which ids the answer's form left no choice, so that they were committed without a pass."""
 
 
 def generate(
@@ -300,19 +302,13 @@ class Engine:
             if request.commit(of_row):
                 answer = _finish(request, self.tokenizer, self.keep_special_tokens)
                 while answer is None and request.open_next_block():
+                    block_end = request.block_end
                     answer = _finish(request, self.tokenizer, self.keep_special_tokens)
             if self.on_step is not None and request.watched:
-                self.on_step(
-                    StepEvent(
-                        request.index,
-                        block,
-                        step,
-                        request.ids_G[:block_end].tolist(),
-                        (~request.masked_G[:block_end]).tolist(),
-                        np.exp(request.log_prob_G[:block_end]).tolist(),
-                        done=answer is not None,
-                    )
-                )
+                told = (request.ids_G, ~request.masked_G, np.exp(request.log_prob_G), request.forced_G)
+                ids, committed, confidence, forced = (x_G[:block_end].tolist() for x_G in told)
+                done = answer is not None
+                self.on_step(StepEvent(request.index, block, step, ids, committed, confidence, done, forced))
         return answer
 
 
@@ -359,4 +355,5 @@ def _finish(request: Request, tokenizer: Any | None, keep_special_tokens: bool) 
     if not complete:
         return None
     log_probs = request.log_prob_G[request.slot_G] if request.template else request.log_prob_G[: len(ids)]
-    return Generation(ids, reason, request.forwards, log_probs.tolist(), text, request.positions, request.forced)
+    forced = int(request.forced_G.sum())
+    return Generation(ids, reason, request.forwards, log_probs.tolist(), text, request.positions, forced)

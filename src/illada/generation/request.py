@@ -85,7 +85,7 @@ class Request:
     """What the answer, or what fills each slot, must match."""
     state: int = 0
     """Of the form, at the beginning of the active block."""
-    forced: int = 0
+    forced_G: NDArray[np.bool_] = field(init=False)
     """Tokens that the form left no choice, decided without a pass."""
     causal: bool = False
     """Whether the model is causal: the token before a position proposes it, no mask is seen, a block is one token."""
@@ -118,6 +118,7 @@ class Request:
         self.ids_G = np.zeros(self.budget, dtype=np.int64)
         self.masked_G = np.ones(self.budget, dtype=np.bool_)
         self.slot_G = self.masked_G.copy()
+        self.forced_G = ~self.masked_G
         self.log_prob_G = np.full(self.budget, np.nan, dtype=np.float32)
 
     @classmethod

@@ -12,12 +12,14 @@ from illada.serving.detokenize import Detokenizer, Token
 
 @dataclass(frozen=True)
 class Step:
-    """What one step made of an answer's active block."""
+    """What one step made of an answer: of its active block, and of blocks beside it that needed no pass."""
 
     event: StepEvent
-    """Its lists begin at the active block; for a text with slots they cover the whole text."""
+    """Its lists begin at `start`."""
     forwards: int
     """Forward passes of the answer so far."""
+    start: int = 0
+    """Position in the answer."""
 
 
 @dataclass(frozen=True)

@@ -336,21 +336,20 @@ class ItemResponses(Responses):
 
 def diffusion_step(answer: Answer, step: Step, token_texts: TokenTexts) -> dict[str, Any]:
     """Return one step as the page draws it: the active block, or the whole of a text with slots."""
-    event, request = step.event, answer.request
-    start = 0 if request.template else event.block
+    event, request, start = step.event, answer.request, step.start
     size = min(len(event.ids), answer.limit - start)
     slots = request.slot_G[start : start + size].tolist()
-    committed, confidence = event.committed[:size], event.confidence[:size]
+    committed, confidence, forced = event.committed[:size], event.confidence[:size], event.forced[:size]
     states = "".join(
-        "f" if not slot else "c" if sure else "m" if math.isnan(p) else "p"
-        for slot, sure, p in zip(slots, committed, confidence, strict=True)
+        "f" if not slot else "g" if free else "c" if sure else "m" if math.isnan(p) else "p"
+        for slot, free, sure, p in zip(slots, forced, committed, confidence, strict=True)
     )
     ids = [None if state == "m" else token_id for state, token_id in zip(states, event.ids[:size], strict=True)]
-    ends = [at for at, token_id in enumerate(ids) if token_id in request.settings.eos_ids and states[at] == "c"]
+    ends = [at for at, token_id in enumerate(ids) if token_id in request.settings.eos_ids and states[at] in "cg"]
     if ends:
         ids[ends[0] :] = [None] * (len(ids) - ends[0])
     texts = token_texts(ids)
-    confidences = [round(p, 4) if state in "pc" else None for state, p in zip(states, confidence, strict=True)]
+    confidences = [round(p, 4) if state in "pcg" else None for state, p in zip(states, confidence, strict=True)]
     if answer.slot:
         texts, states = [answer.detokenizer.show(request.prompt_P.tolist()), *texts], "f" + states
         confidences = [None, *confidences]

@@ -161,11 +161,11 @@ class Worker:
 
     def _record_step(self, event: StepEvent) -> None:
         answer = self._live[event.row]
-        start = 0 if answer.request.template else event.block
+        # The first step tells of blocks that a form decided before it too.
+        start = 0 if answer.request.template or answer.request.answer_step == 1 else event.block
         # A client may read slowly: a whole answer for each of its steps would be quadratic in memory.
-        ids, committed, confidence = event.ids[start:], event.committed[start:], event.confidence[start:]
-        event = replace(event, ids=ids, committed=committed, confidence=confidence)
-        answer.steps.append(Step(event, answer.request.forwards))
+        lists = {name: getattr(event, name)[start:] for name in ("ids", "committed", "confidence", "forced")}
+        answer.steps.append(Step(replace(event, **lists), answer.request.forwards, start))
 
     def _run(self) -> None:
         trimmed = time.monotonic()

@@ -29,7 +29,7 @@ def draft_ahead(request: Request, room: int) -> int:
         draft = copy.copy(state)
         draft.drafts = []
         draft.ids_G, draft.masked_G = state.ids_G.copy(), state.masked_G.copy()
-        draft.log_prob_G = state.log_prob_G.copy()
+        draft.log_prob_G, draft.forced_G = state.log_prob_G.copy(), state.forced_G.copy()
         if draft.commit(state.latest.where(open_M)):
             ended = np.isin(draft.ids_G[draft.block : draft.block_end], draft.settings.eos_ids).any()
             if ended or draft.block_end == draft.budget or draft.settings.cache != "none":

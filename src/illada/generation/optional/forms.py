@@ -219,8 +219,7 @@ class TokenForm:
     def _decide(self, row: Request, at: int, ids: Sequence[int]) -> None:
         """Decide neighbouring tokens; no pass looked at them, so their confidence is 1."""
         own = slice(at, at + len(ids))
-        row.ids_G[own], row.masked_G[own], row.log_prob_G[own] = ids, False, 0.0
-        row.forced += len(ids)
+        row.ids_G[own], row.masked_G[own], row.log_prob_G[own], row.forced_G[own] = ids, False, 0.0, True
 
     def _fixed_text(self, edges: Edges, state: int, masked_L: Bools, alive: Sequence[Bools]) -> list[int]:
         """Return the ids of the only text that the form goes on with from a state, as far as they are possible here.
@@ -360,7 +359,6 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
         if request.template or ended or request.block_end == request.budget:
             # A request takes part in a pass at least.
             last = np.flatnonzero(~request.masked_G & request.slot_G)[-1]
-            request.masked_G[last] = True
-            request.forced -= 1
+            request.masked_G[last], request.forced_G[last] = True, False
             return
         request.open_next_block()

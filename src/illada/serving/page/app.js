@@ -167,7 +167,7 @@ function restore() {
 }
 
 async function answer(exchange) {
-  if (running) return;
+  if (running || !ready()) return;
   const { item } = exchange;
   const [line, counts] = [part(exchange, ".tokens"), part(exchange, ".counts")];
   exchange.end?.();
@@ -354,14 +354,16 @@ function typed() {
   $("slot-count").textContent = count === 1 ? "1 gap" : `${count} gaps`;
 }
 
+// Return whether all settings can be sent; else show the first that cannot.
+function ready() {
+  if ($("fields").checkValidity()) return true;
+  if (!fields.slot_tokens.matches(":invalid")) tune(true);
+  return $("fields").reportValidity();
+}
+
 function submit() {
   const text = message.value.trim();
-  if (!text || running) return;
-  if (!$("fields").checkValidity()) {
-    if (!fields.slot_tokens.matches(":invalid")) tune(true);
-    $("fields").reportValidity();
-    return;
-  }
+  if (!text || running || !ready()) return;
   message.value = "";
   typed();
   // A phone's keyboard would hide the answer.

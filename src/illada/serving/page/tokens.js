@@ -1,7 +1,7 @@
 // An answer as it forms: it holds every step, shows any one of them, and draws a picture of all.
 //
 // A frame is one step: { start, texts, states, confidences }, tokens from `start` on, one letter of `states` for each:
-// m masked, p proposed, c committed, f given. Tokens before `start` stay as an earlier frame left them.
+// m masked, p proposed, c committed, g given by the form without a pass, f given by the user. Tokens before `start` stay as an earlier frame left them.
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -22,6 +22,7 @@ export class Tokens {
   constructor(element, first) {
     Object.assign(this, { element, frames: [first], ends: new Map([[first.start, 0]]), spans: [], shown: 0 });
     this.open = true; // whether frames may still come
+    element.classList.remove("formed");
     this.#put(first);
   }
 
@@ -82,12 +83,12 @@ export class Tokens {
   }
 
   get committed() {
-    return this.#final().filter(([, state]) => state === "c").length;
+    return this.#final().filter(([, state]) => "cg".includes(state)).length;
   }
 
   // The text of the decided tokens.
   get text() {
-    return this.#final().map(([text, state]) => ("cf".includes(state) ? text : "")).join("");
+    return this.#final().map(([text, state]) => ("cgf".includes(state) ? text : "")).join("");
   }
 
   // Return the answer after the latest step as one frame.
@@ -103,6 +104,7 @@ export class Tokens {
   }
 
   #put({ start, texts, states, confidences }) {
+    if (states.includes("g")) this.element.classList.add("formed"); // so that the legends say what such tokens are
     texts.forEach((text, i) => {
       const at = start + i;
       const state = states[i];
@@ -126,6 +128,7 @@ export class Tokens {
   // Return what is known about the token that `span` shows, or "".
   describe(span) {
     const cell = this.spans.find((one) => one.span === span);
+    if (cell?.state === "g") return "given by the form, without a pass of the model";
     if (!cell || cell.confidence === null) return "";
     const chance = `${(100 * cell.confidence).toFixed(cell.confidence > 0.99 ? 1 : 0)} %`;
     return cell.state === "c" ? `kept at ${chance}` : `proposed at ${chance}`;
@@ -156,6 +159,7 @@ export class Tokens {
 // Return a colour that stands out on light and on dark. Undecided tokens are grain, and less of it the surer they are.
 function shade(state, confidence) {
   if (state === "x") return [0, 0, 0, 0];
+  if (state === "g") return [56, 142, 112, 255];
   if (state !== "c") return [128, 128, 128, 80 - 40 * confidence + 70 * (1 - confidence) * Math.random()];
   return [...[[214, 112, 20], [222, 150, 60], [96, 150, 214], [48, 112, 196]][level(confidence)], 255];
 }
