@@ -29,6 +29,7 @@ from illada.errors import IlladaError
 from illada.generation.denoise import denoise
 from illada.generation.engine import generate
 from illada.generation.optional import forms
+from illada.generation.optional.token_automaton import vocabulary_bytes
 from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
@@ -191,6 +192,7 @@ def measure_cost(options):
         "a string": {"regex": '"[^"]*"'},
         "typical schema": {"json_schema": TYPICAL},
     }
+    forms.vocabulary_bytes = all_bytes
     forms._Words.of(tokenizer, size)
     for (name, form), way in itertools.product(kinds.items(), ({}, {"temperature": 1.0})):
         own = GenerationSettings(max_new_tokens=128, block_length=32, eos_token_id=2, steps_per_block=8, **form, **way)
@@ -208,6 +210,13 @@ def measure_cost(options):
             f"| {min(more):+.1%} to {max(more):+.1%} |",
             flush=True,
         )
+
+
+def all_bytes(tokenizer, size):
+    """Return the bytes of each id; those behind the tokenizer's are pairs of its texts, as if it were as large."""
+    known = vocabulary_bytes(tokenizer, size)
+    texts, draw = [text for text in known if text], random.Random(0)
+    return [*known[: len(tokenizer)], *(draw.choice(texts) + draw.choice(texts) for _ in known[len(tokenizer) :])]
 
 
 @torch.inference_mode()
@@ -276,7 +285,9 @@ def main():
     cost = parsers.add_parser("cost")
     cost.set_defaults(run=measure_cost)
     cost.add_argument("--tokenizer", required=True)
-    cost.add_argument("--vocabulary", type=int, help="ids of the model, if more than the tokenizer's")
+    cost.add_argument(
+        "--vocabulary", type=int, help="ids of the model; the tokenizer's texts in pairs fill it"
+    )
     cost.add_argument("--rounds", type=int, default=7)
     passes = parsers.add_parser("passes")
     passes.set_defaults(run=measure_passes)
