@@ -285,9 +285,7 @@ def main():
     cost = parsers.add_parser("cost")
     cost.set_defaults(run=measure_cost)
     cost.add_argument("--tokenizer", required=True)
-    cost.add_argument(
-        "--vocabulary", type=int, help="ids of the model; the tokenizer's texts in pairs fill it"
-    )
+    cost.add_argument("--vocabulary", type=int, help="ids of the model; the tokenizer's texts in pairs fill it")
     cost.add_argument("--rounds", type=int, default=7)
     passes = parsers.add_parser("passes")
     passes.set_defaults(run=measure_passes)
