@@ -6,26 +6,34 @@
 
 `valid` draws schemas and regular expressions of mixed kind, answers each in every way to decode, and checks the answers
 with `jsonschema` and `re`. `cost` times a model of 15M parameters with random weights in pairs: processor seconds of a
-pass with a form and without one, on the same prompts, and the making of automata, cold and warm. `passes` counts the
-passes and tokens of answers with a schema, beside the same answers without its form.
+pass with a form and without one, on the same ids and masks, and the making of automata, cold and warm. `passes` counts
+the passes and tokens of answers with a schema, beside the same answers without its form.
 """
 
 import argparse
+import copy
+import itertools
 import json
 import random
 import re
 import statistics
 import time
+from dataclasses import replace
 
 import jsonschema
+import numpy as np
 import torch
 from common import machine
 
 from illada.errors import IlladaError
+from illada.generation.denoise import denoise
 from illada.generation.engine import generate
 from illada.generation.optional import forms
+from illada.generation.optional.token_automaton import vocabulary_bytes
+from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
+from illada.model.kv_cache import PagePool
 from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.load import load_model
@@ -146,8 +154,6 @@ def measure_valid(options):
 
 
 def _request(model, settings):
-    from illada.generation.request import Request
-
     return Request.of_prompt(model.config, [model.config.bos_token_id or 0], settings, "it")
 
 
@@ -164,7 +170,7 @@ def is_valid(settings, text):
 
 
 def measure_cost(options):
-    """Print processor seconds with and without forms, in pairs, and the making of automata."""
+    """Print processor seconds of passes with and without forms, on the same states, and of the making of automata."""
     print(machine())
     tokenizer = load_tokenizer(options.tokenizer)
     size = options.vocabulary or len(tokenizer)
@@ -177,43 +183,75 @@ def measure_cost(options):
     model = IlladaForMaskedLM(config).eval()
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     print(f"{weights / 1e6:.1f}M weights without the embedding, {size:,} ids, blocks of 32, prompt of 64 tokens\n")
-    print("| form | automaton cold, s | warm, ms | a pass without, ms | with, ms | more, median of pairs |")
-    print("|---|---|---|---|---|---|")
-    prompt = list(range(100, 164))
+    print(
+        "| form | automaton cold, s | warm, ms | masks a pass | a pass without, ms | with, ms | more | least to most |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     kinds = {
         "(?s).*": {"regex": "(?s).*"},
         "a string": {"regex": '"[^"]*"'},
         "typical schema": {"json_schema": TYPICAL},
     }
+    forms.vocabulary_bytes = all_bytes
     forms._Words.of(tokenizer, size)
-    for name, form in kinds.items():
-        for way in ({}, {"temperature": 1.0}):
-            own = GenerationSettings(
-                max_new_tokens=128, block_length=32, eos_token_id=2, steps_per_block=8, **form, **way
-            )
-            free = GenerationSettings(max_new_tokens=128, block_length=32, eos_token_id=2, steps_per_block=8, **way)
+    for (name, form), way in itertools.product(kinds.items(), ({}, {"temperature": 1.0})):
+        own = GenerationSettings(max_new_tokens=128, block_length=32, eos_token_id=2, steps_per_block=8, **form, **way)
+        making = []
+        for _ in range(2):
             begun = time.process_time()
             forms.give_form(_request(model, own), tokenizer, size, "it")
-            cold = time.process_time() - begun
+            making.append(time.process_time() - begun)
+        taken = [timed_passes(model, replace(own, seed=seed), tokenizer) for seed in range(options.rounds)]
+        more = [own_s / free_s - 1 for free_s, own_s, _ in taken]
+        free_ms, own_ms, masks = [statistics.median(column) for column in zip(*taken, strict=True)]
+        print(
+            f"| {name}{', drawn' if way else ''} | {making[0]:.3f} | {1000 * making[1]:.1f} | {masks:.1f} "
+            f"| {1000 * free_ms:.1f} | {1000 * own_ms:.1f} | {statistics.median(more):+.1%} "
+            f"| {min(more):+.1%} to {max(more):+.1%} |",
+            flush=True,
+        )
+
+
+def all_bytes(tokenizer, size):
+    """Return the bytes of each id; those behind the tokenizer's are pairs of its texts, as if it were as large."""
+    known = vocabulary_bytes(tokenizer, size)
+    texts, draw = [text for text in known if text], random.Random(0)
+    return [*known[: len(tokenizer)], *(draw.choice(texts) + draw.choice(texts) for _ in known[len(tokenizer) :])]
+
+
+@torch.inference_mode()
+def timed_passes(model, settings, tokenizer):
+    """Return over the passes of an answer the mean processor seconds without its form and with it, and of masks.
+
+    At each pass the row without the form is a copy of the one with it: the same ids and the same masks, whose pass is
+    timed to the commit and thrown away. Which of the two comes first alternates.
+    """
+    row = Request.of_prompt(model.config, [*range(100, 164)], settings, "it")
+    forms.give_form(row, tokenizer, model.config.vocab_size, "it")
+    seconds, masks, ended = [0.0, 0.0], [], False
+    while not ended:
+        masks.append(len(row.open_positions()))
+        free = copy.copy(row)
+        free.form = None
+        free.ids_G, free.masked_G, free.log_prob_G = row.ids_G.copy(), row.masked_G.copy(), row.log_prob_G.copy()
+        for which in (0, 1) if len(masks) % 2 else (1, 0):
             begun = time.process_time()
-            forms.give_form(_request(model, own), tokenizer, size, "it")
-            warm = time.process_time() - begun
-            taken = []
-            for _ in range(options.rounds):
-                pair = []
-                for settings in (free, own):
-                    begun = time.process_time()
-                    [answer] = generate(model, [prompt], settings, tokenizer)
-                    pair.append((time.process_time() - begun) / answer.forwards)
-                taken.append(pair)
-            more = [own_s / free_s - 1 for free_s, own_s in taken]
-            means = [1000 * statistics.median(column) for column in zip(*taken, strict=True)]
-            drawn = ", drawn" if way else ""
-            print(
-                f"| {name}{drawn} | {cold:.3f} | {1000 * warm:.1f} | {means[0]:.1f} | {means[1]:.1f} "
-                f"| {statistics.median(more):+.1%} |",
-                flush=True,
-            )
+            over = one_pass(model, (free, row)[which])
+            seconds[which] += time.process_time() - begun
+            ended = over if which else ended
+    return [*(total / len(masks) for total in seconds), statistics.mean(masks)]
+
+
+def one_pass(model, row):
+    """Take a row through a pass, as the engine does; return whether its answer is over."""
+    [proposals] = denoise(model, [row], PagePool(), 2**24)
+    finished = row.commit(proposals)
+    while finished:
+        ended = np.isin(row.ids_G[row.block : row.block_end], row.settings.eos_ids).any()
+        if ended or row.block_end == row.budget:
+            return True
+        finished = row.open_next_block()
+    return False
 
 
 def measure_passes(options):
@@ -247,7 +285,7 @@ def main():
     cost = parsers.add_parser("cost")
     cost.set_defaults(run=measure_cost)
     cost.add_argument("--tokenizer", required=True)
-    cost.add_argument("--vocabulary", type=int, help="ids of the model, if more than the tokenizer's")
+    cost.add_argument("--vocabulary", type=int, help="ids of the model; the tokenizer's texts in pairs fill it")
     cost.add_argument("--rounds", type=int, default=7)
     passes = parsers.add_parser("passes")
     passes.set_defaults(run=measure_passes)

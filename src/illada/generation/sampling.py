@@ -225,9 +225,12 @@ class _Chunk:
         Those of a row with a form are the best that match it together.
         """
         form = self.rows[0].form
-        proposal_C = logits_CV.argmax(-1)
         temperature_C = self.spread(lambda row: row.settings.temperature)
         warm = np.flatnonzero(temperature_C)
+        if form is not None and not warm.size:
+            return form.choose(self.rows[0], logits_CV, logits_CV, 0.0)
+        all_warm = len(warm) == len(logits_CV)
+        proposal_C = torch.zeros_like(logits_CV[:, 0], dtype=torch.int64) if all_warm else logits_CV.argmax(-1)
         if warm.size:
             seed_C, step_C = self.spread(lambda row: row.settings.seed), self.spread(lambda row: row.answer_step)
             columns = (temperature_C, seed_C, step_C, self.position_C)
@@ -251,11 +254,9 @@ class _Chunk:
             if min_p_C.any():
                 cut(choice_CV.amax(-1, True) + temperature * _on(min_p_C[:, None], choice_CV).log())
             if form is not None:
-                weight_CV = choice_CV / temperature
+                weight_CV = choice_CV.float().div_(temperature_C[0])
                 return form.choose(self.rows[0], weight_CV, choice_CV.sub_(noise_CV), float(temperature_C[0]))
             proposal_C[at] = choice_CV.sub_(noise_CV).argmax(-1)
-        elif form is not None:
-            return form.choose(self.rows[0], logits_CV, logits_CV, 0.0)
         return proposal_C
 
     def least_kept(self, logits_CV: Tensor, temperature_C1: Tensor, at_C: NDArray[np.intp]) -> Tensor | None:

@@ -9,7 +9,6 @@ Shape letters: S states · B 256 bytes.
 import re
 import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -56,7 +55,6 @@ class ByteAutomaton(NamedTuple):
     """Successor of each state by each byte, -1 for none."""
 
 
-@lru_cache(maxsize=8)
 def byte_automaton(regex: str, name: str = "regex") -> ByteAutomaton:
     r"""Return the smallest automaton of the texts that a regular expression matches as a whole.
 

@@ -11,9 +11,9 @@ positions of a stretch.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -39,8 +39,13 @@ from illada.generation.settings import GenerationSettings
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
+LEAST = np.finfo(np.float32).min
+
 LONGEST, MOST_STEPS = 200_000, 10_000_000
 """Characters of a regular expression; edges of its automaton times the length of a block (a tenth of a second)."""
+
+MOST_BYTES = 2**28
+"""Of the forms that are kept for a tokenizer."""
 
 
 class Stretch(NamedTuple):
@@ -86,50 +91,58 @@ class TokenForm:
         but for a constant, and choices, T times them less T log(-log u), say which token of several is taken.
         """
         weight, choice = weight_MV.float().cpu().numpy(), choice_MV.cpu().numpy()
-        score_MC = self.by_class(weight, temperature > 0)
-        best_MC = self.by_class(choice, False) if temperature else score_MC
         found: list[int] = []
-        begin = 0
         for stretch in self.stretches(row):
-            masked_L = row.masked_G[stretch.first : stretch.last]
-            count = int(np.count_nonzero(masked_L))
-            own = slice(begin, begin + count)
-            fixed = row.ids_G[stretch.first : stretch.last]
-            found += self._path(stretch, masked_L, fixed, score_MC[own], best_MC[own], choice[own], temperature)
-            begin += count
+            own = slice(len(found), len(found) + int(np.count_nonzero(row.masked_G[stretch.first : stretch.last])))
+            found += self._path(row, stretch, weight[own], choice[own], temperature)
         return torch.tensor(found, dtype=torch.int64, device=weight_MV.device)
 
-    def by_class(self, value_MV: NDArray[np.floating], summed: bool) -> Floats:
-        """Return the best value of each class of tokens, or the log of the sum of their exponentials [M, C].
+    def by_class(
+        self, edges: Edges, weight_MV: NDArray[np.floating], choice_MV: NDArray[np.floating], summed: bool
+    ) -> tuple[Floats, Floats]:
+        """Return the weights and the choices of the classes that edges have [M, C].
 
-        Of `anything`: the same of all ids; of `nothing` and of classes without an id: minus infinity.
+        The choice of a class is that of its best id, and so is its weight, unless that is the log of the sum of the
+        exponentials of its ids' weights. Of `anything`: the same of all ids; of classes without an id, or which no edge
+        has: minus infinity.
         """
         automaton = self.automaton
-        full = np.flatnonzero(automaton.size_C)
-        by_MC = np.full((len(value_MV), automaton.nothing + 1), -np.inf)
-        most_M1 = value_MV.max(1, keepdims=True)
-        by_MC[:, automaton.anything] = most_M1[:, 0]
-        if summed:
-            by_MC[:, automaton.anything] += np.log(np.exp(value_MV - most_M1).sum(1))
-        ordered_MI, first = value_MV[:, automaton.order_I], automaton.first_C[full]
-        by_MC[:, full] = best_MC = np.maximum.reduceat(ordered_MI, first, axis=1)
-        if summed:  # each class from its own best: what top-k cuts lies far below the rest
-            ordered_MI = ordered_MI - np.repeat(best_MC, automaton.size_C[full], axis=1)
-            by_MC[:, full] += np.log(np.add.reduceat(np.exp(ordered_MI), first, axis=1))
-        return by_MC
+        reached_C = np.zeros(automaton.nothing + 1, dtype=np.bool_)
+        reached_C[edges.class_E] = True
+        reached_C[automaton.anything :] = False
+        rest = np.flatnonzero(~reached_C[automaton.class_V])
+        # As long as the classes are made, `nothing` is that of all other ids.
+        size_C = np.append(np.where(reached_C[: automaton.anything], automaton.size_C, 0), [0, len(rest)])
+        order_V = np.append(automaton.order_I[np.repeat(reached_C[: automaton.anything], automaton.size_C)], rest)
+        full = np.flatnonzero(size_C)
+        size, first = size_C[full], (np.cumsum(size_C) - size_C)[full]
+        best_MC = np.full((len(choice_MV), len(size_C)), -np.inf)
+        sum_MC = best_MC.copy()
+        for place in range(len(choice_MV)):  # one position at a time fits into the caches of a CPU
+            best_MC[place, full] = np.maximum.reduceat(choice_MV[place][order_V], first)
+            if summed:  # each class from its own best: what top-k cuts lies far below the rest
+                weight_V = weight_MV[place][order_V]
+                most = np.maximum(np.maximum.reduceat(weight_V, first), LEAST)
+                weight_V -= np.repeat(most, size)
+                with np.errstate(divide="ignore"):
+                    sum_MC[place, full] = np.log(np.add.reduceat(np.exp(weight_V, out=weight_V), first)) + most
+        best_MC[:, automaton.anything] = best_MC.max(1)
+        sum_MC[:, automaton.anything] = np.logaddexp.reduce(sum_MC, axis=1)
+        best_MC[:, automaton.nothing] = sum_MC[:, automaton.nothing] = -np.inf
+        return sum_MC if summed else best_MC, best_MC
 
     def _path(
         self,
+        row: Request,
         stretch: Stretch,
-        masked_L: Bools,
-        id_L: NDArray[np.int64],
-        score_MC: Floats,
-        best_MC: Floats,
+        weight_MV: NDArray[np.floating],
         choice_MV: NDArray[np.floating],
         temperature: float,
     ) -> Iterator[int]:
         """Yield the ids at the masked positions of a stretch, from left to right."""
-        automaton, edges = self.automaton, self.automaton.around(stretch.state, len(masked_L))
+        automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
+        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))
+        score_MC, best_MC = self.by_class(edges, weight_MV, choice_MV, temperature > 0)
         ahead_R = np.where(automaton.may_stand(stretch.left)[edges.state_S], 0.0, -np.inf)
         ahead = [ahead_R]
         masked_before = np.cumsum(masked_L) - 1
@@ -179,42 +192,36 @@ class TokenForm:
     def settle(self, row: Request) -> None:
         """Decide the tokens of the active block that have no alternative, and fixed text behind what is decided."""
         for stretch in self.stretches(row):
-            while self._settle(row, stretch):
-                pass
+            if row.masked_G[stretch.first : stretch.last].any():
+                self._settle(row, stretch)
 
-    def _settle(self, row: Request, stretch: Stretch) -> bool:
-        """Decide what is fixed in a stretch as far as can be seen now; return whether that may show more."""
+    def _settle(self, row: Request, stretch: Stretch) -> None:
+        """Decide what is fixed in a stretch: which states lead to an end, then from left to right which are come to."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L = row.masked_G[stretch.first : stretch.last]
-        if not masked_L.any():
-            return False
-        id_L = row.ids_G[stretch.first : stretch.last]
+        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))  # as they change
         real_E = edges.class_E != automaton.nothing
-        taken = [real_E if masked else self._fits(edges, token) for masked, token in zip(masked_L, id_L, strict=True)]
         alive = [automaton.may_stand(stretch.left)[edges.state_S]]
-        for taken_E in reversed(taken):
+        for masked, token in zip(masked_L[::-1], id_L[::-1], strict=True):
+            taken_E = real_E if masked else self._fits(edges, token)
             alive.append(np.logical_or.reduceat(taken_E & alive[-1][edges.next_E], edges.row_S))
         alive.reverse()
         here_R = edges.state_S == stretch.state
         left_edge = True
-        for place, taken_E in enumerate(taken):
+        for place in range(len(masked_L)):
+            at = stretch.first + place
             if left_edge and masked_L[place]:
-                left_edge = False
-                if fixed := self._fixed_text(edges, int(here_R.argmax()), masked_L[place:], alive[place:]):
-                    at = stretch.first + place
-                    self._decide(row, at, fixed)
-                    return True
+                fixed = self._fixed_text(edges, int(here_R.argmax()), masked_L[place:], alive[place:])
+                self._decide(row, at, fixed)
+            taken_E = real_E if masked_L[place] else self._fits(edges, id_L[place])
             own_E = taken_E & here_R[edges.source_E] & alive[place + 1][edges.next_E]
             here_R = np.zeros_like(here_R)
             here_R[edges.next_E[own_E]] = True
             if masked_L[place]:
-                classes = np.unique(edges.class_E[own_E])
-                if len(classes) == 1 and classes[0] < automaton.anything and automaton.size_C[classes[0]] == 1:
-                    only = int(automaton.order_I[automaton.first_C[classes[0]]])
-                    self._decide(row, stretch.first + place, [only])
-                    if here_R.sum() == 1 and not masked_L[:place].any():
-                        return True
-        return False
+                class_E = edges.class_E[own_E]
+                first = class_E[0]
+                if first < automaton.anything and automaton.size_C[first] == 1 and (class_E == first).all():
+                    self._decide(row, at, [int(automaton.order_I[automaton.first_C[first]])])
+            left_edge = left_edge and not masked_L[place]
 
     def _decide(self, row: Request, at: int, ids: Sequence[int]) -> None:
         """Decide neighbouring tokens; no pass looked at them, so their confidence is 1."""
@@ -265,7 +272,8 @@ class _Words:
         self.vocabulary = vocabulary
         self._tokenizer = ref(tokenizer)  # which keeps this object, not the other way round
         self._bytes = vocabulary_bytes(tokenizer, vocabulary)
-        self.tree = Tree.of(self._bytes)
+        self._tree = Tree.of(self._bytes)
+        self._forms: OrderedDict[tuple[str, str, tuple[int, ...]], TokenForm] = OrderedDict()
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> "_Words":
@@ -274,6 +282,20 @@ class _Words:
             found = _known.get(tokenizer)
             if found is None or found.vocabulary != vocabulary:
                 found = _known[tokenizer] = cls(tokenizer, vocabulary)
+        return found
+
+    def form(self, regex: str, kind: str, ending: tuple[int, ...]) -> TokenForm:
+        """Return a form, made once; the latest used are kept, as many as `MOST_BYTES` hold."""
+        with _lock:
+            found = self._forms.get((regex, kind, ending))
+        if found is None:
+            found = TokenForm(token_automaton(byte_automaton(regex, kind), self._tree, ending, kind), self.encode)
+        with _lock:
+            found = self._forms.setdefault((regex, kind, ending), found)
+            self._forms.move_to_end((regex, kind, ending))
+            # What a form keeps for its next call grows as it is used.
+            while len(self._forms) > 1 and sum(_size(one.automaton) for one in self._forms.values()) > MOST_BYTES:
+                self._forms.popitem(last=False)
         return found
 
     def encode(self, text: bytes) -> list[int]:
@@ -291,10 +313,15 @@ _known: WeakKeyDictionary[Any, _Words] = WeakKeyDictionary()
 _lock = Lock()
 
 
-@lru_cache(maxsize=16)
-def _token_form(words: _Words, regex: str, kind: str, ending: tuple[int, ...]) -> TokenForm:
-    """Return a form for a tokenizer, made once."""
-    return TokenForm(token_automaton(byte_automaton(regex, kind), words.tree, ending, kind), words.encode)
+def _size(value: Any) -> int:
+    """Return the bytes of all arrays in an object."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        value = getattr(value, "__dict__", {}).values()
+    return sum(map(_size, list(value)))
 
 
 def regex_of(settings: GenerationSettings) -> tuple[str, str] | None:
@@ -335,7 +362,7 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
     if len(regex) > LONGEST:
         raise IlladaError(f"{kind} is a regular expression of {len(regex):,} characters, at most {LONGEST:,} are taken")
     ending = tuple(token for token in request.settings.eos_ids if token < vocabulary)
-    form = _token_form(_Words.of(tokenizer, vocabulary), regex, kind, ending)
+    form = _Words.of(tokenizer, vocabulary).form(regex, kind, ending)
     request.form, request.state = form, form.automaton.start
     needed = int(form.automaton.distance_S[form.automaton.start])
     for stretch in form.stretches(request):
