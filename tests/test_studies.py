@@ -1,6 +1,6 @@
 """The runner of studies: killed and started again it gives the same numbers; its report pairs arms by seed."""
 
-import importlib
+import importlib.util
 import json
 import math
 import shutil
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from illada import cli
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -85,6 +88,37 @@ def studies(tmp_path):
     return tmp_path / "studies"
 
 
+def loaded(name, studies, monkeypatch):
+    """Load a program of the copy as a module."""
+    specification = importlib.util.spec_from_file_location(name, studies / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, name, module)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def undisturbed(studies, monkeypatch):
+    """Make all numbers, every command and every arm in this process, where nothing loads torch again."""
+
+    def run(work, results):
+        torch.set_num_threads(1)
+        monkeypatch.syspath_prepend(studies)
+        loaded("measure", studies, monkeypatch)
+        runner = loaded("run", studies, monkeypatch)
+        monkeypatch.setattr(runner, "illada", lambda *words, log: cli.main([str(word) for word in words]))
+        monkeypatch.setattr(runner, "work_through", lambda arms, *_: [runner.run(arm) for arm in arms])
+        words = ["studies/questions/tuned.yaml", "--work", str(work), "--results", str(results)]
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            runner.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    return run
+
+
 def started(studies, *options):
     words = [sys.executable, "studies/run.py", "studies/questions/tuned.yaml", *options]
     return subprocess.Popen(words, cwd=studies.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -99,11 +133,8 @@ def numbers(results):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_the_numbers_are_the_same(studies, tmp_path):
-    options = ["--cores", "2", "--work", str(tmp_path / "a"), "--results", str(tmp_path / "once")]
-    whole = started(studies, *options)
-    out, _ = whole.communicate()
-    assert whole.returncode == 0, out
+def test_killed_and_started_again_the_numbers_are_the_same(studies, undisturbed, tmp_path):
+    undisturbed(tmp_path / "a", tmp_path / "once")
     want = numbers(tmp_path / "once")
     assert set(want) == {"split/split-0.json", "tuned/few-0.json", "tuned/chosen-0.json"}
     assert want["tuned/few-0.json"]["tokens"] < want["split/split-0.json"]["tokens"] * 10
