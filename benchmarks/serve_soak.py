@@ -103,7 +103,8 @@ def problems(texts: Sequence[str], card: dict[str, Any]) -> list[Request]:
         else:
             body |= {"prompt": f"{text} ___ and ___", "slot_tokens": 3 + number % 5}
         if not len(requests) % 3 and "stop" not in way:
-            body |= FORMS[len(requests) // 3 % (len(FORMS) if "messages" in body else 3)] | {"max_tokens": most}
+            calls = "messages" in body and card["context_length"] > 512  # the tools take most of that
+            body |= FORMS[len(requests) // 3 % (len(FORMS) if calls else 3)] | {"max_tokens": 96}
             body.pop("slot_tokens", None)
         requests.append(Request(f"/v1/{'chat/' if 'messages' in body else ''}completions", body, len(requests)))
     return requests

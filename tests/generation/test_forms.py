@@ -17,7 +17,7 @@ from illada.errors import IlladaError
 from illada.generation.engine import generate, infill
 from illada.generation.optional import forms
 from illada.generation.optional.byte_automaton import byte_automaton
-from illada.generation.optional.forms import TokenForm, give_form
+from illada.generation.optional.forms import TokenForm, TokenPath, give_form
 from illada.generation.optional.token_automaton import UNREACHABLE, Tree, token_automaton
 from illada.generation.request import Request
 from illada.generation.settings import GenerationSettings
@@ -199,13 +199,13 @@ FOUR = [b"a", b"b", b"c", None]
 
 
 def small_form(regex):
-    return TokenForm(token_automaton(byte_automaton(regex), Tree.of(FOUR), (3,), "it"), lambda text: [])
+    return TokenForm((TokenPath(token_automaton(byte_automaton(regex), Tree.of(FOUR), (3,), "it"), lambda text: []),))
 
 
 def a_row(form, decided, **settings):
     block = len(decided)
     chosen = GenerationSettings(max_new_tokens=block, block_length=block, eos_token_id=3, **settings)
-    row = Request(np.zeros(0, dtype=np.int64), block, chosen, form=form, state=form.automaton.start)
+    row = Request(np.zeros(0, dtype=np.int64), block, chosen, form=form, state=form.paths[0].automaton.start)
     row.masked_G[:] = [one is None for one in decided]
     row.ids_G[:] = [one or 0 for one in decided]
     return row
@@ -435,6 +435,24 @@ def test_each_slot_matches(tied):
         [answer] = infill(tied, [template], settings(regex, **way), LETTERS)
         for first, last in ((1, 4), (6, 8)):
             assert re.fullmatch(regex, LETTERS.decode(answer.ids[first:last]))
+
+
+def test_each_slot_matches_its_own(tied):
+    template = [7, None, None, None, 8, 9, None, None]
+    for way in ({}, {"temperature": 1.0, "seed": 3}, {"threshold": 0.3}):
+        own = settings(slot_regex=["[ab]{2,3}", r"\d+"], **way)
+        [answer] = infill(tied, [template], own, LETTERS)
+        assert re.fullmatch("[ab]{2,3}", LETTERS.decode(answer.ids[1:4]))
+        assert re.fullmatch(r"\d+", LETTERS.decode(answer.ids[6:8]))
+    for regexes, slots in ((["a"], "1 expressions, the text 2 slots"), (["a"] * 3, "3 expressions")):
+        with pytest.raises(IlladaError, match=slots):
+            infill(tied, [template], settings(slot_regex=regexes), LETTERS)
+    with pytest.raises(IlladaError, match="the text 0 slots"):
+        generate(tied, [[7, 8]], settings(slot_regex=["a"]), LETTERS)
+    with pytest.raises(IlladaError, match="slot_regex must be a list of texts"):
+        settings(slot_regex="ab")
+    with pytest.raises(IlladaError, match="regex and slot_regex cannot"):
+        settings("a", slot_regex=["a"])
 
 
 @pytest.mark.parametrize("ending", [None, (2, 8), (2, 6), 60])

@@ -166,3 +166,18 @@ def test_a_server_may_have_a_form_of_its_own(serve_model):
         assert re.fullmatch("[0-9]{3}", text_of(ask(address, CHAT, messages=HELLO)))
         plain = text_of(ask(address, CHAT, messages=HELLO, response_format={"type": "text"}))
         assert not re.fullmatch("[0-9]{3}", plain)
+
+
+def test_each_slot_has_its_own_expression(server):
+    body = {"prompt": "one ___ two ___", "slot_tokens": 3, "slot_regex": ["[a-c]{2,9}", "[0-9]+"]}
+    letters, digits = ask(server, TEXT, **{**body, "max_tokens": None}).json()["choices"][0]["fills"]
+    assert re.fullmatch("[a-c]{2,9}", letters)
+    assert re.fullmatch("[0-9]+", digits)
+    for path, more, words in (
+        (TEXT, {"prompt": "one ___"}, "slot_regex has 2"),
+        (CHAT, {"messages": HELLO}, "0 slots"),
+    ):
+        sent = {"slot_regex": body["slot_regex"], **more} if path == CHAT else {**body, **more, "max_tokens": None}
+        error = ask(server, path, **sent).json()["error"]
+        assert error["param"] == "slot_regex"
+        assert words in error["message"]

@@ -266,7 +266,7 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, now: 
             diffusion = line.startswith(DIFFUSION) or (diffusion and bool(line.strip()))
         elif diffusion:
             # Parsing every event would cost the generator more than all else.
-            if outcome.committed is None and "c" in json.loads(line[6:])["states"]:
+            if outcome.committed is None and {"c", "g"} & {*json.loads(line[6:])["states"]}:
                 outcome.committed = now()
         else:
             event = json.loads(line[6:])

@@ -65,6 +65,7 @@ class GenerationSettings:
         regex: what the whole answer, or what fills each slot of a template, must match (docs/structured.md).
         json_schema: the schema of the JSON that it must be; on the command line the file that holds it.
         choices: the texts of which it must be one.
+        slot_regex: what must fill each slot of a template, in order.
 
     Raises:
         IlladaError: when a value is out of range or two of them contradict each other.
@@ -97,20 +98,19 @@ class GenerationSettings:
     regex: str | None = None
     json_schema: dict[str, Any] | bool | str | None = None
     choices: tuple[str, ...] = ()
+    slot_regex: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        self._require("choices", not isinstance(self.choices, str), "a list of texts")
-        object.__setattr__(self, "choices", tuple(self.choices))
-        self._require("choices", all(isinstance(text, str) for text in self.choices), "a list of texts")
+        for name in ("stop", "choices", "slot_regex"):
+            texts = getattr(self, name)
+            holds = not isinstance(texts, str) and all(isinstance(text, str) for text in texts)
+            self._require(name, holds, "a list of texts")
+            object.__setattr__(self, name, tuple(texts))
         self._require("regex", self.regex is None or isinstance(self.regex, str), "a text")
-        if isinstance(self.stop, str):
-            raise IlladaError(f"stop must be a list of strings, got the string {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise IlladaError(f"stop must hold strings that are not empty, got {list(self.stop)}")
+        self._require("stop", all(self.stop), "a list of texts that are not empty")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._require("block_length", self.block_length >= 1, "at least 1")
         if self.steps_per_block is not None:
@@ -154,8 +154,7 @@ class GenerationSettings:
             )
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
             raise IlladaError("top_k, top_p and min_p do nothing at temperature 0: give one, or leave them out")
-        forms = self.forms
-        forms += [name for name in ("stop", "think_boost") if forms and getattr(self, name)]
+        forms = self.forms + [name for name in ("stop", "think_boost") if self.forms and getattr(self, name)]
         if len(forms) > 1:
             raise IlladaError(f"{forms[0]} and {forms[1]} cannot be used together: leave one of them out")
         if self.cache != "adaptive" and self.refresh_below != type(self).refresh_below:
@@ -187,7 +186,7 @@ class GenerationSettings:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
 
-FORMS = ("regex", "json_schema", "choices")
+FORMS = ("regex", "json_schema", "choices", "slot_regex")
 """Settings that say what an answer must match."""
 
 OF_DIFFUSION = (

@@ -15,7 +15,7 @@ MOST_FIELDS = 100
 Schema = dict[str, Any] | bool
 Choices = Annotated[list[str], Field(min_length=1, max_length=1024)]
 
-NO_FORM: dict[str, Any] = {"regex": None, "json_schema": None, "choices": ()}
+NO_FORM: dict[str, Any] = {"regex": None, "json_schema": None, "choices": (), "slot_regex": ()}
 """The settings of an answer that may be anything."""
 
 
@@ -91,6 +91,7 @@ class FormFields(Strict):
     guided_regex: str | None = None
     guided_json: Schema | str | None = None
     guided_choice: Choices | None = None
+    slot_regex: Choices | None = None
 
     def asked(self) -> dict[str, tuple[str, Any]]:
         """Return the field that asks for a form, if any, with the setting that says the same and its value."""
@@ -100,6 +101,7 @@ class FormFields(Strict):
             "guided_regex": ("regex", self.guided_regex),
             "guided_json": ("json_schema", _read(self.guided_json, "guided_json")),
             "guided_choice": ("choices", self.guided_choice and tuple(self.guided_choice)),
+            "slot_regex": ("slot_regex", self.slot_regex and tuple(self.slot_regex)),
             "structured_outputs.regex": ("regex", other.regex),
             "structured_outputs.json": ("json_schema", _read(other.json_, "structured_outputs.json")),
             "structured_outputs.choice": ("choices", other.choice and tuple(other.choice)),

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from illada.errors import IlladaError, needs
-from illada.generation.optional.forms import regex_of
+from illada.generation.optional.forms import regexes_of
 from illada.generation.optional.tool_calls import Tools
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
@@ -338,8 +338,10 @@ def _with_calls(settings: GenerationSettings, tools: Tools, choice: Choice) -> G
     """Return settings under which the answer may, or must, call tools; a form that they have is for other answers."""
     if settings.stop:
         raise IlladaError("tools and stop cannot be used together: leave one of them out")
-    content = regex_of(settings)
-    regex = tools.regex(*choice, content=None if content is None else content[0])
+    if settings.slot_regex:
+        raise IlladaError("tools and slot_regex cannot be used together: leave one of them out")
+    content = regexes_of(settings)
+    regex = tools.regex(*choice, content=None if content is None else content[0][0])
     return replace(settings, **NO_FORM | {"regex": regex})
 
 

@@ -61,28 +61,28 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenForm:
-    """A form as an automaton over a tokenizer's tokens.
+    """What an answer must match: one expression for it or for each slot of a template, or one for each in order.
 
     Args:
-        automaton: of the whole answer, or of what fills a slot.
-        encode: from bytes to ids whose bytes they are; [] where the tokenizer has another text in mind.
+        paths: one, or as many as there are slots.
     """
 
-    automaton: TokenAutomaton
-    encode: Callable[[bytes], list[int]]
+    paths: "tuple[TokenPath, ...]"
 
-    def stretches(self, row: Request) -> list[Stretch]:
-        """Return the active block, or each slot of a template (its neighbouring masks)."""
+    def stretches(self, row: Request) -> "list[tuple[TokenPath, Stretch]]":
+        """Return the active block, or each slot of a template (its neighbouring masks), with what leads through it."""
         if not row.template:
-            return [Stretch(row.block, row.block_end, row.state, row.budget - row.block_end)]
-        edge = np.flatnonzero(np.diff(np.concatenate(([0], row.slot_G, [0]))))
-        return [Stretch(first, last, self.automaton.start, 0) for first, last in edge.reshape(-1, 2).tolist()]
+            return [(self.paths[0], Stretch(row.block, row.block_end, row.state, row.budget - row.block_end))]
+        slots = slots_of(row)
+        paths = self.paths * (len(slots) if len(self.paths) == 1 else 1)
+        return [
+            (path, Stretch(first, last, path.automaton.start, 0))
+            for path, (first, last) in zip(paths, slots, strict=True)
+        ]
 
     def leave_block(self, row: Request) -> None:
         """Bring the row's state to the end of the active block, in which all that matters is decided."""
-        row.state = self.automaton.walk(row.state, row.ids_G[row.block : row.block_end].tolist())
-
-    # The choice
+        row.state = self.paths[0].automaton.walk(row.state, row.ids_G[row.block : row.block_end].tolist())
 
     def choose(self, row: Request, weight_MV: Tensor, choice_MV: Tensor, temperature: float) -> Tensor:
         """Return the ids at the open positions of a row [M] that match the form together.
@@ -92,10 +92,37 @@ class TokenForm:
         """
         weight, choice = weight_MV.float().cpu().numpy(), choice_MV.cpu().numpy()
         found: list[int] = []
-        for stretch in self.stretches(row):
+        for path, stretch in self.stretches(row):
             own = slice(len(found), len(found) + int(np.count_nonzero(row.masked_G[stretch.first : stretch.last])))
-            found += self._path(row, stretch, weight[own], choice[own], temperature)
+            found += path.best(row, stretch, weight[own], choice[own], temperature)
         return torch.tensor(found, dtype=torch.int64, device=weight_MV.device)
+
+    def settle(self, row: Request) -> None:
+        """Decide the tokens of the active block that have no alternative, and fixed text behind what is decided."""
+        for path, stretch in self.stretches(row):
+            if row.masked_G[stretch.first : stretch.last].any():
+                path.settle(row, stretch)
+
+
+def slots_of(row: Request) -> list[list[int]]:
+    """Return where each slot of a template begins and ends."""
+    found: list[list[int]] = np.flatnonzero(np.diff(np.concatenate(([0], row.slot_G, [0])))).reshape(-1, 2).tolist()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPath:
+    """An expression as an automaton over a tokenizer's tokens, and the best path through it.
+
+    Args:
+        automaton: of the whole answer, or of what fills a slot.
+        encode: from bytes to ids whose bytes they are; [] where the tokenizer has another text in mind.
+    """
+
+    automaton: TokenAutomaton
+    encode: Callable[[bytes], list[int]]
+
+    # The choice
 
     def by_class(
         self, edges: Edges, weight_MV: NDArray[np.floating], choice_MV: NDArray[np.floating], summed: bool
@@ -131,7 +158,7 @@ class TokenForm:
         best_MC[:, automaton.nothing] = sum_MC[:, automaton.nothing] = -np.inf
         return sum_MC if summed else best_MC, best_MC
 
-    def _path(
+    def best(
         self,
         row: Request,
         stretch: Stretch,
@@ -141,7 +168,7 @@ class TokenForm:
     ) -> Iterator[int]:
         """Yield the ids at the masked positions of a stretch, from left to right."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))
+        masked_L, id_L = row.masked_G[stretch.first : stretch.last], row.ids_G[stretch.first : stretch.last]
         score_MC, best_MC = self.by_class(edges, weight_MV, choice_MV, temperature > 0)
         ahead_R = np.where(automaton.may_stand(stretch.left)[edges.state_S], 0.0, -np.inf)
         ahead = [ahead_R]
@@ -189,16 +216,11 @@ class TokenForm:
 
     # What is left no choice
 
-    def settle(self, row: Request) -> None:
-        """Decide the tokens of the active block that have no alternative, and fixed text behind what is decided."""
-        for stretch in self.stretches(row):
-            if row.masked_G[stretch.first : stretch.last].any():
-                self._settle(row, stretch)
-
-    def _settle(self, row: Request, stretch: Stretch) -> None:
+    def settle(self, row: Request, stretch: Stretch) -> None:
         """Decide what is fixed in a stretch: which states lead to an end, then from left to right which are come to."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))  # as they change
+        own = slice(stretch.first, stretch.last)
+        masked_L, id_L = row.masked_G[own], row.ids_G[own]  # as they change
         real_E = edges.class_E != automaton.nothing
         alive = [automaton.may_stand(stretch.left)[edges.state_S]]
         for masked, token in zip(masked_L[::-1], id_L[::-1], strict=True):
@@ -273,7 +295,7 @@ class _Words:
         self._tokenizer = ref(tokenizer)  # which keeps this object, not the other way round
         self._bytes = vocabulary_bytes(tokenizer, vocabulary)
         self._tree = Tree.of(self._bytes)
-        self._forms: OrderedDict[tuple[str, str, tuple[int, ...]], TokenForm] = OrderedDict()
+        self._forms: OrderedDict[tuple[str, str, tuple[int, ...]], TokenPath] = OrderedDict()
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> "_Words":
@@ -284,12 +306,12 @@ class _Words:
                 found = _known[tokenizer] = cls(tokenizer, vocabulary)
         return found
 
-    def form(self, regex: str, kind: str, ending: tuple[int, ...]) -> TokenForm:
-        """Return a form, made once; the latest used are kept, as many as `MOST_BYTES` hold."""
+    def path(self, regex: str, kind: str, ending: tuple[int, ...]) -> TokenPath:
+        """Return what leads through an expression, made once; the latest are kept, as many as `MOST_BYTES` hold."""
         with _lock:
             found = self._forms.get((regex, kind, ending))
         if found is None:
-            found = TokenForm(token_automaton(byte_automaton(regex, kind), self._tree, ending, kind), self.encode)
+            found = TokenPath(token_automaton(byte_automaton(regex, kind), self._tree, ending, kind), self.encode)
         with _lock:
             found = self._forms.setdefault((regex, kind, ending), found)
             self._forms.move_to_end((regex, kind, ending))
@@ -324,21 +346,21 @@ def _size(value: Any) -> int:
     return sum(map(_size, list(value)))
 
 
-def regex_of(settings: GenerationSettings) -> tuple[str, str] | None:
-    """Return the regular expression of a form and what it was made of; None without a form.
+def regexes_of(settings: GenerationSettings) -> tuple[list[str], str] | None:
+    """Return the regular expression of a form, or of each slot, and what it was made of; None without a form.
 
     Raises:
         IlladaError: when a schema cannot be one.
     """
     if settings.regex is not None:
-        return settings.regex, "regex"
+        return [settings.regex], "regex"
     if settings.json_schema is not None:
         if isinstance(settings.json_schema, str):
             raise IlladaError("json_schema is a text: give the schema itself")
-        return schema_regex(settings.json_schema), "json_schema"
+        return [schema_regex(settings.json_schema)], "json_schema"
     if settings.choices:
-        return "|".join(map(re.escape, settings.choices)), "choices"
-    return None
+        return ["|".join(map(re.escape, settings.choices))], "choices"
+    return ([*settings.slot_regex], "slot_regex") if settings.slot_regex else None
 
 
 def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> None:
@@ -353,33 +375,26 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
     Raises:
         IlladaError: when the form cannot be used, or needs more tokens than there are.
     """
-    found = regex_of(request.settings)
+    found = regexes_of(request.settings)
     if found is None:
         return
-    regex, kind = found
+    regexes, kind = found
     if tokenizer is None:
         raise IlladaError(f"{kind} needs a tokenizer: give one")
-    if len(regex) > LONGEST:
-        raise IlladaError(f"{kind} is a regular expression of {len(regex):,} characters, at most {LONGEST:,} are taken")
+    longest = max(map(len, regexes))
+    if longest > LONGEST:
+        raise IlladaError(f"{kind} is a regular expression of {longest:,} characters, at most {LONGEST:,} are taken")
+    slots = len(slots_of(request)) if request.template else 0
+    if kind == "slot_regex" and len(regexes) != slots:
+        raise IlladaError(
+            f"{name}: slot_regex has {len(regexes)} expressions, the text {slots} slots: give one for each"
+        )
     ending = tuple(token for token in request.settings.eos_ids if token < vocabulary)
-    form = _Words.of(tokenizer, vocabulary).form(regex, kind, ending)
-    request.form, request.state = form, form.automaton.start
-    needed = int(form.automaton.distance_S[form.automaton.start])
-    for stretch in form.stretches(request):
-        room = stretch.last - stretch.first + stretch.left
-        if needed > room:
-            raise IlladaError(
-                f"{name}: the shortest text that matches {kind} has {needed} tokens, the answer at most {room}: allow "
-                "more tokens, or ask for less"
-            )
-        if not form.automaton.may_stand(room)[form.automaton.start]:
-            raise IlladaError(
-                f"{name}: no text that matches {kind} has exactly {room} tokens, and no id ends it before"
-            )
-        if len(form.automaton.edges.class_E) * (stretch.last - stretch.first) > MOST_STEPS:
-            raise IlladaError(
-                f"{kind} is too large for blocks of this length: make it simpler, or block_length smaller"
-            )
+    words = _Words.of(tokenizer, vocabulary)
+    form = TokenForm(tuple(words.path(regex, kind, ending) for regex in regexes))
+    request.form, request.state = form, form.paths[0].automaton.start
+    for path, stretch in form.stretches(request):
+        _check_room(path.automaton, stretch, kind, name)
     form.settle(request)
     while request.block_is_done:
         ended = np.isin(request.ids_G[request.block : request.block_end], request.settings.eos_ids).any()
@@ -389,3 +404,17 @@ def give_form(request: Request, tokenizer: Any, vocabulary: int, name: str) -> N
             request.masked_G[last], request.forced_G[last] = True, False
             return
         request.open_next_block()
+
+
+def _check_room(automaton: TokenAutomaton, stretch: Stretch, kind: str, name: str) -> None:
+    """Check that what a form asks for has room, and that finding it is not too much work."""
+    needed, room = int(automaton.distance_S[automaton.start]), stretch.last - stretch.first + stretch.left
+    if needed > room:
+        raise IlladaError(
+            f"{name}: the shortest text that matches {kind} has {needed} tokens, the answer at most {room}: allow "
+            "more tokens, or ask for less"
+        )
+    if not automaton.may_stand(room)[automaton.start]:
+        raise IlladaError(f"{name}: no text that matches {kind} has exactly {room} tokens, and no id ends it before")
+    if len(automaton.edges.class_E) * (stretch.last - stretch.first) > MOST_STEPS:
+        raise IlladaError(f"{kind} is too large for blocks of this length: make it simpler, or block_length smaller")
