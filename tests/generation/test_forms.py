@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from illada import rng
 from illada.errors import IlladaError
@@ -246,6 +246,37 @@ def test_the_choice_is_the_best_of_all_valid_fillings(regex, length, seed, data)
     assert all(len({ids[place] for ids, _ in valid}) == 1 for place in now if decided[place] is None)
     left = [*reference_fillings(logits.tolist(), [*np.where(row.masked_G, None, row.ids_G)], matches, 3)]
     assert len(left) == len(valid)
+
+
+@pytest.mark.parametrize("regex", ["c|b", "[bc]a", "(?:cb|bc|ba){2}", "(?:c|ba)*", "[abc]*"])
+def test_of_equal_scores_the_first_id_is_taken(regex):
+    form, length = small_form(regex), 4
+    logits = torch.zeros(length, 4)
+    valid = reference_fillings(logits.tolist(), [None] * length, matcher(regex), 3)
+    found = form.choose(a_row(form, [None] * length), logits, logits.double(), 0.0)
+    assert tuple(found.tolist()) == min(ids for ids, _ in valid)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_classes_are_read_as_their_ids(steps):
+    """Also where ids are cut, or excluded; classes that no edge has are none."""
+    form = small_form("ab*|b*c")
+    automaton = form.automaton
+    edges = automaton.around(automaton.start, steps)
+    weight = np.random.default_rng(0).normal(0, 5, (4, 4)).astype(np.float32)
+    weight[1, :2], weight[2, 2], weight[3, 1:3] = weight[1, :2] - 1e6, -np.inf, (-1e6, -np.inf)
+    choice = weight[::-1].astype(np.float64)
+    score, best = form.by_class(edges, weight, choice, True)
+    assert np.array_equal(form.by_class(edges, weight, choice, False), (best, best))
+    for number in range(automaton.nothing + 1):
+        ids = np.flatnonzero(automaton.class_V == number)
+        if number == automaton.anything:
+            ids = np.arange(4)
+        elif number == automaton.nothing or number not in edges.class_E:
+            ids = ids[:0]
+        least = np.full((4, 1), -np.inf)
+        assert np.array_equal(best[:, number], np.hstack((choice[:, ids], least)).max(1))
+        assert score[:, number] == pytest.approx(special.logsumexp(np.hstack((weight[:, ids], least)), axis=1))
 
 
 @pytest.mark.parametrize(("regex", "decided"), [("a*b?c*", [None] * 4), ("(ab|c)*", [None, None, 1, None])])
@@ -523,3 +554,30 @@ def test_a_form_is_made_once(tied, monkeypatch):
         request = Request.of_prompt(tied.config, [7], settings("(?:ab)+cc"), "it")
         give_form(request, LETTERS, 64, "it")
     assert len(made) == 1
+
+
+def test_forms_are_kept_as_far_as_the_bytes_go(tied, monkeypatch):
+    made = []
+    monkeypatch.setattr(forms, "byte_automaton", lambda regex, kind: made.append(regex) or byte_automaton(regex, kind))
+    tokenizer = Letters()
+
+    def ask(regex):
+        request = Request.of_prompt(tied.config, [7], settings(regex), "it")
+        give_form(request, tokenizer, 64, "it")
+        return forms._size(request.form.automaton)
+
+    sizes = [ask(regex) for regex in ("a[ab]{6}", "b[ab]{6}", "c[ab]{6}")]
+    assert min(sizes) > 16 * 256  # bytes of the rows of a table alone
+    ask("a[ab]{6}")
+    assert made == ["a[ab]{6}", "b[ab]{6}", "c[ab]{6}"]
+    # The next one takes the place of the two that were asked for longest ago.
+    monkeypatch.setattr(forms, "MOST_BYTES", 2 * max(sizes) + 100)
+    ask("d[ab]{6}")
+    for regex in ("a[ab]{6}", "d[ab]{6}", "b[ab]{6}"):
+        ask(regex)
+    assert made[3:] == ["d[ab]{6}", "b[ab]{6}"]
+    # One that is larger than all of them is given all the same, and what it keeps of its own counts.
+    monkeypatch.setattr(forms, "MOST_BYTES", 0)
+    assert ask("e[ab]{6}") > 0
+    ask("e[ab]{6}")
+    assert made[5:] == ["e[ab]{6}"]
