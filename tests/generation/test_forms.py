@@ -260,7 +260,7 @@ def test_of_equal_scores_the_first_id_is_taken(regex):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_classes_are_read_as_their_ids(steps):
     """Also where ids are cut, or excluded; classes that no edge has are none."""
-    form = small_form("ab*|b*c")
+    (form,) = small_form("ab*|b*c").paths
     automaton = form.automaton
     edges = automaton.around(automaton.start, steps)
     weight = np.random.default_rng(0).normal(0, 5, (4, 4)).astype(np.float32)
@@ -564,7 +564,7 @@ def test_forms_are_kept_as_far_as_the_bytes_go(tied, monkeypatch):
     def ask(regex):
         request = Request.of_prompt(tied.config, [7], settings(regex), "it")
         give_form(request, tokenizer, 64, "it")
-        return forms._size(request.form.automaton)
+        return forms._size(request.form.paths[0].automaton)
 
     sizes = [ask(regex) for regex in ("a[ab]{6}", "b[ab]{6}", "c[ab]{6}")]
     assert min(sizes) > 16 * 256  # bytes of the rows of a table alone

@@ -965,7 +965,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"logit_bias": {1: math.nan}}, "logit_bias"),
         ({"temperature": 1.0, "min_p": 1.5}, "min_p must be between 0 and 1"),
         ({"min_p": 0.1}, "do nothing at temperature 0"),
-        ({"stop": "x"}, "list of strings"),
+        ({"stop": "x"}, "stop must be a list of texts"),
         ({"stop": ("",)}, "not empty"),
         ({"eos_token_id": -2}, "eos_token_id"),
         ({"cache": "nonsense"}, "cache"),
