@@ -141,7 +141,8 @@ class TokenForm:
     ) -> Iterator[int]:
         """Yield the ids at the masked positions of a stretch, from left to right."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))
+        in_row = slice(stretch.first, stretch.last)
+        masked_L, id_L = row.masked_G[in_row], row.ids_G[in_row]
         score_MC, best_MC = self.by_class(edges, weight_MV, choice_MV, temperature > 0)
         ahead_R = np.where(automaton.may_stand(stretch.left)[edges.state_S], 0.0, -np.inf)
         ahead = [ahead_R]
@@ -198,7 +199,8 @@ class TokenForm:
     def _settle(self, row: Request, stretch: Stretch) -> None:
         """Decide what is fixed in a stretch: which states lead to an end, then from left to right which are come to."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L, id_L = (x_G[stretch.first : stretch.last] for x_G in (row.masked_G, row.ids_G))  # as they change
+        own = slice(stretch.first, stretch.last)
+        masked_L, id_L = row.masked_G[own], row.ids_G[own]  # as they change
         real_E = edges.class_E != automaton.nothing
         alive = [automaton.may_stand(stretch.left)[edges.state_S]]
         for masked, token in zip(masked_L[::-1], id_L[::-1], strict=True):
