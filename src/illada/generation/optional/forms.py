@@ -168,7 +168,8 @@ class TokenPath:
     ) -> Iterator[int]:
         """Yield the ids at the masked positions of a stretch, from left to right."""
         automaton, edges = self.automaton, self.automaton.around(stretch.state, stretch.last - stretch.first)
-        masked_L, id_L = row.masked_G[stretch.first : stretch.last], row.ids_G[stretch.first : stretch.last]
+        in_row = slice(stretch.first, stretch.last)
+        masked_L, id_L = row.masked_G[in_row], row.ids_G[in_row]
         score_MC, best_MC = self.by_class(edges, weight_MV, choice_MV, temperature > 0)
         ahead_R = np.where(automaton.may_stand(stretch.left)[edges.state_S], 0.0, -np.inf)
         ahead = [ahead_R]
