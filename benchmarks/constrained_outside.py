@@ -3,7 +3,7 @@
     python benchmarks/constrained_outside.py --model runs/demo/model --constrained CHECKOUT --python VENV/bin/python
 
 Theirs (eth-sri/constrained-diffusion, arXiv 2508.10111) proposes a token, asks whether a context-free grammar still has
-a word that fits, and takes another token where it has none; after `--resamples` refusals it stops, and its evaluation
+a word that fits, and takes another token where it has none; after 100 refusals (`WAYS`) it stops, and its evaluation
 then puts some word of the grammar that fits what is there. Its answers are counted with that word and without. It runs
 in an interpreter of its own, which needs their packages and ours; both sides run our network. Every answer is made
 alone, at temperature 0, one token a pass, in blocks of 16 of 48 tokens, with the masks of later blocks in view.
@@ -26,7 +26,13 @@ from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.transformer import IlladaForMaskedLM
 from illada.weights.load import load_model
 
-TOKENS, BLOCK = 48, 16
+TOKENS, BLOCK, END = 48, 16, object()
+WAYS = {
+    "as it is": {"max_resamples": 100},
+    "up to 2000 refusals": {"max_resamples": 2000},
+    "up to 2000 refusals, no white space": {"max_resamples": 2000, "strip_chars": ""},
+}
+"""How constrained-diffusion is asked: by itself it allows white space anywhere between lexemes, and gives up at 100."""
 PROMPTS = ["Sort 415710.", "Which module defines b32encode?", "Shift: k d a q m z"]
 REGEXES = [
     "[0-9]{6}",
@@ -89,78 +95,81 @@ def ours(model, tokenizer, prompts):
     return found
 
 
-def theirs(model, tokenizer, prompts, resamples):
+def theirs(model, tokenizer, prompts, way):
     """Do the same with constrained-diffusion; this is what their interpreter runs.
 
-    The word that fits after a stop is "completed"; a grammar is compiled once for a form, in its first answer's time.
+    `way` is of `WAYS`. The word that fits after a stop is "completed"; a grammar is compiled once for a form, in the
+    time of its first answer.
     """
-    from constrained_diffusion import constrain_utils as constraints
-    from constrained_diffusion.cfgs.jsonschema import schema_to_cfg
     from constrained_diffusion.eval.dllm.models.llada.generate_constrained import generate as sample
-    from rustformlang.cfg import CFG
 
+    mask, end = model.config.mask_token_id, tokenizer.eos_token_id
     counts = {}
 
     def counted(ids):
         counts["passes"] += 1
-        counts["idle"] += not bool((ids == model.config.mask_token_id).any())
+        counts["idle"] += not bool((ids == mask).any())
         return model(ids)
 
     counted.device = model.device
     # As transformers 4, which they pin, reads a row of ids: each its own word.
     tokenizer.batch_decode = lambda row: [tokenizer.decode([token]) for token in row.tolist()]
+    sizes = {"steps": TOKENS, "gen_length": TOKENS, "block_length": BLOCK}
     found = []
     for form in FORMS:
-        grammar = None
+        language = None
         for prompt in prompts:
-            begun = time.process_time()
             counts.update(passes=0, idle=0)
-            if grammar is None:
-                if "regex" in form:
-                    grammar, lexemes, inside = CFG.from_text("S -> answer", "S"), {"answer": form["regex"]}, {}
-                else:
-                    grammar, lexemes, inside = schema_to_cfg(form["json_schema"])
-                grammar = grammar.to_normal_form()
-                compiled = constraints.compile_lex_map(lexemes, subtokens=inside)
-            given = {
-                "constraint_lang": grammar,
-                "lex_map": compiled,
-                "subtokens": inside,
-                "prompt_len": len(prompt),
-                "mask_id": model.config.mask_token_id,
-                "steps": TOKENS,
-                "gen_length": TOKENS,
-                "block_length": BLOCK,
-                "max_resamples": resamples,
-            }
-            *_, (ids, refused, ended) = sample(counted, torch.tensor([prompt]), tokenizer, **given)
+            begun = time.process_time()
+            language = language or compiled(form)
+            given = {"constraint_lang": language[0], "lex_map": language[1], "subtokens": language[3], **sizes}
+            asked = {"prompt_len": len(prompt), "mask_id": mask, **way}
+            *_, (ids, refused, ended) = sample(counted, torch.tensor([prompt]), tokenizer, **given, **asked)
             answer = ids[0, len(prompt) :].tolist()
-            end = tokenizer.eos_token_id
             text = tokenizer.decode(answer[: answer.index(end)] if end in answer else answer)
-            completed = text
-            if not ended:
-                special = {model.config.mask_token_id: None, end: constraints.EOS}
-                words = [special.get(token, tokenizer.decode([token])) for token in answer]
-                parts = constraints.partial_output_from_tokens(words)
-                fitting = constraints.generated_language(
-                    words, compiled, grammar.get_terminals(), subtokens=inside,
-                    supertokens=constraints.derive_supertokens(inside),
-                )  # fmt: skip
-                completed = constraints.autocomplete_valid(
-                    *parts, generated_lang=fitting, lex_map=lexemes, subtokens=inside, constraint_lang=grammar
-                )
+            known = [{mask: None, end: END}.get(token, tokenizer.decode([token])) for token in answer]
+            completed = text if ended else a_word_that_fits(known, way.get("strip_chars"), *language)
             seconds = time.process_time() - begun
             found.append(
-                {
-                    "sampled": text,
-                    "completed": completed or "",
-                    "passes": counts["passes"],
-                    "idle": counts["idle"],
-                    "refused": len(refused),
-                    "seconds": seconds,
-                }
+                {"sampled": text, "completed": completed, "refused": len(refused), "seconds": seconds, **counts}
             )
     return found
+
+
+def compiled(form):
+    """Return a form in their terms: grammar, automata of its lexemes, their expressions, which are parts of which."""
+    from constrained_diffusion.cfgs.jsonschema import schema_to_cfg
+    from constrained_diffusion.constrain_utils import compile_lex_map
+    from rustformlang.cfg import CFG
+
+    if "regex" in form:
+        grammar, lexemes, parts = CFG.from_text("S -> answer", "S"), {"answer": form["regex"]}, {}
+    else:
+        grammar, lexemes, parts = schema_to_cfg(form["json_schema"])
+    return grammar.to_normal_form(), compile_lex_map(lexemes, subtokens=parts), lexemes, parts
+
+
+def a_word_that_fits(known, white, grammar, automata, lexemes, parts):
+    """Return some word of a grammar with these tokens in it, as their evaluation does after a stop; "" for none.
+
+    Args:
+        known: the answer's tokens as texts, None for a mask, END for the end.
+        white: characters that may stand between lexemes, None for all white space.
+        grammar, automata, lexemes, parts: what `compiled` returns.
+    """
+    from constrained_diffusion import constrain_utils as constraints
+
+    known = [constraints.EOS if word is END else word for word in known]
+    pieces, gap_first, ended = constraints.partial_output_from_tokens(known)
+    fitting = constraints.generated_language(
+        known,
+        automata,
+        grammar.get_terminals(),
+        subtokens=parts,
+        supertokens=constraints.derive_supertokens(parts),
+        strip_chars=white,
+    )
+    return constraints.autocomplete_valid(pieces, gap_first, ended, fitting, lexemes, parts, grammar) or ""
 
 
 def is_valid(form, text):
@@ -186,9 +195,9 @@ def compare(options):
         chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
         ways = {"ours": ours(model, tokenizer, prompts)}
-        for resamples in options.resamples:
-            asked = {"random": random, "prompts": prompts, "resamples": resamples, "sum": _sum(model)}
-            ways[f"constrained-diffusion, up to {resamples} refusals"] = _elsewhere(options, asked)
+        for name, way in WAYS.items():
+            asked = {"random": random, "prompts": prompts, "way": way, "sum": _sum(model)}
+            ways[f"constrained-diffusion, {name}"] = _elsewhere(options, asked)
         for way, found in ways.items():
             forms = [form for form in FORMS for _ in prompts]
             sampled = sum(is_valid(form, one["sampled"]) for form, one in zip(forms, found, strict=True))
@@ -229,7 +238,6 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--constrained", help="a checkout of constrained-diffusion")
     parser.add_argument("--python", help="the interpreter of an environment with what it and illada need")
-    parser.add_argument("--resamples", type=int, nargs="+", default=[100, 2000], help="refusals before it stops")
     parser.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)  # in their interpreter
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -240,7 +248,7 @@ def main():
     model, tokenizer = network(options.model, asked["random"])
     if _sum(model) != asked["sum"]:
         sys.exit("these are not the same weights")
-    print(json.dumps(theirs(model, tokenizer, asked["prompts"], asked["resamples"])))
+    print(json.dumps(theirs(model, tokenizer, asked["prompts"], asked["way"])))
 
 
 if __name__ == "__main__":
