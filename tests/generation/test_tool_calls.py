@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -361,6 +362,15 @@ def test_conversations_that_are_refused(tiny_tokenizer, change, words):
     change(messages)
     with pytest.raises(IlladaError, match=words):
         Tools([WEATHER], tiny_tokenizer).encode(messages)
+
+
+def test_arguments_as_deep_as_can_be_read_are_written_or_refused(tiny_tokenizer):
+    tools = Tools([WEATHER], tiny_tokenizer)
+    for deep in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):
+        try:
+            tools.encode(conversation('{"a":' * deep + "1" + "}" * deep))
+        except IlladaError as error:
+            assert "nested too deeply" in str(error) or "arguments of call a" in str(error)  # noqa: PT017
 
 
 def test_choices_that_are_refused(tiny_tokenizer):

@@ -347,7 +347,7 @@ def _with_calls(settings: GenerationSettings, tools: Tools, choice: Choice) -> G
 
 def _refusal(error: IlladaError, body: BaseModel) -> ApiError:
     """Return what a client is told of an error: what it calls a form by its own field's name, and the field."""
-    text, fields = str(error), type(body).model_fields
+    text, fields = str(error)[:400], type(body).model_fields
     asked = body.asked() if isinstance(body, FormFields) else {}
     if getattr(body, "tools", None) and not asked:
         asked = {"tools": ("regex", None)}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from illada.errors import IlladaError
+from illada.files import parse_json
 from illada.generation.optional.call_format import CallReader, ToolCall, call_format
 from illada.generation.optional.schema import schema_regex
 from illada.text.chat import encode_prompt, render
@@ -67,7 +68,11 @@ class Tools:
         """
         turns = _checked(messages, record)
         if not self.format.known:
-            return encode_prompt(self._tokenizer, self._written(turns), record)
+            try:
+                written = self._written(turns)
+            except RecursionError:  # what could just be read
+                raise IlladaError(f"{record}: the arguments of a call are nested too deeply") from None
+            return encode_prompt(self._tokenizer, written, record)
         # Templates of Hermes and Granite take it for granted that there is a description.
         described = [{"name": function["name"], "description": "", **function} for function in self._functions]
         shown = [{"type": "function", "function": function} for function in described]
@@ -249,7 +254,8 @@ def _call(call: Any, own_id: str, name: str) -> tuple[str, dict[str, Any]]:
         raise IlladaError(f"{name}: a call needs an id, and a function with a name and arguments")
     arguments = function.get("arguments")
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        # Some clients write no arguments as nothing.
+        arguments = parse_json(arguments or "{}") if isinstance(arguments, str) else arguments
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
