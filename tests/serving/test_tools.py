@@ -1,11 +1,17 @@
 """Calls of tools through the server: with the openai package's own helpers, in streams, in both APIs."""
 
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from illada import Tools
+from illada.generation.optional.call_format import OURS, CallReader
+from illada.serving.answer import Answer, Update
+from illada.serving.detokenize import Detokenizer
+from illada.serving.protocol import ResponseRequest
+from illada.serving.responses import ItemResponses
 
 CHAT, ITEMS = "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -194,6 +200,26 @@ def test_a_response_tells_of_its_calls_in_typed_events(tools_server, choice):
         assert {item["id"]: item["arguments"] for item in called} == arguments
         checked([(item["name"], item["arguments"]) for item in called])
         assert called or choice == "auto"
+
+
+def test_the_log_probabilities_of_a_message_are_of_its_tokens_only(served_model):
+    _, tokenizer = served_model
+    text = 'a <two <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    body = ResponseRequest(input="one", tools=FLAT, include=["message.output_text.logprobs"])
+    responses = ItemResponses("tiny", body, 3, lambda token: tokenizer.decode([token]))
+    answer = Answer(0, SimpleNamespace(alternatives=0), Detokenizer(tokenizer), 99, reader=CallReader(OURS))
+    events = [*responses.opening(answer)]
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        events += responses.chunks(answer, *answer.take(Update([token], [-0.5], 1, [])))
+    events += responses.chunks(answer, *answer.take(Update([], [], 1, [], finish="stop")))
+    events += [*responses.ending(answer), *responses.closing([answer])]
+    message, call = events[-1]["response"]["output"]
+    assert (message["content"][0]["text"], call["name"]) == ("a <two ", "now")
+    own = message["content"][0]["logprobs"]
+    assert "".join(token["token"] for token in own) == "a <two "
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [token for delta in deltas for token in delta] == own
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == [message, call]
 
 
 def called(arguments, call_id="a"):
