@@ -135,6 +135,16 @@ def test_templates_that_are_strict_about_ids_and_descriptions(with_template):
     assert "@tool: call00001sunny" in text
 
 
+def test_ours_where_a_template_refuses_the_schemas(with_template):
+    odd = "{% if 'odd' in t.function.parameters.properties %}{{ raise_exception('odd') }}{% endif %}"
+    refusing = HERMES.replace("{{ t.function", odd + "{{ t.function")
+    tokenizer = with_template(refusing)
+    assert Tools([WEATHER, NOW], tokenizer).format.known
+    tools = Tools([NOW, {"name": "f", "parameters": {"properties": {"odd": {}}}}], tokenizer)
+    assert tools.format == OURS
+    assert "<tool_response>\nsunny" in tokenizer.decode(tools.encode(conversation({})))
+
+
 def test_calls_of_one_id_are_answered_in_turn(tiny_tokenizer):
     calls = [{"id": "", "function": {"name": name, "arguments": {}}} for name in ("weather", "now")]
     results = [{"role": "tool", "tool_call_id": "", "content": text} for text in ("sunny", "noon")]

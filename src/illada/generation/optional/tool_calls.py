@@ -12,7 +12,7 @@ from typing import Any
 
 from illada.errors import IlladaError
 from illada.files import parse_json
-from illada.generation.optional.call_format import CallReader, ToolCall, call_format
+from illada.generation.optional.call_format import OURS, CallReader, ToolCall, call_format
 from illada.generation.optional.schema import schema_regex
 from illada.text.chat import encode_prompt, render
 
@@ -56,6 +56,11 @@ class Tools:
         self.names = [function["name"] for function in self._functions]
         if twice := next((name for name in self.names if self.names.count(name) > 1), None):
             raise IlladaError(f"tools: two are named {twice!r}")
+        if self.format.known and self._functions:
+            try:
+                self._rendered([{"role": "user", "content": "question"}], "template")
+            except IlladaError:  # some templates know a few kinds of schemas only
+                self.format = OURS
 
     def encode(self, messages: Sequence[Mapping[str, Any]], record: str = "conversation") -> list[int]:
         """Return the ids after which the answer is generated.
@@ -73,6 +78,10 @@ class Tools:
             except RecursionError:  # what could just be read
                 raise IlladaError(f"{record}: the arguments of a call are nested too deeply") from None
             return encode_prompt(self._tokenizer, written, record)
+        return self._rendered(turns, record)
+
+    def _rendered(self, turns: list[dict[str, Any]], record: str) -> list[int]:
+        """Return what the template makes of a conversation and the tools."""
         # Templates of Hermes and Granite take it for granted that there is a description.
         described = [{"name": function["name"], "description": "", **function} for function in self._functions]
         shown = [{"type": "function", "function": function} for function in described]
