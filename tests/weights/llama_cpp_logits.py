@@ -20,6 +20,8 @@ def main(file: str, asked: str, output: str) -> None:
     vocab = llama.llama_model_get_vocab(model)
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(ids)
+    # Its flash attention on a CPU rounds keys and values to fp16.
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_threads = params.n_threads_batch = 1
     context = llama.llama_init_from_model(model, params)
     batch = llama.llama_batch_init(len(ids), 0, 1)
