@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 
 
+class NotHereError(Exception):
+    """Something cannot be measured on this machine, which is no failure."""
+
+
 def machine() -> str:
     """Return what timings depend on: torch, processor, threads and load."""
     return (

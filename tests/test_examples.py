@@ -128,8 +128,8 @@ def test_the_dictionary_is_made_and_reported(texts, tmp_path):
     chats = output / "chats"
     chats.mkdir(parents=True)
     records = [{"prompt": f"What is a dog {i}?", "response": "An animal.", "group": "meaning"} for i in range(100)]
-    for name in ("train", "held-out"):
-        chosen = [{**record, "group": group} for record in records for group in ("meaning", "kind")]
+    for name, count in (("train", 100), ("held-out", 4)):  # what is held out is all asked
+        chosen = [{**record, "group": group} for record in records[:count] for group in ("meaning", "kind")]
         chosen += [{**record, "group": group} for record in records[:2] for group in ("opposite", "synonym", "word")]
         (chats / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
     choices = {"context": "What is a dog?", "candidates": ["An animal.", "A dog.", "All.", "Four."], "answer": 0}

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from illada.commands import terminal
 from illada.errors import IlladaError
 from illada.generation.optional.call_format import OURS, CallReader
 from illada.generation.optional.tool_calls import _without
+from illada.preparation.train_tokenizer import train_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -97,6 +99,67 @@ def test_a_known_section_is_the_templates_own(with_template):
             "\n@tool: sunny\n@assistant: "
         )
     assert "weather" not in tokenizer.decode(Tools([], tokenizer).encode(conversation({})[:1]))
+
+
+def test_calls_begin_where_the_prompt_ends_in_any_tokens(with_template):
+    # The prompt ends with a token of two newlines, which are two tokens where a brace follows.
+    tokenizer = train_tokenizer(["one\n\n two\n\n"] * 9, 280)
+    tokenizer.chat_template = ONE_CALL.replace("@assistant: ", "@assistant\n\n").replace(
+        "m.role + ': '", "m.role + ('\n\n' if m.role == 'assistant' else ': ')"
+    )
+    tools = Tools([NOW], tokenizer)
+    assert tools.format == ('{"name": "', '", "parameters": ', None, "}", True)
+    asked, answered = (tools.encode(turns) for turns in (conversation({})[:1], conversation({})))
+    assert answered[: len(asked)] != asked
+    text = tokenizer.decode(asked) + '{"name": "weather", "parameters": {}}'
+    assert tokenizer.decode(answered).startswith(text)
+
+
+def test_ours_where_calls_are_no_answer_of_the_assistant(with_template):
+    other = HERMES.replace("'\n@' + m.role", "('\n@caller' if m.tool_calls else '\n@' + m.role)")
+    assert Tools([], with_template(other)).format == OURS
+
+
+def test_templates_that_are_strict_about_ids_and_descriptions(with_template):
+    strict = HERMES.replace("t.function | tojson", "t.function.name + ': ' + t.function.description")
+    strict = strict.replace(
+        "{% for c", "{% for c in m.tool_calls or [] if c.id | length != 9 %}{{ 0 / 0 }}{% endfor %}{% for c"
+    )
+    strict = strict.replace("{{ m.content }}", "{{ m.tool_call_id or '' }}{{ m.content }}")
+    messages = conversation({})
+    messages[1]["tool_calls"][0]["id"] = messages[2]["tool_call_id"] = "call_of_an_api_with_a_long_name"
+    tokenizer = with_template(strict)
+    text = tokenizer.decode(Tools([NOW], tokenizer).encode([*messages, *messages]))
+    assert text.startswith("now: \n@user")
+    assert "@tool: call00000sunny" in text
+    assert "@tool: call00001sunny" in text
+
+
+def test_ours_where_a_template_refuses_the_schemas(with_template):
+    odd = "{% if 'odd' in t.function.parameters.properties %}{{ raise_exception('odd') }}{% endif %}"
+    refusing = HERMES.replace("{{ t.function", odd + "{{ t.function")
+    tokenizer = with_template(refusing)
+    assert Tools([WEATHER, NOW], tokenizer).format.known
+    tools = Tools([NOW, {"name": "f", "parameters": {"properties": {"odd": {}}}}], tokenizer)
+    assert tools.format == OURS
+    assert "<tool_response>\nsunny" in tokenizer.decode(tools.encode(conversation({})))
+
+
+def test_calls_of_one_id_are_answered_in_turn(tiny_tokenizer):
+    calls = [{"id": "", "function": {"name": name, "arguments": {}}} for name in ("weather", "now")]
+    results = [{"role": "tool", "tool_call_id": "", "content": text} for text in ("sunny", "noon")]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    assert "sunny\n</tool_response>\n<tool_response>\nnoon" in tiny_tokenizer.decode(
+        Tools([NOW], tiny_tokenizer).encode(messages)
+    )
+
+
+def test_an_answer_that_begins_like_a_call_is_text(with_template):
+    reader = Tools([NOW], with_template(ONE_CALL)).reader()
+    said = '{"name": "Bob", "age": 3}'
+    sent = [reader.take(letter)[0] for letter in said] + [reader.take("", last=True)[0]]
+    assert "".join(sent) == reader.content == said
+    assert reader.calls == []
 
 
 def test_our_section_stands_behind_the_system_message(tiny_tokenizer):
@@ -301,6 +364,7 @@ def test_definitions_that_are_refused(tiny_tokenizer, definition, words):
         (lambda m: m[1]["tool_calls"][0].update(function={"name": "f", "arguments": "[1"}), "arguments of call a"),
         (lambda m: m.append({"role": "assistant", "content": "Sunny."}), "last message must be"),
         (lambda m: m.clear(), "last message must be"),
+        (lambda m: m.insert(0, "Weather?"), "message 0 is not an object"),
     ],
 )
 def test_conversations_that_are_refused(tiny_tokenizer, change, words):
@@ -308,6 +372,15 @@ def test_conversations_that_are_refused(tiny_tokenizer, change, words):
     change(messages)
     with pytest.raises(IlladaError, match=words):
         Tools([WEATHER], tiny_tokenizer).encode(messages)
+
+
+def test_arguments_as_deep_as_can_be_read_are_written_or_refused(tiny_tokenizer):
+    tools = Tools([WEATHER], tiny_tokenizer)
+    for deep in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):
+        try:
+            tools.encode(conversation('{"a":' * deep + "1" + "}" * deep))
+        except IlladaError as error:
+            assert "nested too deeply" in str(error) or "arguments of call a" in str(error)  # noqa: PT017
 
 
 def test_choices_that_are_refused(tiny_tokenizer):

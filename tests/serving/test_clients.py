@@ -113,7 +113,7 @@ def test_openai_raises_its_own_errors(client, address, stream):
     assert "\n" not in error.body["message"]
     assert "function is missing" in refused(openai.BadRequestError, tools=[{"type": "function"}]).body["message"]
     assert (
-        "context is 256" in refused(openai.BadRequestError, messages=[{"role": "user", "content": "x" * 999}]).message
+        "context is 1024" in refused(openai.BadRequestError, messages=[{"role": "user", "content": "x" * 1999}]).message
     )
     assert "there is no model 'big' here" in refused(openai.NotFoundError, model="big").body["message"]
     stranger = client.with_options(api_key="wrong")

@@ -2,11 +2,14 @@
 
 import json
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import httpx
 import pytest
+
+from illada.generation import engine
 
 CHAT, TEXT, ITEMS = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -181,3 +184,25 @@ def test_each_slot_has_its_own_expression(server):
         error = ask(server, path, **sent).json()["error"]
         assert error["param"] == "slot_regex"
         assert words in error["message"]
+
+
+def test_who_wants_no_form_waits_for_none(serve_model, monkeypatch):
+    begun, go_on, give = threading.Event(), threading.Event(), engine.give_form
+
+    def slow(request, *more):
+        if request.settings.forms:
+            begun.set()
+            assert go_on.wait(60)
+        give(request, *more)
+
+    monkeypatch.setattr(engine, "give_form", slow)
+    with serve_model() as (address, _), ThreadPoolExecutor() as pool:
+        formed = pool.submit(ask, address, CHAT, messages=HELLO, guided_regex="a")
+        try:
+            assert begun.wait(60)
+            body = {"messages": HELLO, "max_tokens": 8}
+            assert httpx.post(address + CHAT, json=body, timeout=30).status_code == 200
+            assert not formed.done()
+        finally:
+            go_on.set()
+        assert text_of(formed.result()) == "a"

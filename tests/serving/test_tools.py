@@ -1,11 +1,17 @@
 """Calls of tools through the server: with the openai package's own helpers, in streams, in both APIs."""
 
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from illada import Tools
+from illada.generation.optional.call_format import OURS, CallReader
+from illada.serving.answer import Answer, Update
+from illada.serving.detokenize import Detokenizer
+from illada.serving.protocol import ResponseRequest
+from illada.serving.responses import ItemResponses
 
 CHAT, ITEMS = "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "one two"}]
@@ -196,6 +202,32 @@ def test_a_response_tells_of_its_calls_in_typed_events(tools_server, choice):
         assert called or choice == "auto"
 
 
+def test_the_log_probabilities_of_a_message_are_of_its_tokens_only(served_model):
+    _, tokenizer = served_model
+    text = 'a <two <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    body = ResponseRequest(input="one", tools=FLAT, include=["message.output_text.logprobs"])
+    responses = ItemResponses("tiny", body, 3, lambda token: tokenizer.decode([token]))
+    answer = Answer(0, SimpleNamespace(alternatives=0), Detokenizer(tokenizer), 99, reader=CallReader(OURS))
+    events = [*responses.opening(answer)]
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        events += responses.chunks(answer, *answer.take(Update([token], [-0.5], 1, [])))
+    events += responses.chunks(answer, *answer.take(Update([], [], 1, [], finish="stop")))
+    events += [*responses.ending(answer), *responses.closing([answer])]
+    message, call = events[-1]["response"]["output"]
+    assert (message["content"][0]["text"], call["name"]) == ("a <two ", "now")
+    own = message["content"][0]["logprobs"]
+    assert "".join(token["token"] for token in own) == "a <two "
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [token for delta in deltas for token in delta] == own
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == [message, call]
+
+
+def called(arguments, call_id="a"):
+    call = {"id": call_id, "type": "function", "function": {"name": "now", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "a", "content": "noon"}
+    return [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "words"),
     [
@@ -205,12 +237,19 @@ def test_a_response_tells_of_its_calls_in_typed_events(tools_server, choice):
         (CHAT, {"tools": None, "tool_choice": "required"}, "tool_choice", "needs tools"),
         (CHAT, {"tool_choice": "always"}, "tool_choice", '"none", "auto", "required"'),
         (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "'f', which is none"),
+        (CHAT, {"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice", "or name a function"),
+        (CHAT, {"tool_choice": {"type": "function", "function": 3}}, "tool_choice", "tool_choice.function: Input"),
+        (CHAT, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools is missing"),
         (CHAT, {"stop": ["x"]}, "tools", "tools and stop"),
         (CHAT, {"tool_choice": "required", "max_tokens": 3}, "tools", "shortest text that matches tools has"),
         (CHAT, {"messages": [{**HELLO[0], "tool_calls": [{"id": "a"}]}]}, "messages", "function is missing"),
         (CHAT, {"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages", "expected 'assistant'"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages", "of the role tool"),
+        (CHAT, {"messages": called("[" * 9999)}, "messages", "must be a JSON object"),
+        (CHAT, {"messages": called('{"a": "\\ud800"}')}, "messages", "must be a JSON object"),
+        (CHAT, {"messages": called("{}", "x" * 9999)}, "messages", "message 2 has the tool_call_id 'a'"),
         (ITEMS, {"tools": [{"type": "web_search"}]}, "tools", "only functions"),
+        (ITEMS, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "mode is missing"),
         (ITEMS, {"tools": TOOLS}, "tools", "name is missing"),
         (ITEMS, {"input": [{"type": "function_call", "name": "f"}]}, "input", "input.0.call_id|call_id is missing"),
         (ITEMS, {"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f', which is none"),
@@ -221,6 +260,11 @@ def test_what_cannot_be_called_is_refused_by_name(tools_server, path, body, para
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
     assert any(word in error["message"] for word in words.split("|")), error["message"]
+    assert len(error["message"]) <= 400
+
+
+def test_a_call_without_arguments_may_be_written_as_nothing(tools_server):
+    assert ask(tools_server, messages=called("")).status_code == 200
 
 
 def test_a_schema_that_is_refused_is_named(tools_server):

@@ -15,7 +15,7 @@ from illada.generation.optional.forms import give_form
 from illada.generation.request import Proposals, Request
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.kv_cache import PagePool
-from illada.model.transformer import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM, evaluating
 from illada.text.chat import Prompt, encode_any, encoded_ids, is_encoding
 from illada.text.prompts import show_ids
 
@@ -242,19 +242,13 @@ class Engine:
         answers: dict[int, Generation] = {}
         if not self.busy:
             return answers
-        was_training = self.model.training
-        if was_training:
-            self.model.eval()
-        try:
+        with evaluating(self.model):
             requests = self._next_pass()
             rows = [row for request in requests for row in request.rows]
             proposals = iter(denoise(self.model, rows, self.pool, self.max_logits))
             for request in requests:
                 if (answer := self._advance(request, proposals)) is not None:
                     answers[request.index] = answer
-        finally:
-            if was_training:
-                self.model.train()
         self._retire(answers)
         return answers
 

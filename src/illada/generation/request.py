@@ -48,15 +48,12 @@ class Form(Protocol):
 
     def choose(self, row: "Request", weight_MV: Tensor, choice_MV: Tensor, temperature: float) -> Tensor:
         """Return the ids at the open positions of a row [M] that match it together."""
-        ...
 
     def settle(self, row: "Request") -> None:
         """Decide what it leaves no choice in the active block."""
-        ...
 
     def leave_block(self, row: "Request") -> None:
         """Bring the row's state to the end of the active block, in which all that matters is decided."""
-        ...
 
 
 @dataclass(eq=False)

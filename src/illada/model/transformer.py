@@ -11,6 +11,7 @@ V vocabulary · C a piece of it · M selected tokens.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,20 @@ with importing_quietly():
     from transformers import initialization as init
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and back, where it is in training: to do so walks through all its modules."""
+    was_training = module.training
+    if was_training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            module.train()
+
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and signed sine of the rotary angles, fp32 [T, 1, K]: the same for both halves of a head, but for the sign."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from illada import rng
 from illada.errors import IlladaError
 from illada.model.config import IlladaConfig
+from illada.model.transformer import evaluating
 from illada.post_training.bounds import AnswersObjective, Views
 from illada.training.parallel import Objective, before_pass, distribute, release
 from illada.training.setup import Run
@@ -43,13 +44,11 @@ def share_of(count: int, size: int, rank: int, ranks: int) -> Iterator[tuple[lis
 @contextmanager
 def measuring(objective: Objective) -> Iterator[None]:
     """Let an objective compute without dropout, and free its weights afterwards, as no backward pass follows."""
-    was_training = objective.training
-    objective.eval()
-    try:
-        yield
-    finally:
-        release(objective)
-        objective.train(was_training)
+    with evaluating(objective):
+        try:
+            yield
+        finally:
+            release(objective)
 
 
 class AnswersRun(Run):

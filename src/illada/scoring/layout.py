@@ -15,7 +15,7 @@ from torch import Tensor
 
 from illada.errors import IlladaError
 from illada.model.attention import Packing
-from illada.model.transformer import IlladaForMaskedLM
+from illada.model.transformer import IlladaForMaskedLM, evaluating
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Context ids and candidate ids."""
@@ -168,9 +168,7 @@ def answers(
 def _run(model: IlladaForMaskedLM, group: Sequence[Query], statistic: Statistic | None) -> list[Answer]:
     """Run one forward pass over the distinct sequences of a group, and the head once at each position asked about."""
     keys = [query.seen.tobytes() for query in group]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         wanted: dict[bytes, NDArray[np.int64]] = {}
         for query, key in zip(group, keys, strict=True):
             wanted[key] = np.union1d(wanted[key], query.at_M) if key in wanted else query.at_M
@@ -183,8 +181,6 @@ def _run(model: IlladaForMaskedLM, group: Sequence[Query], statistic: Statistic 
             [starts[key] + np.searchsorted(wanted[key], q.at_M) for q, key in zip(group, keys, strict=True)]
         )
         log_p_M, score_A = _head(model, hidden_AD, at_M, np.concatenate([q.target_M for q in group]), statistic)
-    finally:
-        model.train(was_training)
     ends = np.cumsum([len(q.at_M) for q in group])[:-1]
     score_M = score_A[at_M] if statistic is not None else np.zeros(len(at_M), dtype=np.float32)
     return [Answer(*parts) for parts in zip(np.split(log_p_M, ends), np.split(score_M, ends), strict=True)]

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,11 +89,20 @@ class Handlers:
         self.names, self._server, self._defaults = (name, *server.alias), server, defaults
         self._about = about or {}
         self._tokenizer, self._token_texts = tokenizer, TokenTexts(tokenizer)
-        # Encoding changes a tokenizer's state for a moment, so the encoding thread has its own copy.
-        self._encoding = copy.deepcopy(tokenizer)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="illada-encode")
+        self._own = threading.local()
+        self._plain, self._formed = self._thread("illada-encode"), self._thread("illada-forms")
         self._model, self._context = model, model.config.max_position_embeddings
         self._created = int(time.time())
+
+    def _thread(self, name: str) -> ThreadPoolExecutor:
+        """Return a thread that checks requests; encoding changes a tokenizer for a moment, so it has one of its own."""
+        own = (self._own, "tokenizer", copy.deepcopy(self._tokenizer))
+        return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=setattr, initargs=own)
+
+    @property
+    def _encoding(self) -> Any:
+        """The tokenizer of the thread that asks."""
+        return self._own.tokenizer
 
     def check_name(self, name: str) -> None:
         """Check that a request names this model.
@@ -146,8 +156,10 @@ class Handlers:
         end = time.monotonic() + min(body.timeout or self._server.request_timeout, self._server.request_timeout)
         with self.worker.reserved_place():
             loop = asyncio.get_running_loop()
+            # An automaton may take seconds, for which only those wait that want one.
+            thread = self._formed if body.asked() or getattr(body, "tools", None) else self._plain
             try:
-                answers, prompt_tokens = await loop.run_in_executor(self._thread, self._answers, body)
+                answers, prompt_tokens = await loop.run_in_executor(thread, self._answers, body)
             except IlladaError as error:
                 raise _refusal(error, body) from error
         seconds = end - time.monotonic()
@@ -189,12 +201,12 @@ class Handlers:
         if body.model is not None:
             self.check_name(body.model)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.get_running_loop().run_in_executor(self._plain, work)
         except IlladaError as error:
             raise _refusal(error, body) from error
 
     def _answers(self, body: Body) -> tuple[list[Answer], int]:
-        """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in its own thread."""
+        """Check a request; return its answers, not begun yet, and the tokens of its prompts. Runs in a thread."""
         settings, tools = settings_for(self._model, body.settings(self._defaults)), self._tools(body)
         if tools is not None and tools.names and not isinstance(body, CompletionRequest):
             settings = _with_calls(settings, tools, body.choice())
@@ -347,7 +359,7 @@ def _with_calls(settings: GenerationSettings, tools: Tools, choice: Choice) -> G
 
 def _refusal(error: IlladaError, body: BaseModel) -> ApiError:
     """Return what a client is told of an error: what it calls a form by its own field's name, and the field."""
-    text, fields = str(error), type(body).model_fields
+    text, fields = str(error)[:400], type(body).model_fields
     asked = body.asked() if isinstance(body, FormFields) else {}
     if getattr(body, "tools", None) and not asked:
         asked = {"tools": ("regex", None)}

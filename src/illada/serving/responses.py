@@ -197,6 +197,8 @@ class ItemResponses(Responses):
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._opened: list[int] = []
         """The items whose stream has begun: -1 is the message, the others are calls."""
+        self._sent = 0
+        """Tokens of the message that are in the stream."""
         form = body.text and body.text.format
         wanted = form and form.model_dump(by_alias=True, exclude_unset=True)
         choice = body.tool_choice
@@ -243,11 +245,14 @@ class ItemResponses(Responses):
             yield from self._open(answer, -1)
 
     def chunks(self, answer: Answer, text: str, tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:
-        """Yield the events with the next text and tokens, and with what came of calls."""
+        """Yield the events with the next text and its tokens, and with what came of calls."""
         if text or (answer.reader is None and tokens):
             if not self._opened:
                 yield from self._open(answer, -1)
-            log_probs = listed(tokens, self._show) if self.log_probs else []
+            log_probs = []
+            if self.log_probs:
+                said = self._said(answer)
+                log_probs, self._sent = listed(said[self._sent :], self._show), len(said)
             yield self._part_event("response.output_text.delta", delta=text, logprobs=log_probs)
         for piece in answer.pieces:
             if piece.name is not None:
@@ -293,13 +298,19 @@ class ItemResponses(Responses):
             yield self._call_event(answer, "done", name=item["name"], arguments=item["arguments"])
         yield self._event("response.output_item.done", output_index=len(self._opened) - 1, item=item)
 
+    def _said(self, answer: Answer) -> Sequence[Token]:
+        """Return the tokens of the message so far: those of calls are no part of it."""
+        if answer.reader is None:
+            return answer.tokens
+        return [token for token in answer.tokens if token.offset < len(answer.content)]
+
     def _status(self, answer: Answer) -> str:
         return "incomplete" if answer.finish == "length" else "completed"
 
     def _item(self, answer: Answer, number: int) -> dict[str, Any]:
         """Return a call as it is now, or the message (-1)."""
         if number < 0:
-            content = [self.content(answer.content, answer.tokens, chunk=False)]
+            content = [self.content(answer.content, self._said(answer), chunk=False)]
             status = self._status(answer)
             return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
         assert answer.reader is not None

@@ -9,7 +9,7 @@ from illada.generation.optional.tool_calls import MOST_TOOLS
 from illada.serving.forms import Strict
 
 with needs("serve", "serving"):
-    from pydantic import BeforeValidator, Field, model_validator
+    from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 
 class Choice(NamedTuple):
@@ -117,10 +117,20 @@ class ItemAllowed(_Allowed):
 
 
 def _one_kind(choice: Any) -> Any:
-    """Refuse what is no choice in one sentence; otherwise each kind would have an error of its own."""
-    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+    """Refuse what is no choice in one sentence."""
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind not in (None, "none", "auto", "required", "function", "allowed_tools"):
         raise ValueError('it must be "none", "auto", "required", or name a function')
     return choice
+
+
+def _tag(choice: Any) -> str:
+    """Return which of the types below a choice has to be; errors do not show what is no identifier."""
+    kind = choice.get("type", "function") if isinstance(choice, dict) else getattr(choice, "type", "a word")
+    return {"function": "one function", "allowed_tools": "some functions"}.get(kind, "a word")
+
+
+Word = Annotated[Literal["none", "auto", "required"], Tag("a word")]
 
 
 class ToolFields(Strict):
@@ -164,9 +174,14 @@ class ChatToolFields(ToolFields):
         ]
         | None
     ) = None
-    tool_choice: Annotated[
-        Literal["none", "auto", "required"] | ChatReference | ChatAllowed | None, BeforeValidator(_one_kind)
-    ] = None
+    tool_choice: (
+        Annotated[
+            Word | Annotated[ChatReference, Tag("one function")] | Annotated[ChatAllowed, Tag("some functions")],
+            Discriminator(_tag),
+            BeforeValidator(_one_kind),
+        ]
+        | None
+    ) = None
 
 
 class ItemToolFields(ToolFields):
@@ -178,9 +193,14 @@ class ItemToolFields(ToolFields):
         ]
         | None
     ) = None
-    tool_choice: Annotated[
-        Literal["none", "auto", "required"] | ItemReference | ItemAllowed | None, BeforeValidator(_one_kind)
-    ] = None
+    tool_choice: (
+        Annotated[
+            Word | Annotated[ItemReference, Tag("one function")] | Annotated[ItemAllowed, Tag("some functions")],
+            Discriminator(_tag),
+            BeforeValidator(_one_kind),
+        ]
+        | None
+    ) = None
 
 
 class CalledFunction(Named):

@@ -88,9 +88,11 @@ class CallReader:
         self._read = self._read_name
         return self._read_name(last)
 
-    def _read_name(self, last: bool) -> CallPiece | None:  # noqa: ARG002
+    def _read_name(self, last: bool) -> CallPiece | None:
         name, found, rest = self._left.partition(self._form.middle)
         if not found:
+            if last:  # it was no call: another form may begin alike
+                self.content, self._left = self.content + self._form.opening + self._left, ""
             return None
         self._left, self._read = rest, self._read_arguments
         return CallPiece(len(self.calls), name, "")
@@ -182,11 +184,15 @@ def _calls_of(tokenizer: Any, question: dict[str, Any], tools: list[Any], count:
     whole = tokenizer.decode(render(tokenizer, [question, turn, *results], "template", generation=True, tools=tools))
     if not all(result["content"] in whole for result in results):
         return None
+    # Where the answer begins is seen in the texts: a token may hold the prompt's end and what follows it.
+    begun = tokenizer.decode(prompt)
     same = next((at for at, pair in enumerate(zip(prompt, answered, strict=False)) if pair[0] != pair[1]), len(prompt))
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    rest = answered[same:]
-    end = next((at for at, token in enumerate(rest) if token in special), len(rest))
+    end = next((at for at in range(same, len(answered)) if answered[at] in special), len(answered))
+    text = tokenizer.decode(answered[:end])
+    if not text.startswith(begun):
+        return None
     written = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in _PROBES[:count]]
     pattern = "(.*?)".join(re.escape(part) for pair in written for part in pair)
-    found = re.fullmatch(f"(.*?){pattern}(.*)", tokenizer.decode(rest[:end]), re.DOTALL)
+    found = re.fullmatch(f"(.*?){pattern}(.*)", text.removeprefix(begun), re.DOTALL)
     return None if found is None else found.groups()

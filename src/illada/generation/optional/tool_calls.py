@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from illada.errors import IlladaError
-from illada.generation.optional.call_format import CallReader, ToolCall, call_format
+from illada.files import parse_json
+from illada.generation.optional.call_format import OURS, CallReader, ToolCall, call_format
 from illada.generation.optional.schema import schema_regex
 from illada.text.chat import encode_prompt, render
 
@@ -55,6 +56,11 @@ class Tools:
         self.names = [function["name"] for function in self._functions]
         if twice := next((name for name in self.names if self.names.count(name) > 1), None):
             raise IlladaError(f"tools: two are named {twice!r}")
+        if self.format.known and self._functions:
+            try:
+                self._rendered([{"role": "user", "content": "question"}], "template")
+            except IlladaError:  # some templates know a few kinds of schemas only
+                self.format = OURS
 
     def encode(self, messages: Sequence[Mapping[str, Any]], record: str = "conversation") -> list[int]:
         """Return the ids after which the answer is generated.
@@ -67,8 +73,18 @@ class Tools:
         """
         turns = _checked(messages, record)
         if not self.format.known:
-            return encode_prompt(self._tokenizer, self._written(turns), record)
-        shown = [{"type": "function", "function": function} for function in self._functions]
+            try:
+                written = self._written(turns)
+            except RecursionError:  # what could just be read
+                raise IlladaError(f"{record}: the arguments of a call are nested too deeply") from None
+            return encode_prompt(self._tokenizer, written, record)
+        return self._rendered(turns, record)
+
+    def _rendered(self, turns: list[dict[str, Any]], record: str) -> list[int]:
+        """Return what the template makes of a conversation and the tools."""
+        # Templates of Hermes and Granite take it for granted that there is a description.
+        described = [{"name": function["name"], "description": "", **function} for function in self._functions]
+        shown = [{"type": "function", "function": function} for function in described]
         return render(self._tokenizer, turns, record, generation=True, tools=shown or None)
 
     def regex(
@@ -195,47 +211,63 @@ def _in_class(letters: str) -> str:
 
 
 def _checked(messages: Sequence[Mapping[str, Any]], record: str) -> list[dict[str, Any]]:
-    """Return the messages as chat templates know them: after calls come their results, the last is to be answered."""
+    """Return the messages as chat templates know them: after calls come their results, the last is to be answered.
+
+    Calls get ids of our own: Mistral's templates take nine letters and digits and no other id.
+    """
     turns: list[dict[str, Any]] = []
-    open_calls: list[str] = []
+    open_calls: list[tuple[str, dict[str, Any]]] = []
+    count = 0
     for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
         name = f"{record}: message {number}"
+        if not isinstance(message, Mapping):
+            raise IlladaError(f"{name} is not an object with role and content")
+        role, content = message.get("role"), message.get("content")
         wanted = ("tool",) if open_calls else _NEXT[turns[-1]["role"] if turns else "system"]
         if role not in wanted and not (number == 0 and role == "system"):
             raise IlladaError(f"{name} is from {role!r}, expected {' or '.join(map(repr, wanted))}")
-        if content is None and message.get("tool_calls"):
+        calls = message.get("tool_calls") if role == "assistant" else None
+        if content is None and calls:
             content = ""
         if not isinstance(content, str):
             raise IlladaError(f"{name} needs a content, a text")
         turn: dict[str, Any] = {"role": role, "content": content}
         if role == "tool":
-            if (call := message.get("tool_call_id")) not in open_calls:
-                raise IlladaError(f"{name} has the tool_call_id {call!r}, but open calls are {open_calls}")
-            open_calls.remove(call)
-            called = next(one for past in reversed(turns) for one in past.get("tool_calls", ()) if one["id"] == call)
-            turn |= {"tool_call_id": call, "name": called["function"]["name"]}
-        elif calls := message.get("tool_calls"):
-            turn["tool_calls"] = [_call(call, name) for call in calls]
-            open_calls = [call["id"] for call in turn["tool_calls"]]
+            turn |= _result(message.get("tool_call_id"), open_calls, name)
+        elif calls:
+            open_calls = [_call(call, f"call{count + at:05}", name) for at, call in enumerate(calls)]
+            turn["tool_calls"] = [call for _, call in open_calls]
+            count += len(open_calls)
         turns.append(turn)
     if open_calls:
-        raise IlladaError(f"{record}: the result of the call {open_calls[0]!r} is missing")
+        raise IlladaError(f"{record}: the result of the call {open_calls[0][0]!r} is missing")
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         raise IlladaError(f"{record}: the last message must be from 'user' or 'tool', to be answered")
     return turns
 
 
-def _call(call: Any, name: str) -> dict[str, Any]:
-    """Return a call of a message with its arguments as an object."""
+def _result(given: Any, open_calls: list[tuple[str, dict[str, Any]]], name: str) -> dict[str, str]:
+    """Return what a result says of the call that it is of, which is no longer open then."""
+    found = next((pair for pair in open_calls if pair[0] == given), None)
+    if found is None:
+        open_ids = [call_id for call_id, _ in open_calls]
+        raise IlladaError(f"{name} has the tool_call_id {given!r}, but open calls are {open_ids}")
+    open_calls.remove(found)
+    return {"tool_call_id": found[1]["id"], "name": found[1]["function"]["name"]}
+
+
+def _call(call: Any, own_id: str, name: str) -> tuple[str, dict[str, Any]]:
+    """Return the id of a call of a message, and the call with its arguments as an object and another id."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(call.get("id"), str):
         raise IlladaError(f"{name}: a call needs an id, and a function with a name and arguments")
     arguments = function.get("arguments")
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        # Some clients write no arguments as nothing.
+        arguments = parse_json(arguments or "{}") if isinstance(arguments, str) else arguments
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
         raise IlladaError(f"{name}: the arguments of call {call['id']} must be a JSON object, and its name a text")
-    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    plain = {"name": function["name"], "arguments": arguments}
+    return call["id"], {"id": own_id, "type": "function", "function": plain}
