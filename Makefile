@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "illada needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,completion,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,completion,gguf,dev,docs]'
 	@touch $@
 
 demo: setup
@@ -48,7 +48,7 @@ lowest:  # the suite on the lowest versions that pyproject.toml allows; -c and n
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	rm -f .venv-lowest/pins.txt
 	UV_PYTHON_DOWNLOADS=never .venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --all-extras --no-header --no-annotate pyproject.toml -o .venv-lowest/pins.txt
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/pins.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,completion,fused,dev,docs]'
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/pins.txt -e '.[data,report,tune,quantize,cluster,serve,track,eval,completion,gguf,fused,dev,docs]'
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 package: setup

@@ -24,8 +24,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_path(target: Path) -> Path:
-    """Return the name under which `new_folder` fills a folder."""
+    """Return the name under which `new_folder` and `new_file` write."""
     return target.with_name(f".{target.name}.partial")
+
+
+def remove_partial(target: Path) -> None:
+    """Delete what a killed process left of a file or folder."""
+    with suppress(OSError):
+        partial_path(target).unlink()
+    shutil.rmtree(partial_path(target), ignore_errors=True)
 
 
 @contextmanager
@@ -41,10 +48,7 @@ def new_folder(target: Path, into_existing: bool = False) -> Iterator[Path]:
     Raises:
         IlladaError: when the disk is full, or the folder cannot be written for another reason.
     """
-    partial = partial_path(target)
-    new_parents = [path for path in target.parents if not path.exists()]
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _all_or_nothing(target) as partial:
         partial.mkdir(parents=True)
         yield partial
         seal(partial)
@@ -56,10 +60,30 @@ def new_folder(target: Path, into_existing: bool = False) -> Iterator[Path]:
             sync(target)
         else:
             partial.rename(target)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which becomes `target` when the disk has it; errors as in `new_folder`."""
+    with _all_or_nothing(target) as partial:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        sync(partial)
+        partial.rename(target)
+
+
+@contextmanager
+def _all_or_nothing(target: Path) -> Iterator[Path]:
+    """Yield the partial path of a file or folder; an error deletes what is there, and the parents made for it."""
+    partial = partial_path(target)
+    new_parents = [path for path in target.parents if not path.exists()]
+    remove_partial(target)
+    try:
+        yield partial
         for parent in (target.parent, *(path.parent for path in new_parents)):
             sync(parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_partial(target)
         for path in new_parents:
             with suppress(OSError):
                 path.rmdir()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import illada.training.trainer as training
     import illada.weights.convert as convert
     import illada.weights.export as export
+    import illada.weights.gguf as gguf
     import illada.weights.load as weights
     import illada.weights.runs as runs
     import illada.weights.verify as verification
@@ -56,6 +57,7 @@ MODULES = {
     "evaluation": "illada.evaluation.run",
     "export": "illada.weights.export",
     "generation": "illada.generation.engine",
+    "gguf": "illada.weights.gguf",
     "likelihood": "illada.training.optional.likelihood",
     "plots": "illada.training.optional.plots",
     "preferences": "illada.post_training.preferences",

@@ -11,19 +11,29 @@ from illada.weights.options import Dtype
 def export(
     model: str,
     output: str,
-    dtype: Dtype = "auto",
-    layout: Literal["illada", "released"] = "illada",
+    dtype: Dtype | Literal["q8_0"] = "auto",
+    layout: Literal["illada", "released", "gguf"] = "illada",
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model as a folder that transformers loads, in our layout or the released one: weights to model card.
+    """Write a model as a folder that transformers loads, in our layout or the released one, or as a file for llama.cpp.
 
     Args:
         model: model or run folder, or a hub name (GSAI-ML/LLaDA-8B-Instruct).
-        output: new folder to write.
-        dtype: type of the weights written; auto is the checkpoint's own.
-        layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads.
-        max_shard_size: largest file of weights; more are written in several, with an index.
+        output: new folder to write; with layout gguf a file, NAME.gguf.
+        dtype: type of the weights written; auto is the checkpoint's own. q8_0 (8 bits) is for layout gguf.
+        layout: "illada" loads in transformers after `import illada`; "released" is also what the authors' code reads;
+            "gguf" is one file that llama.cpp loads (pip install 'illada[gguf]').
+        max_shard_size: largest file of weights; more are written in several, with an index (not with layout gguf).
     """
+    if layout == "gguf":
+        heavy.gguf.export_gguf(model, output, dtype)
+        print(
+            f"written to {output}: llama-diffusion-cli -m {output} -p PROMPT -ub 256 --diffusion-block-length 32 "
+            "--diffusion-steps 256 (it samples otherwise than illada: docs/released-weights.md)"
+        )
+        return
+    if dtype == "q8_0":
+        raise IlladaError("--dtype q8_0 is for --layout gguf: choose fp32, bf16 or fp16")
     heavy.export.export_model(model, output, dtype, layout, max_shard_size)
     print(f"written to {output}: load it with AutoModelForMaskedLM.from_pretrained({output!r}) after `import illada`")
     next_commands(f"illada chat --model {output}", f"illada serve --model {output}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from illada.devices import DTYPES
 from illada.errors import IlladaError
 from illada.files import read_json
-from illada.folders import new_folder, partial_path
+from illada.folders import new_folder, partial_path, remove_partial
 from illada.model.config import IlladaConfig
 from illada.model.released import released_config
 from illada.weights.options import Dtype
@@ -100,9 +100,9 @@ def write_model(
     texts = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     size = sum(shape.nbytes for shape in shapes.values())
     size += sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
-    _check_room(target, size)
+    check_room(target, size)
     with new_folder(target) as folder:
-        write_weights(folder, shapes, lambda name: _cast(tensors[name], name, dtype), max_shard_size)
+        write_weights(folder, shapes, lambda name: cast_weight(tensors[name], name, dtype), max_shard_size)
         _write_json(folder / "config.json", values)
         _write_json(folder / "generation_config.json", _generation_config(source, config))
         if tokenizer is not None:
@@ -115,7 +115,7 @@ def write_model(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def cast_weight(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Return a weight in the type to be written."""
     cast = tensor.to(dtype)
     if dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
@@ -123,14 +123,14 @@ def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _check_room(target: Path, size: int) -> None:
+def check_room(target: Path, size: int) -> None:
     """Check that the disk has room for `size` bytes.
 
     Raises:
         IlladaError: when it has not.
     """
     place = next(path for path in target.resolve().parents if path.exists())
-    shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed process left takes room
+    remove_partial(target)  # it takes room
     if (free := shutil.disk_usage(place).free) < size:
         raise IlladaError(
             f"no room for {target}: it needs about {size:,} bytes ({decimal(size)}) but {place} has {decimal(free)} "
