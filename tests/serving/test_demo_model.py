@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif("ILLADA_DEMO" not in os.environ, reason="ILLADA_DEMO names no run of the demo"),
 ]
 
-GIVEN = {"model": "model", "max_tokens": 96}
+GIVEN = {"model": "demo", "max_tokens": 96}
 QUESTION = [{"role": "user", "content": "Shift each letter by one: a b c"}]
 
 
@@ -43,7 +43,7 @@ class Shift(pydantic.BaseModel):
 def client():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with started_server(os.path.join(os.environ["ILLADA_DEMO"], "model")) as url:
+        with started_server(os.path.join(os.environ["ILLADA_DEMO"], "model"), ["--alias", "[demo]"]) as url:
             yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
