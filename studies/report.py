@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -161,7 +162,7 @@ def draw_bars(axes: Any, question: dict[str, Any], results: list[dict[str, Any]]
         places = [x + (i - (len(figures) - 1) / 2) * 0.8 / len(figures) for x in range(len(arms))]
         errors = [0.0 if math.isnan(error) else error for _, error in map(mean_and_error, values)]
         axes.bar(places, [fmean(v) for v in values], 0.8 / len(figures), yerr=errors, capsize=2, label=name)
-    axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=7)
+    axes.set_xticks(range(len(arms)), [re.sub("[ -]", "\n", arm) for arm in arms], fontsize=7)
     axes.set_ylabel("mean ± standard error")
 
 
