@@ -122,6 +122,7 @@ def test_hyphens_are_underscores(work, capsys):
     assert json.loads(hyphens)["prompt"] == "a-b"
 
 
+@pytest.mark.slow
 def test_the_model_may_come_first(work, fails, capsys):
     for command in TAKES_MODEL:
         assert "the model is given twice: as m and as --model" in fails(command, "m", "--model", "other")
@@ -134,6 +135,7 @@ def test_the_model_may_come_first(work, fails, capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
     pytest.importorskip("shtab")
     for shell in ("zsh", "fish"):
@@ -411,6 +413,7 @@ def test_generate(work, capsys):
     assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_generate_says_what_a_plain_prompt_gets_wrong(work, capsys, tmp_path):
     def notes(model, *prompts, more=()):
         cli.main(["generate", str(model), "--prompt", *prompts, *GENERATE, *more])

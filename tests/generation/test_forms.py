@@ -219,6 +219,7 @@ def matcher(regex, texts=FOUR):
 
 @given(expressions("abc"), st.integers(1, 6), st.integers(0, 2**31), st.data())
 @hypothesis_settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_the_choice_is_the_best_of_all_valid_fillings(regex, length, seed, data):
     try:
         form = small_form(regex)
@@ -395,6 +396,7 @@ def test_speculation_and_drafts_change_nothing(tied, regex):
 
 
 @pytest.mark.parametrize("block", [3, 5, 12, 24])
+@pytest.mark.slow
 def test_drafts_stop_where_fixed_text_is_written_otherwise(untied, block):
     """The last pass proposed other tokens for the text that the form then decides by itself."""
     regex = r'\{"abc":(?:true|12|a{1,3}),"bad":(?:[a-f]{1,4}|"[ab]*"),"cab":\[\d{1,2}\]\}'

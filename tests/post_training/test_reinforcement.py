@@ -132,6 +132,7 @@ def test_answers_without_advantage_may_be_left_out(make_rl, method, monkeypatch)
         torch.testing.assert_close(short_weights[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_raise_what_is_better_than_the_rest(make_rl):
     """In every rollout the mean of ρ A is 0 at first, and above it after steps on the same answers."""
     _, records = run(make_rl(steps=24, samples_per_step=24, learning_rate=1e-3, rl={"beta": 0, "inner_steps": 8}))
@@ -173,6 +174,7 @@ def test_any_number_of_processes_is_the_same_run(make_rl, tmp_path):
         close(*(read_metrics(tmp_path / f"{name} on {count}" / "metrics.jsonl") for count in (1, 2)))
 
 
+@pytest.mark.slow
 def test_old_rollouts_make_way(make_rl):
     recipe = make_rl(steps=18, rl={"keep_every": 3}, keep_checkpoints=1)
     run(recipe)

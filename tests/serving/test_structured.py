@@ -123,6 +123,7 @@ def test_steps_show_what_the_form_gave(server):
     assert all(p == 1 for p, state in zip(confidences, states, strict=True) if state == "g")
 
 
+@pytest.mark.slow
 def test_company_changes_nothing(server):
     """A third of the requests have a form; each answer is the one that its request gets alone."""
     bodies = [

@@ -64,6 +64,7 @@ def calls_of(answer):
     return checked([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
 
 
+@pytest.mark.slow
 def test_the_choice_says_what_may_be_called(tools_server):
     for seed in range(3):
         more = {"temperature": 1, "seed": seed}

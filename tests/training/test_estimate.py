@@ -111,6 +111,7 @@ def test_parts_and_sharding():
     assert kept[2] > 2 * kept[0]
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_is_counted():
     plain, averaged = estimate(recipe(), 2, vocab_size=500), estimate(recipe(average=0.9), 2, vocab_size=500)
     for kind in CHECKPOINTING:
