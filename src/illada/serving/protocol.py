@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -9,10 +10,11 @@ from typing import Annotated, Any, Literal
 from illada.errors import IlladaError, needs
 from illada.generation.settings import GenerationSettings
 from illada.serving.forms import NO_FORM, FormFields, Strict, TextFormat
-from illada.serving.tools import CallItem, ChatCall, ChatToolFields, ItemToolFields, joined
+from illada.serving.messages import ITEMS, AnyItem, ChatMessage, Item, joined
+from illada.serving.tools import ChatToolFields, ItemToolFields
 
 with needs("serve", "serving"):
-    from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+    from pydantic import BeforeValidator, Field, model_validator
     from starlette.responses import JSONResponse
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -61,9 +63,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
 that asked for something."""
 
 MOST_BIASES = 1024
-
-EMPTY = ("annotations", "audio", "function_call", "refusal", "tool_calls")
-"""Fields of an answer that clients send back unchanged: null, or an empty list."""
 
 FAST = {"threshold": 0.95, "cache": "adaptive"}
 """What `decoding: "fast"` means, as in `illada eval`."""
@@ -190,14 +189,14 @@ class GenerationRequest(JsonBody, FormFields):
         ]
 
     @property
+    @abstractmethod
     def log_probs(self) -> bool:
         """Whether log-probabilities are wanted."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def alternatives(self) -> int:
         """How many of the most probable tokens are wanted beside each token."""
-        raise NotImplementedError
 
     def stops(self) -> tuple[str, ...] | None:
         """Return the stop strings, or None when the request has none."""
@@ -243,57 +242,6 @@ class GenerationRequest(JsonBody, FormFields):
         return GenerationSettings(**values)
 
 
-class TextPart(Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """What one side says; the content is a text or a list of parts."""
-
-    role: Any
-    content: Any
-
-    def plain(self) -> dict[str, Any]:
-        """Return the role and content that chat templates know."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ChatMessage(Message):
-    """A turn of a conversation; one of the role `tool` gives the result of a call."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-    type: Literal["text", "message"] | None = None
-    tool_calls: Annotated[list[ChatCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {name: value for name, value in data.items() if name not in EMPTY or value not in (None, [])}
-        return {**data, "content": ""} if "tool_calls" in data and data.get("content") is None else data
-
-    @model_validator(mode="after")
-    def _of_its_role(self) -> "ChatMessage":
-        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
-            if getattr(self, field) is not None and self.role != role:
-                raise ValueError(f"{field} is for messages of the role {role}")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates know it."""
-        calls = {} if self.tool_calls is None else {"tool_calls": [call.model_dump() for call in self.tool_calls]}
-        result = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
-        return {**super().plain(), **calls, **result}
-
-
 class ChatRequest(ChatToolFields, GenerationRequest):
     """A conversation whose next message the model writes; a last message of the assistant is gone on with."""
 
@@ -325,58 +273,6 @@ class ChatRequest(ChatToolFields, GenerationRequest):
                 raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
             self.max_tokens = self.max_completion_tokens
         return self
-
-
-class ItemPart(Strict):
-    """A part of an item of a response's input."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: Any = None
-    logprobs: Any = None
-
-
-class Item(Message):
-    """A message among a response's input."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ItemPart], Field(fail_fast=True)]
-    type: Literal["message"] | None = None
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-
-class ResultItem(Strict):
-    """The result of a call among a response's input."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | Annotated[list[ItemPart], Field(fail_fast=True)]
-    id: str | None = None
-    status: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Return the result as the message that chat templates know."""
-        text = self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
-        return {"role": "tool", "content": text, "tool_call_id": self.call_id}
-
-
-ITEMS = {"function_call": CallItem, "function_call_output": ResultItem}
-"""Items of a response's input that are no messages, by their types."""
-
-
-def _kind_of_item(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if isinstance(kind, str) and kind in ITEMS else "message"
-
-
-AnyItem = Annotated[
-    Annotated[Item, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")],
-    Discriminator(_kind_of_item),
-]
 
 
 class TextOptions(Strict):

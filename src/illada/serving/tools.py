@@ -1,8 +1,6 @@
-"""What a request may say of tools, as in OpenAI's two APIs: the functions, which of them may be called, calls and
-results of earlier turns."""
+"""What a request may say of tools, as in OpenAI's two APIs: the functions, and which of them may be called."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from illada.errors import needs
 from illada.generation.optional.tool_calls import MOST_TOOLS
@@ -130,7 +128,17 @@ def _tag(choice: Any) -> str:
     return {"function": "one function", "allowed_tools": "some functions"}.get(kind, "a word")
 
 
-Word = Annotated[Literal["none", "auto", "required"], Tag("a word")]
+Tool = TypeVar("Tool")
+Reference = TypeVar("Reference")
+Allowed = TypeVar("Allowed")
+ListOf = Annotated[list[Annotated[Tool, BeforeValidator(_of_functions)]], Field(max_length=MOST_TOOLS, fail_fast=True)]
+OneOf = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a word")]
+    | Annotated[Reference, Tag("one function")]
+    | Annotated[Allowed, Tag("some functions")],
+    Discriminator(_tag),
+    BeforeValidator(_one_kind),
+]
 
 
 class ToolFields(Strict):
@@ -168,78 +176,12 @@ class ToolFields(Strict):
 class ChatToolFields(ToolFields):
     """Fields about tools in the chat API."""
 
-    tools: (
-        Annotated[
-            list[Annotated[ChatTool, BeforeValidator(_of_functions)]], Field(max_length=MOST_TOOLS, fail_fast=True)
-        ]
-        | None
-    ) = None
-    tool_choice: (
-        Annotated[
-            Word | Annotated[ChatReference, Tag("one function")] | Annotated[ChatAllowed, Tag("some functions")],
-            Discriminator(_tag),
-            BeforeValidator(_one_kind),
-        ]
-        | None
-    ) = None
+    tools: ListOf[ChatTool] | None = None
+    tool_choice: OneOf[ChatReference, ChatAllowed] | None = None
 
 
 class ItemToolFields(ToolFields):
     """Fields about tools in the Responses API."""
 
-    tools: (
-        Annotated[
-            list[Annotated[ItemTool, BeforeValidator(_of_functions)]], Field(max_length=MOST_TOOLS, fail_fast=True)
-        ]
-        | None
-    ) = None
-    tool_choice: (
-        Annotated[
-            Word | Annotated[ItemReference, Tag("one function")] | Annotated[ItemAllowed, Tag("some functions")],
-            Discriminator(_tag),
-            BeforeValidator(_one_kind),
-        ]
-        | None
-    ) = None
-
-
-class CalledFunction(Named):
-    """A function with the arguments of a call."""
-
-    arguments: str
-
-
-class ChatCall(Strict):
-    """A call in a message of the assistant."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class CallItem(Strict):
-    """A call among a response's input."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Return the call as a message of the assistant that chat templates know."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"role": "assistant", "content": "", "tool_calls": [{"id": self.call_id, "function": function}]}
-
-
-def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which the calls of one turn, items of their own before, stand in one message."""
-    found: list[dict[str, Any]] = []
-    for message in messages:
-        if found and "tool_calls" in message and found[-1]["role"] == "assistant":
-            calls = [*found[-1].get("tool_calls", ()), *message["tool_calls"]]
-            found[-1] = {**found[-1], "tool_calls": calls}
-        else:
-            found.append(message)
-    return found
+    tools: ListOf[ItemTool] | None = None
+    tool_choice: OneOf[ItemReference, ItemAllowed] | None = None
