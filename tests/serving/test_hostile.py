@@ -6,20 +6,17 @@ import socket
 import httpx
 import pytest
 
+from illada.serving.messages import ChatMessage, Item, ItemPart, TextPart
 from illada.serving.protocol import (
     NEUTRAL,
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     Decoding,
     DetokenizeRequest,
     GenerationRequest,
-    Item,
-    ItemPart,
     ResponseRequest,
     StreamOptions,
     TextOptions,
-    TextPart,
     TokenizeRequest,
 )
 
