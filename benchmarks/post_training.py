@@ -80,7 +80,14 @@ def one_level(length, samples, seed, complementary):
     return masked, np.full(samples, length / count / samples)
 
 
+def drawn_levels(length, samples, seed, complementary):
+    """Mask as `views` does, but each level is drawn by itself, as plain Monte Carlo does."""
+    each = [views(length, 1, 100 * seed + number) for number in range(samples)]
+    return np.concatenate([masked for masked, _ in each]), np.concatenate([weight for _, weight in each]) / samples
+
+
 WAYS = {
+    "n levels drawn one by one": (8, False, drawn_levels),
     "n levels, one mask each": (8, False, views),
     "one level, n masks": (8, False, one_level),
     "n/2 levels with complements": (4, True, views),
@@ -99,9 +106,11 @@ def measure_noise(options):
         pairs.append([(np.array([*prompt, *end]), len(prompt)) for end in ends])
     print(f"{len(pairs)} pairs, {options.seeds} seeds, 8 views of an answer\n")
     print(
-        "| masks | shared noise | tuned and start share it | independent | independent / shared, median (quartiles) |"
+        "| masks | shared noise | tuned and start share it | independent | independent / shared, median (quartiles) "
+        "| first row's independent / shared |"
     )
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
+    plain = None
     for name, (samples, complementary, masks) in WAYS.items():
         bounds = np.zeros((2, len(pairs), 2, options.seeds))  # model, pair, answer, seed
         for number, seed in product(range(len(pairs)), range(options.seeds)):
@@ -118,12 +127,15 @@ def measure_noise(options):
         shared = (gaps[:, 0] - gaps[:, 1]).var(-1, ddof=1)
         models_share = (gaps[:, 0] - np.roll(gaps[:, 1], 1, -1)).var(-1, ddof=1)
         independent = ((bounds[1, :, 0] - apart[0, :, 0]) - (third[1, :, 1] - fourth[0, :, 1])).var(-1, ddof=1)
+        plain = independent if plain is None else plain
         ratio = np.percentile(independent / shared, [50, 25, 75])
+        best = np.percentile(plain / shared, [50, 25, 75])
         means = (
             f"{values.mean():.3g} ± {values.std(ddof=1) / len(values) ** 0.5:.2g}"
             for values in (shared, models_share, independent)
         )
-        print(f"| {name} | {' | '.join(means)} | {ratio[0]:.3g} ({ratio[1]:.3g} to {ratio[2]:.3g}) |")
+        ratios = (f"{middle:.3g} ({low:.3g} to {high:.3g})" for middle, low, high in (ratio, best))
+        print(f"| {name} | {' | '.join(means)} | {' | '.join(ratios)} |")
 
 
 def write_published(options):
