@@ -63,9 +63,8 @@ def main() -> None:
     torch.manual_seed(0)
     shape = {**PRESETS[options.preset], "vocab_size": 8192, "mask_token_id": 5, "max_position_embeddings": 8192}
     model = IlladaForMaskedLM(IlladaConfig(**shape)).eval()
-    print(
-        f"{machine()}, {options.preset}\n\n| rows | cache | tokens | seconds | ms a token | passes | positions | MB kept |"
-    )
+    print(f"{machine()}, {options.preset}\n")
+    print("| rows | cache | tokens | seconds | ms a token | passes | positions | MB kept |")
     print("|---:|---|---:|---:|---:|---:|---:|---:|")
     points: dict[tuple[int, str], list[tuple[int, float]]] = {}
     answered(model, "none", 64, 1)  # what is done once
