@@ -61,6 +61,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Normalise the last axis."""
+        if hidden_TD.dtype == self.weight.dtype == torch.float32:  # the same numbers in one operation
+            return F.rms_norm(hidden_TD, hidden_TD.shape[-1:], self.weight, self.eps)
         normal_TD = F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps)
         return normal_TD.to(hidden_TD.dtype) * self.weight
 
@@ -300,7 +302,8 @@ class IlladaModel(IlladaPreTrainedModel):
                 starts = np.cumsum([0, *packing.lengths[:-1]])
                 flat_M = np.concatenate([start + at for start, at in zip(starts, wanted, strict=True)])
                 asking_M = torch.from_numpy(flat_M).to(hidden_TD.device)
-                if self.config.causal:  # attention would have to know which position asks
+                spared = (packing.tokens - len(flat_M)) * self.config.hidden_size * self.config.intermediate_size
+                if spared < 2**20 or self.config.causal:  # not worth it, or attention would have to know who asks
                     hidden_TD = last(hidden_TD, packing, rotary)[asking_M]
                 else:
                     packing = replace(packing, queries=tuple(map(len, wanted)))

@@ -182,8 +182,9 @@ def _run(model: IlladaForMaskedLM, group: Sequence[Query], statistic: Statistic 
         )
         log_p_M, score_A = _head(model, hidden_AD, at_M, np.concatenate([q.target_M for q in group]), statistic)
     ends = np.cumsum([len(q.at_M) for q in group])[:-1]
-    score_M = score_A[at_M] if statistic is not None else np.zeros(len(at_M), dtype=np.float32)
-    return [Answer(*parts) for parts in zip(np.split(log_p_M, ends), np.split(score_M, ends), strict=True)]
+    log_p = np.split(log_p_M, ends) if len(group) > 1 else [log_p_M]
+    scores = np.split(score_A[at_M], ends) if statistic is not None else [score_A] * len(group)
+    return [Answer(*parts) for parts in zip(log_p, scores, strict=True)]
 
 
 def _head(
@@ -194,8 +195,6 @@ def _head(
     statistic: Statistic | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Return log-probabilities [M] of the targets, each at one of the hidden states, and the scores [A], if wanted."""
-    order_M = np.argsort(at_M, kind="stable")
-    sorted_M = at_M[order_M]
     log_p_M, scores = np.empty(len(at_M)), []
     size = max(1, LOGITS_HELD // model.config.vocab_size)
     for first in range(0, len(hidden_AD), size):
@@ -205,8 +204,7 @@ def _head(
             logits_CV[:, model.config.mask_token_id] = -torch.inf
         if statistic is not None and log_sum_C is not None:
             scores.append(statistic(logits_CV, log_sum_C))
-        begin, end = np.searchsorted(sorted_M, (first, first + size))
-        own_K = order_M[begin:end]
-        row_K, target_K = (torch.from_numpy(x_M[own_K]).to(logits_CV.device) for x_M in (at_M - first, target_M))
-        log_p_M[own_K] = (logits_CV[row_K, target_K] - logits_CV.logsumexp(-1)[row_K]).double().cpu().numpy()
+        own_K = np.flatnonzero((first <= at_M) & (at_M < first + size))
+        places = torch.from_numpy(np.stack((at_M[own_K] - first, target_M[own_K]))).to(logits_CV.device)
+        log_p_M[own_K] = logits_CV.log_softmax(-1)[places[0], places[1]].cpu().numpy()
     return log_p_M, torch.cat(scores).float().cpu().numpy() if scores else np.empty(0, dtype=np.float32)
