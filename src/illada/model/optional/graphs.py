@@ -149,7 +149,7 @@ class GraphedPasses:
         self.storage = PagePool()
         """The keys and values that graphs know; one engine's pool has them at a time."""
         self.owner: Callable[[], PagePool | None] = lambda: None
-        self.weights = [*model.parameters(), *model.buffers()]
+        self.weights: list[Tensor] = []
         self.addresses: list[int] = []
         """Of weights and storage when the graphs were captured."""
 
@@ -171,13 +171,15 @@ class GraphedPasses:
         if bucket is None or wanted is None or packing.tokens != input_ids_T.numel():
             return IlladaModel.packed(self.model, input_ids_T, packing, position_ids_T, wanted)
         # Rows without a cache are guests in the pool: from the next pass on others may have their pages.
-        pool = next(iter(pools), None) or self.owner() or self.storage
+        pool = next(iter(pools), None) or self.owner() or PagePool()
         caches = packing.caches or (None,) * len(packing.lengths)
         pasts = tuple(cache or KVCache(pool) for cache in caches)
         for past, length in zip(pasts, packing.lengths, strict=True):
             past.begin(past.start, length)
         self.storage.pages = max(self.storage.pages, pool.pages)
         self._forget_moved()
+        if not self.steps:
+            self.weights = [*self.model.parameters(), *self.model.buffers()]
         if bucket not in self.steps:
             self.steps[bucket] = Step(self.model, bucket, self.storage)
         step = self.steps[bucket]
