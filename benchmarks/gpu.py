@@ -49,6 +49,9 @@ ROWS = {
     "cached": Row(4, "the same with the frozen and the prefix cache; limit 187 forwards/s"),
     "threshold": Row(4, "the same by a threshold at which random weights decide several tokens a pass"),
     "batches": Row(5, "8B shape, 1, 8 and 32 prompts of 200 ids, 64 new each, exact and frozen"),
+    "graphs": Row(
+        4, "8B shape, 1 and 8 prompts of 200 ids, 64 new each: CUDA graphs for small passes, beside eager ones"
+    ),
     "memory": Row(3, "8B shape, a prompt that leaves 32 of 8192 positions, four passes"),
     "training": Row(8, "1B shape (recipes/1b-pretrain.yaml), 8 windows of 8192 a step, 2 a pass, bf16"),
     "recompute": Row(10, "the same, one window a pass, by what is computed again; memory beside `illada estimate`"),

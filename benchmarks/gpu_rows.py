@@ -40,6 +40,7 @@ from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.model.attention import Packing, packed_attention
 from illada.model.config import IlladaConfig
+from illada.model.optional.graphs import CudaGraph, GraphedPasses
 from illada.model.transformer import IlladaForMaskedLM
 from illada.preparation.shard_writer import ShardWriter, write_index
 from illada.preparation.train_tokenizer import train_tokenizer
@@ -240,6 +241,48 @@ def row_batches(at: Scale) -> Figures:
             found[f"{rows}, {cache}"] = generated(model, asked(model, [at.prompt] * rows), settings)
     del model
     return found | same_tokens(at, 8) | same_tokens(at, 8, cache="frozen")
+
+
+@contextmanager
+def graphed(at: Scale, model: IlladaForMaskedLM) -> Iterator[GraphedPasses]:
+    """Run small passes as CUDA graphs; on a CPU over the same buffers, but without graphs."""
+    passes = GraphedPasses(model.model, CudaGraph if at.device == "cuda" else lambda run, _: run)
+    model.model.packed = passes
+    try:
+        yield passes
+    finally:
+        del model.model.packed
+
+
+def beside_graphs(at: Scale, model: IlladaForMaskedLM, rows: int, cache: str) -> Figures:
+    """Time generation eagerly and by graphs; forwards are counted by the engine, as hooks do not see a replay."""
+    settings = settings_of(at, max_new_tokens=2 * at.block, cache=cache)
+    answer = partial(generate, model, asked(model, [at.prompt] * rows), settings)
+    eager, wanted = timed(at, answer, 3), answer()
+    with graphed(at, model) as passes:
+        started = time.perf_counter()
+        answers = answer()
+        first, graphs = time.perf_counter() - started, timed(at, answer, 3)
+    forwards = max(row.forwards for row in answers)
+    figures = {"forwards/s": forwards / graphs, "eager forwards/s": forwards / eager, "times": eager / graphs}
+    figures |= {"captures": len(passes.steps), "s for them": first - graphs}
+    return figures | {"same answers": f"{sum(a == b for a, b in zip(answers, wanted, strict=True))} of {rows}"}
+
+
+def row_graphs(at: Scale) -> Figures:
+    model, found = network(at, at.large, torch.float32, num_hidden_layers=2), {}
+    prompts = asked(model, [1 + 37 * i % at.prompt for i in range(8)])
+    for cache in ("none", "frozen"):
+        for group in (prompts[:1], prompts):
+            answer = partial(generate, model, group, settings_of(at, max_new_tokens=2 * at.block, cache=cache))
+            wanted = answer()
+            with graphed(at, model) as passes:
+                same = answer() == wanted and answer() == wanted  # the second time nearly all is replayed
+            found[f"fp32, {len(group)} rows, {cache}: tokens as eager"] = same and bool(passes.steps)
+    model = network(at, at.large)
+    for rows, cache in ((1, "none"), (1, "frozen"), (at.batches[1], "frozen")):
+        found[f"{rows}, {cache}"] = beside_graphs(at, model, rows, cache)
+    return found
 
 
 def row_memory(at: Scale) -> Figures:

@@ -10,8 +10,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NEED_CUDA = {"varlen", "liger", "fp8"}
-EXPECTED = ["exact", "cached", "threshold", "batches", "memory", "training", "recompute", "varlen", "liger", "fp8"]
-EXPECTED += ["scoring", "server", "quantised", "processes"]
+EXPECTED = ["exact", "cached", "threshold", "batches", "graphs", "memory", "training", "recompute", "varlen", "liger"]
+EXPECTED += ["fp8", "scoring", "server", "quantised", "processes"]
 
 # One process that has imported everything runs all of it: the imports take longer than most rows.
 DRIVER = """

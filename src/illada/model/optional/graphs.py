@@ -176,7 +176,7 @@ class GraphedPasses:
         pasts = tuple(cache or KVCache(pool) for cache in caches)
         for past, length in zip(pasts, packing.lengths, strict=True):
             past.begin(past.start, length)
-        self.storage.pages = max(self.storage.pages, pool.pages)
+        self.storage.pages = pool.pages
         self._forget_moved()
         if not self.steps:
             self.weights = [*self.model.parameters(), *self.model.buffers()]
