@@ -818,6 +818,13 @@ def test_drafts_go_as_far_as_the_last_pass_foretells():
     assert drafts(speculate=50, ids=(6, 7, 8, 2)) == [2, 3]
 
 
+def test_slots_have_no_later_masks_so_a_dual_cache_is_a_prefix_cache(tied):
+    templates = [[9, None, 7, None, None], [None, 12, 13, None], [9] * 40 + [None, 8]]
+    ways = [{"cache": "prefix"}, {"cache": "dual", "later_masks": True}]
+    prefix, dual = (infill(tied, templates, GenerationSettings(speculate=2, **way)) for way in ways)
+    assert [(a.ids, a.forwards, a.positions) for a in dual] == [(a.ids, a.forwards, a.positions) for a in prefix]
+
+
 def test_a_draft_counts_only_for_the_state_it_foretold():
     for came, ids, same in (
         ([0.8, 0.7, 0.6], (6, 7, 8, 9), True),
@@ -883,8 +890,8 @@ def test_the_memory_of_caches_is_bounded(tied):
         most = max(most, len([request for request in engine.running if request.pasts]))
     assert most == 2
     # All pages are given back, those of drafts and of cancelled requests too.
-    for _ in range(3):
-        engine.submit([9] * 4, dataclasses.replace(settings, speculate=2, guidance_scale=1.0))
+    for change in ({}, {}, {"cache": "dual", "later_masks": True}):
+        engine.submit([9] * 4, dataclasses.replace(settings, speculate=2, guidance_scale=1.0, **change))
     for _ in range(3):
         engine.step()
     assert len(engine.pool.free) < engine.pool.pages
