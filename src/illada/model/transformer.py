@@ -10,7 +10,7 @@ V vocabulary · C a piece of it · M selected tokens.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -230,19 +230,6 @@ class IlladaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[config.pad_token_id])
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-
-
-def misfits(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], stray: str) -> list[str]:
-    """Name each tensor that is missing, is `stray` (has no place) or has another shape than its place."""
-    return [
-        *(f"{name} is missing" for name in places if name not in tensors),
-        *(f"{name} {stray}" for name in tensors if name not in places),
-        *(
-            f"{name} is {list(tensors[name].shape)}, not {list(place.shape)}"
-            for name, place in places.items()
-            if name in tensors and tensors[name].shape != place.shape
-        ),
-    ]
 
 
 def _refuse_odd(path: Any, notes: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What is checked of a model folder before anything is built from it: folders come from strangers.
 
 `read_values` looks at the types and ranges in config.json, `check_sizes` at what the headers of the weights say. Both
-are quick, whatever the files hold.
+are quick, whatever the files hold. `misfits` compares the tensors themselves with the places they are meant for.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from illada.errors import IlladaError
 from illada.files import read_json
@@ -152,3 +153,16 @@ def _our_name(name: str) -> str:
     for pattern, ours in LLADA_TENSORS.items():
         name = re.sub(pattern, ours, name)
     return name
+
+
+def misfits(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], stray: str) -> list[str]:
+    """Name each tensor that is missing, is `stray` (has no place) or has another shape than its place."""
+    return [
+        *(f"{name} is missing" for name in places if name not in tensors),
+        *(f"{name} {stray}" for name in tensors if name not in places),
+        *(
+            f"{name} is {list(tensors[name].shape)}, not {list(place.shape)}"
+            for name, place in places.items()
+            if name in tensors and tensors[name].shape != place.shape
+        ),
+    ]
