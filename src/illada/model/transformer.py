@@ -63,8 +63,7 @@ class RMSNorm(nn.Module):
         """Normalise the last axis."""
         if hidden_TD.dtype == self.weight.dtype == torch.float32:  # the same numbers in one operation
             return F.rms_norm(hidden_TD, hidden_TD.shape[-1:], self.weight, self.eps)
-        normal_TD = F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps)
-        return normal_TD.to(hidden_TD.dtype) * self.weight
+        return F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps).to(hidden_TD.dtype) * self.weight
 
 
 def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary:
