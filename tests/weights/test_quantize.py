@@ -11,11 +11,11 @@ from illada.generation.engine import generate
 from illada.generation.settings import GenerationSettings
 from illada.model.config import IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM
+from illada.weights.options import LIBRARIES
 from illada.weights.quantize import check_shapes, quantized_loading
 from released import random_tensors, write_released
 
 CPU = torch.device("cpu")
-TORCHAO, BITSANDBYTES = ("int8", "int4"), ("int8-bnb", "nf4")
 TYPES = {"int8": torch.float32, "int4": torch.bfloat16, "int8-bnb": torch.float32, "nf4": torch.bfloat16}
 # QLoRA, appendix E.
 NEGATIVE = (-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004)
@@ -23,9 +23,9 @@ POSITIVE = (0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.562617
 NF4 = torch.tensor([*NEGATIVE, 0.0, *POSITIVE])
 
 
-@pytest.fixture(params=[*TORCHAO, *BITSANDBYTES])
+@pytest.fixture(params=list(TYPES))
 def way(request):
-    pytest.importorskip("torchao" if request.param in TORCHAO else "bitsandbytes")
+    pytest.importorskip(LIBRARIES[request.param])
     pytest.importorskip("accelerate")
     return request.param
 
