@@ -28,8 +28,8 @@ from torch import Tensor
 
 from illada import IlladaConfig, IlladaForMaskedLM, rng
 from illada.devices import choose_device
-from illada.text.tokenizer import load_tokenizer
 from illada.preparation.train_tokenizer import train_tokenizer
+from illada.text.tokenizer import load_tokenizer
 from illada.weights.export import export_model
 from illada.weights.load import complete_ids, load_config, load_model
 
@@ -157,7 +157,7 @@ def main() -> None:
         "--saved",
         nargs="?",
         const="all",
-        help="load what `illada export --quantize` wrote; with --way, from this folder",
+        help="load what `illada export --quantize` wrote",
     )
     parser.add_argument("--reference", help="file of the unquantised log-probabilities, with --way")
     args = parser.parse_args()

@@ -163,9 +163,9 @@ class Int4Quantizer(HfQuantizer):
                     setattr(parent, name, Int4Linear(layer.in_features, layer.out_features))
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Say whether a tensor that is read is to be made smaller."""
-        layer, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(layer, Int4Linear) and name == "weight"
+        """Say whether a tensor is made of one that is read; its shape is for `check_shapes` to look at."""
+        layer, _ = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(layer, Int4Linear)
 
     def get_quantize_ops(self) -> "_Quantize":
         """Return what makes a weight smaller."""

@@ -18,7 +18,7 @@ from illada.text.tokenizer import load_tokenizer
 from illada.weights.adapters import adapter_base, attach
 from illada.weights.check import check_sizes, read_values, token_ids
 from illada.weights.options import Dtype, Quantization
-from illada.weights.quantize import check_shapes, quantized_loading, stored_quantization
+from illada.weights.quantize import check_packed, check_shapes, quantized_loading, stored_quantization
 from illada.weights.runs import model_folder
 from illada.weights.tensor_file import INDEX
 
@@ -84,7 +84,10 @@ def load_model(
             f"the weights in {folder} are {stored}, made to run in {str(config.dtype).removeprefix('torch.')}: leave "
             "out --dtype; to train or to convert, take the model that they were made of"
         )
-    check_sizes(config, check_shards(folder), quantized=stored is not None)
+    files = check_shards(folder)
+    check_sizes(config, files, quantized=stored is not None)
+    if stored is not None:
+        check_packed(stored, config, files)
     tokenizer = load_tokenizer(folder)
     complete_ids(config, folder, tokenizer)
     model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize, stored)

@@ -16,11 +16,13 @@ the rounding of every row in its forward pass, so a row's result may differ by a
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -30,7 +32,10 @@ from illada.model.transformer import IlladaForMaskedLM
 from illada.weights.int4 import GROUP, METHOD, Int4Config, Int4Linear
 from illada.weights.options import Quantization
 
-WIDTHS: dict[str, tuple[int, int]] = {"int4": (GROUP, 1), "nf4": (64, 32)}
+NF4_GROUP = 64
+"""Inputs that share a scale in nf4."""
+
+WIDTHS: dict[str, tuple[int, int]] = {"int4": (GROUP, 1), "nf4": (NF4_GROUP, 32)}
 """The CPU's kernels demand that a layer's inputs and outputs are multiples of these."""
 
 KEPT = ["lm_head"]
@@ -62,6 +67,9 @@ def quantized_loading(
     if name in ("int8-bnb", "nf4"):
         method = _bitsandbytes(name, compute)
     elif name == "int4" and device.type == "cpu":
+        with needs("quantize", "quantization int4"):
+            import_module("accelerate")  # transformers loads with it
+            import_module("openvino")
         method = Int4Config()
     else:
         method = _torchao(name, device, compute)
@@ -110,6 +118,67 @@ def packed_tensors(model: IlladaForMaskedLM) -> tuple[dict[str, Tensor], dict[st
     return dict(model.state_dict() if tensors is None else tensors), dict(texts)
 
 
+def check_packed(name: Quantization, config: IlladaConfig, files: Sequence[Path]) -> None:
+    """Check that the headers of quantised weights name every tensor of the blocks' linear layers, in its shape.
+
+    The libraries look at neither: a kernel would read beyond the end of a tensor that is too short.
+
+    Args:
+        name: how the weights are quantised.
+        config: configuration of the model.
+        files: files of its weights.
+
+    Raises:
+        IlladaError: naming tensors.
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for stored in weights.keys():  # noqa: SIM118 (it is no mapping)
+                part = weights.get_slice(stored)
+                found[stored] = (part.get_dtype(), list(part.get_shape()))
+    with torch.device("meta"):
+        model = IlladaForMaskedLM(config)
+    odd = []
+    for path, layer in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(layer, nn.Linear):
+            for ending, wanted in _packed(name, layer.out_features, layer.in_features).items():
+                tensor = path + ending
+                if tensor not in found:
+                    odd.append(f"{tensor} is missing")
+                elif found[tensor] != wanted and wanted[1]:
+                    odd.append(f"{tensor} is {' '.join(map(str, found[tensor]))}, not {' '.join(map(str, wanted))}")
+    if odd:
+        more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise IlladaError(
+            f"the weights in {files[0].parent} are not the {name} weights that its config.json describes: "
+            f"{'; '.join(odd[:3])}{more}: export or fetch the folder again"
+        )
+
+
+def _packed(name: Quantization, outputs: int, inputs: int) -> dict[str, tuple[str, list[int]]]:
+    """Return types and shapes of the tensors that a layer's weight is stored as, by the ends of their names.
+
+    Without a shape, a tensor need only be there.
+    """
+    groups = [outputs, inputs // GROUP]
+    return {
+        "int8": {
+            "._weight_qdata": ("I8", [outputs, inputs]),
+            "._weight_scale": ("F32", [outputs, 1]),
+            "._weight_zero_point": ("I8", [outputs, 1]),
+        },
+        "int4": {".weight": ("U8", [outputs, inputs // 2]), ".scale": ("F32", groups), ".zero": ("U8", groups)},
+        "int8-bnb": {".weight": ("I8", [outputs, inputs]), ".SCB": ("F32", [outputs]), ".weight_format": ("U8", [])},
+        "nf4": {
+            ".weight": ("U8", [outputs * inputs // 2, 1]),
+            ".weight.absmax": ("F32", [outputs * inputs // NF4_GROUP]),
+            ".weight.quant_map": ("F32", [16]),
+            ".weight.quant_state.bitsandbytes__nf4": ("U8", []),
+        },
+    }[name]
+
+
 def check_shapes(model: IlladaForMaskedLM) -> None:
     """Check that every linear layer of the blocks is quantised and has the shape that it was built for.
 
@@ -124,6 +193,8 @@ def check_shapes(model: IlladaForMaskedLM) -> None:
             shape = list((state or layer.weight).shape)
             if isinstance(layer, Int4Linear):
                 shape[1] *= 2
+            if state is not None and state.blocksize != NF4_GROUP:
+                odd.append(f"{path}.weight has {state.blocksize} inputs in a group, not {NF4_GROUP}")
             if shape != (built := [layer.out_features, layer.in_features]):
                 odd.append(f"{path}.weight is {shape}, not {built}")
             elif type(layer.weight) is nn.Parameter and not isinstance(layer, Int4Linear):
