@@ -105,13 +105,8 @@ def write_model(
     size += sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
     check_room(target, size)
     with new_folder(target) as folder:
-        write_weights(
-            folder,
-            shapes,
-            lambda name: cast_weight(tensors[name], name, kinds[name]),
-            max_shard_size,
-            None if packed is None else {"format": "pt", **packed},
-        )
+        header = None if packed is None else {"format": "pt", **packed}
+        write_weights(folder, shapes, lambda x: cast_weight(tensors[x], x, kinds[x]), max_shard_size, header)
         _write_json(folder / "config.json", values)
         _write_json(folder / "generation_config.json", _generation_config(source, config))
         if tokenizer is not None:
