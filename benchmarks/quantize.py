@@ -1,9 +1,8 @@
 """What does quantising cost and give? Memory of loading, seconds of a forward pass and agreement with the unquantised
-model, each way in a process of its own, in markdown; with --products, one product with each kernel that is at hand.
+model, each way in a process of its own, in markdown. (benchmarks/int4_products.py compares kernels.)
 
     OMP_NUM_THREADS=1 python benchmarks/quantize.py --shape illada-8b --layers 4 [--saved]
     OMP_NUM_THREADS=1 python benchmarks/quantize.py --model FOLDER --text FILE
-    OMP_NUM_THREADS=1 python benchmarks/quantize.py --products [--ggml FOLDER]
 
 Random weights (--shape) tell nothing about agreement. Linux only: memory is read from /proc.
 """

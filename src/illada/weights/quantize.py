@@ -121,7 +121,7 @@ def packed_tensors(model: IlladaForMaskedLM) -> tuple[dict[str, Tensor], dict[st
 def check_packed(name: Quantization, config: IlladaConfig, files: Sequence[Path]) -> None:
     """Check that the headers of quantised weights name every tensor of the blocks' linear layers, in its shape.
 
-    The libraries look at neither: a kernel would read beyond the end of a tensor that is too short.
+    Not every library does: bitsandbytes takes packed weights that are too short.
 
     Args:
         name: how the weights are quantised.
