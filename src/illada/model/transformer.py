@@ -219,7 +219,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the released model code does (spec §1): narrower at the two ends of the residual branches."""
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point():
             depth = math.sqrt(2 * config.num_hidden_layers) if hasattr(module, "ends_branch") else 1.0
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
