@@ -15,20 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from illada.bench.generation import bench_generate, table
+from illada.bench.generation import bench_generate, compared, shown, table
 from illada.bench.options import BenchGenerateOptions
-from illada.bench.samplers import EXACT, modes, rules
+from illada.bench.samplers import EXACT, THRESHOLDS, modes, rules
 from illada.errors import IlladaError
 from illada.generation.settings import GenerationSettings
 
 BLOCK, BUDGET = 16, 48  # of the demo's answers
-THRESHOLDS = (0.99, 0.95, 0.9)
-FAST_DLLM = ("generate", "generate_with_prefix_cache", "generate_with_dual_cache")
+FAST_DLLM = ("generate_with_dual_cache", "generate_with_prefix_cache")
 DINFER = ("cache=prefix", "cache=dual", "cache=dual,look=4")
 
 
-def cached_thresholds() -> list[str]:
-    """The variants of the engine that keep keys and values and commit by threshold."""
+def by_threshold() -> list[str]:
+    """The variants of the engine that commit by threshold, with and without a cache."""
     names = []
     for mode, of_mode in modes().items():
         for rule, of_rule in rules(BLOCK, BUDGET).items():
@@ -36,46 +35,52 @@ def cached_thresholds() -> list[str]:
                 settings = GenerationSettings(**of_mode, **of_rule)
             except IlladaError:
                 continue
-            if settings.cache != "none" and settings.threshold is not None:
+            if settings.threshold is not None and not settings.speculate:
                 names.append(rule + mode)
     return names
 
 
-def at_equal_accuracy(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Pair each outside row that has a cache and a threshold with such a row of ours that is right as often.
-
-    Where none is, with one of those that are most often right; of several with that of the fewest forwards and then
-    positions: to choose by the seconds would choose the luck of a run. "times" and "cpu_times" are medians over the
-    repeats of their time through ours, for the same problems.
-    """
-    ours = [row for row in rows if row["settings"] and row["settings"]["cache"] != "none"]
-    ours = [row for row in ours if row["settings"]["threshold"] is not None]
+def beside(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair the first outside sampler with a dual cache at each threshold with every other row at that threshold."""
+    rows = [row for row in results["rows"] if row["threshold"] is not None]
+    seen = set()
     for theirs in rows:
-        if theirs["settings"] or "cache" not in theirs["name"] or theirs["forwards_minimum"] is None:
+        if theirs["settings"] or "dual" not in theirs["name"] or theirs["threshold"] in seen:
             continue
-        wanted = min(theirs["accuracy"], max(row["accuracy"] for row in ours))
-        as_right = [row for row in ours if row["accuracy"] >= wanted]
-        best = min(as_right, key=lambda row: (row["answer_forwards"], row["positions"]))
-        pair: dict[str, Any] = {"theirs": theirs, "ours": best}
-        for times, seconds in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
-            pair[times] = statistics.median(a / b for a, b in zip(theirs[seconds], best[seconds], strict=True))
-        yield pair
+        seen.add(theirs["threshold"])
+        for row in rows:
+            if row["threshold"] == theirs["threshold"] and row is not theirs:
+                yield theirs, row
 
 
 def comparison(results: dict[str, Any]) -> str:
-    """Return the pairs of equal accuracy as a Markdown table."""
-    lines = ["| theirs | accuracy | forwards | ours | accuracy | forwards | times faster | CPU time |"]
-    lines.append("|---|---:|---:|---|---:|---:|---:|---:|")
+    """Return the same problems solved by others' dual cache and by every other way at the same threshold."""
+    heads = ("threshold, way", "right", "lost, won, p", "forwards", "CPU time")
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|---:|"]
 
-    def cells(row: dict[str, Any]) -> str:
+    def line(row: dict[str, Any], theirs: dict[str, Any]) -> str:
         forwards = row["answer_forwards"] / results["problems"]
-        return f"{row['name'].removeprefix('outside ')} | {row['accuracy']:.1%} | {forwards:.1f}"
+        pairs = zip(theirs["cpu_seconds"], row["cpu_seconds"], strict=True)
+        times = statistics.median(a / b for a, b in pairs)
+        paired = "" if row is theirs else shown(compared(row["right"], theirs["right"]))
+        name = row["name"].removeprefix("outside ")
+        return f"| {name} | {sum(row['right'])} | {paired} | {forwards:.1f} | {times:.2f} |"
 
-    for pair in at_equal_accuracy(results["rows"]):
-        lines.append(
-            f"| {cells(pair['theirs'])} | {cells(pair['ours'])} | {pair['times']:.2f} | {pair['cpu_times']:.2f} |"
-        )
-    return "\n".join([*lines, "", "Forwards: of an answer. Fast-dLLM's length is fixed: it goes on behind the end."])
+    last = None
+    for theirs, row in beside(results):
+        if theirs is not last:
+            lines.append(line(theirs, theirs))
+            last = theirs
+        lines.append(line(row, theirs))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Each threshold begins with theirs. Right: problems. Lost, won: those that theirs alone solves and "
+            "that the row alone solves; p: McNemar's exact test. Forwards: of an answer. CPU time: theirs through the "
+            "row's. Fast-dLLM's length is fixed: it goes on behind the end.",
+        ]
+    )
 
 
 def main() -> None:
@@ -107,17 +112,14 @@ def main() -> None:
             print(f"### Exact against the plain loop, one prompt at a time, V = {vocab_size:,}\n\n{table(results)}\n")
     outside = []
     if arguments.fast_dllm:
-        specs = [f"{arguments.fast_dllm}:{name}" for name in FAST_DLLM]
-        outside += [*specs, *(f"{spec},threshold={p}" for spec in specs[1:] for p in THRESHOLDS)]
+        outside += [f"{arguments.fast_dllm}:{name},threshold={p}" for name in FAST_DLLM for p in THRESHOLDS]
     if arguments.dinfer:
         driver = f"{Path(__file__).with_name('dinfer.py')},dinfer={arguments.dinfer}"
         outside += [f"{driver},{options},threshold={p}" for options in DINFER for p in THRESHOLDS]
-    # One block leaves nothing behind the end of an answer to generate in vain: what remains is the work itself.
-    for batch, budget in ((1, BUDGET), (1, BLOCK), (arguments.batch, BUDGET)) if outside else ():
-        options = {"max_new_tokens": budget, "batch": batch, "only": cached_thresholds(), "outside": outside}
-        results = run(f"others {batch} {budget}", **demo, **options)
-        what = f"engine in batches of {batch}, {budget} tokens"
-        print(f"### Against others, {what}\n\n{table(results)}\n\n{comparison(results)}\n")
+    for batch in (1, arguments.batch) if outside else ():
+        options = {"max_new_tokens": BUDGET, "batch": batch, "only": by_threshold(), "outside": outside}
+        results = run(f"others {batch}", **demo, **options)
+        print(f"### Against others, engine in batches of {batch}\n\n{table(results)}\n\n{comparison(results)}\n")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@
     python benchmarks/post_training.py accuracy --models runs/demo/model runs/fast/model --thresholds 0.9
     python benchmarks/post_training.py published --data shared/data/reasoning --output P --chats 40000 --sudokus 1500
     python benchmarks/post_training.py accuracy --models runs/start runs/rl/model --files P/sudoku.jsonl
+    python benchmarks/post_training.py forwards --runs runs/rl
 
 `pairs` lets the model answer problems of the training split at temperature 1 and pairs a wrong answer of each with the
 right one. `noise` measures the variance, over seeds, of (B_tuned - B_start)(chosen) - (B_tuned - B_start)(rejected).
 `accuracy` answers held-out problems, or those of a file by their reward: right answers in percent, the difference to
 the first row, paired by problem, and tokens a pass; of a file also the mean reward. `published` makes files of problems
 of the published sudokus and Countdown problems, and writes conversations to tune a start on that have none of them.
+`forwards` counts the answers that `illada rl` sent through the network: once for every pass of answering, once for
+every view before the steps, and for every view of a step three times, since a gradient costs two passes more.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from illada import rng
 from illada.generation.engine import generate
@@ -210,6 +214,31 @@ def measure_accuracy(options):
             print(f"| {name} | {decoding} | " + " | ".join(cells) + f" | {tokens / passes:.2f} |", flush=True)
 
 
+def count_forwards(options):
+    """Print what each run of `illada rl` sent through the network, and what its answers were worth."""
+    print(
+        "| run | steps | thousand forwards: answering | views | their gradients | all | reward, first and last tenth |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for run in options.runs:
+        recipe = yaml.safe_load((Path(run) / "recipe.yaml").read_text())
+        section, answered = recipe["rl"], recipe["training"]["samples_per_step"]
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "reward" in line]
+        views = section["samples"] * (2 if section["complementary"] and section["method"] != "diffu-grpo" else 1)
+        all_pull = section["beta"] or section["method"] == "gdsd"
+        answering = seen = 0.0
+        for line in lines:
+            if (line["step"] - 1) % section["inner_steps"] == 0:
+                answering += answered * line["answer_tokens"] * line["passes_per_token"]
+            seen += views * answered * (1 if all_pull else 1 - line["zero_groups"])
+        tenth = max(1, len(lines) // 10)
+        rewards = [np.mean([line["reward"] for line in part]) for part in (lines[:tenth], lines[-tenth:])]
+        parts = [answering, seen, 3 * seen, answering + 4 * seen]
+        cells = " | ".join(f"{part / 1000:.1f}" for part in parts)
+        print(f"| {run} | {lines[-1]['step']} | {cells} | {rewards[0]:.3f}, {rewards[1]:.3f} |")
+
+
 def main():
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,6 +271,9 @@ def main():
     published.add_argument("--chats", type=int, default=40000)
     published.add_argument("--sudokus", type=int, default=1500, help="of the conversations")
     published.add_argument("--seed", type=int, default=0)
+    forwards = parsers.add_parser("forwards")
+    forwards.set_defaults(run=count_forwards)
+    forwards.add_argument("--runs", nargs="+", required=True)
     options = parser.parse_args()
     if getattr(options, "files", None):
         measure_files(options)

@@ -1,12 +1,15 @@
 """Processor seconds of a reinforcement-learning cycle: ours beside dllm's GRPO trainer, on the same model and prompts.
 
     python benchmarks/rl_step.py --model runs/demo/model --dllm CHECKOUT --dllm_python VENV/bin/python
+    python benchmarks/rl_step.py --model runs/demo/model --where
 
 A cycle answers 16 sudokus six times each, judges the answers and makes four optimiser steps on them. Every answer has
 32 tokens, one decided a pass (blocks of 16); ours are also timed as they are in use, ending where the model ends
 them. Each program runs alone, on one thread, for one cycle and for three: half of the difference is a cycle, without
 start and loading. No copy of the start is kept. Rounds alternate. Theirs needs the packages that dllm names and trl
 0.19.1, and runs their LLaDA network on our weights (`illada export --layout released`).
+
+`--where` says where the time of three of our cycles goes, by method, answers ending where the model ends them.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from functools import reduce
 from pathlib import Path
 
@@ -138,6 +142,66 @@ def seconds(command):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, lines[-1]
 
 
+class Clock:
+    """Adds up processor seconds of calls, without those of other noted calls inside them."""
+
+    def __init__(self):
+        self.seconds, self.inside = {}, [0.0]
+
+    def watch(self, owner, name, part):
+        """Note the calls of a function or method under a part's name."""
+        plain = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            begun = time.process_time()
+            self.inside.append(0.0)
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                whole = time.process_time() - begun
+                self.seconds[part] = self.seconds.get(part, 0.0) + whole - self.inside.pop()
+                self.inside[-1] += whole
+
+        setattr(owner, name, noted)
+
+
+def where(options):
+    """Print the processor seconds of the parts of a cycle; each method runs in a process of its own."""
+    if options.method:
+        import torch
+
+        from illada.cli import main as command_line
+        from illada.post_training import answering, reinforcement, rewards
+        from illada.post_training.problems import Problems
+        from illada.training import trainer
+
+        clock = Clock()
+        clock.watch(answering, "generate", "answering")
+        clock.watch(rewards.Judge, "__call__", "judging, waiting for it")
+        clock.watch(Problems, "__getitem__", "drawing problems")
+        clock.watch(reinforcement.RlTrainer, "sums", "views before the steps")
+        clock.watch(reinforcement.RlTrainer, "pass_over", "views with gradient, forward")
+        clock.watch(reinforcement, "objective", "loss")
+        clock.watch(torch.Tensor, "backward", "backward")
+        clock.watch(trainer, "update", "optimiser")
+        clock.watch(reinforcement.RlTrainer, "train", "the rest: files, log, checkpoint, plans")
+        with tempfile.TemporaryDirectory() as folder:
+            words = ours(options.model, None, options.method, False, 3, f"{folder}/run")[3:]
+            words = [word for word in words if not word.startswith("--data.train")]
+            sys.argv = ["illada", *words, "--rl.tasks", '["sudoku"]']
+            command_line()
+        print(json.dumps(clock.seconds))
+        return
+    found = {}
+    for method in ("diffu-grpo", "espo", "gdsd"):
+        command = [sys.executable, __file__, "--model", options.model, "--where", "--method", method]
+        found[method] = json.loads(seconds(command)[1])
+    print("| part, processor seconds a cycle | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
+    for part in max(found.values(), key=len):
+        print(f"| {part} | " + " | ".join(f"{own.get(part, 0) / 3:.2f}" for own in found.values()) + " |")
+    print("| all | " + " | ".join(f"{sum(own.values()) / 3:.2f}" for own in found.values()) + " |")
+
+
 def main():
     """Read the command line, and time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,8 +210,12 @@ def main():
     parser.add_argument("--dllm_python", help="the interpreter of an environment with what dllm needs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--theirs", nargs=3, help=argparse.SUPPRESS)  # model, problems, cycles; in their environment
+    parser.add_argument("--where", action="store_true", help="the parts of our cycles")
+    parser.add_argument("--method", help=argparse.SUPPRESS)  # the one that this process times
     options = parser.parse_args()
-    if options.theirs:
+    if options.where:
+        where(options)
+    elif options.theirs:
         model, problems, cycles = options.theirs
         theirs(model, options.dllm, problems, int(cycles))
     else:

@@ -59,14 +59,15 @@ def log_p_of(model, ids):
 
 
 @torch.no_grad()
-def logits_with_past(model, ids, start, past):
-    """Return the logits of the positions from `start` on; they attend to the old keys and values of those before it.
+def logits_with_past(model, ids, start, past, stop=None):
+    """Return the logits of the positions from `start` to `stop`; they attend to the old keys and values of all others.
 
     `past` is a list of (keys, values), one for each layer; the new ones are written into it.
     """
+    stop = len(ids) if stop is None else stop
     config, trunk = model.config, model.model
     group = config.num_attention_heads // config.num_key_value_heads
-    where = torch.arange(start, len(ids), dtype=torch.float32)[:, None, None]
+    where = torch.arange(start, stop, dtype=torch.float32)[:, None, None]
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     turn = torch.polar(torch.ones(()), where * config.rope_theta**-pairs)
 
@@ -75,7 +76,7 @@ def logits_with_past(model, ids, start, past):
         turned = torch.complex(first, second) * turn
         return torch.cat((turned.real, turned.imag), -1)
 
-    hidden = trunk.embed_tokens(torch.tensor(ids[start:]))
+    hidden = trunk.embed_tokens(torch.tensor(ids[start:stop]))
     for n, block in enumerate(trunk.layers):
         normal = block.input_layernorm(hidden)
         q, k, v = (
@@ -83,7 +84,8 @@ def logits_with_past(model, ids, start, past):
         )
         q, k = rotated(q), rotated(k)
         if start:
-            k, v = (torch.cat((old[:start], new)) for old, new in zip(past[n], (k, v), strict=True))
+            pairs = zip(past[n], (k, v), strict=True)
+            k, v = (torch.cat((old[:start], new, old[stop : len(ids)])) for old, new in pairs)
         past[n] = (k, v)
         k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
         weights = (q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(config.head_dim)).softmax(-1)
@@ -169,21 +171,22 @@ def reference_generate(model, prompt, settings, think=()):
             if s.cache == "none":
                 first = 0
             else:
-                # A pass computes everything if it is the first of a block ("prefix") or of the answer, or follows a
-                # doubt ("adaptive"); the finished block once more if it is the first of the next block; otherwise the
-                # positions from the active block on.
+                # A pass computes everything if it is the first of a block ("prefix", "dual") or of the answer, or
+                # follows a doubt ("adaptive"); the finished block once more if it is the first of the next block;
+                # otherwise the positions from the active block on, under "dual" those of the active block alone.
                 first = len(prompt) + start
                 if block_step == 0:
-                    first = 0 if s.cache == "prefix" or start == 0 else first - block
+                    first = 0 if s.cache in ("prefix", "dual") or start == 0 else first - block
                 if doubt:
                     first = 0
+            last = len(prompt) + (start + block if s.cache == "dual" and block_step else view)
 
-            def passed(given, past, seen=seen, first=first):
+            def passed(given, past, seen=seen, first=first, last=last):
                 if s.cache == "none":
                     return logits_of(model, given + seen)[len(prompt) :]
-                computed = logits_with_past(model, given + seen, first, past)
+                computed = logits_with_past(model, given + seen, first, past, last)
                 rows = torch.zeros(len(given) + len(seen), computed.shape[-1], dtype=torch.float64)
-                rows[first:] = computed
+                rows[first:last] = computed
                 return rows[len(given) :]
 
             logits = passed(list(prompt), pasts[0])

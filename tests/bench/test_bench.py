@@ -322,7 +322,10 @@ def test_every_rule_and_mode_is_a_row_or_refused():
     found = rules(16, 48)
     assert found["margin, 4 tokens"] == {"steps_per_block": 4, "remasking": "margin"}
     assert [name for name in rules(2, 4) if "tokens" in name] == ["2 tokens", "margin, 2 tokens"]
-    assert modes() == {"": {}, **{f" ({name} cache)": {"cache": name} for name in ("adaptive", "frozen", "prefix")}}
+    assert modes() == {
+        "": {},
+        **{f" ({name} cache)": {"cache": name} for name in ("adaptive", "dual", "frozen", "prefix")},
+    }
 
 
 def test_a_threshold_implies_as_many_forwards_as_steps(sure):
@@ -366,8 +369,8 @@ def test_command_on_a_folder(trained_folder, tmp_path, capsys, monkeypatch):
     rules += [f"entropy {nats}" for nats in (0.05, 0.2, 0.5)]
     rules += ["margin, 2 tokens", "margin, 4 tokens", "speculate 2", "speculate 4"]
     rules += ["threshold 0.9, speculate 2"]
-    rules += ["one block", "later masks", "later masks, threshold 0.9"]
-    assert names[:19] == ["plain loop", "1 token", *rules]
+    rules += ["one block", "later masks", *(f"later masks, threshold {p}" for p in (0.99, 0.95, 0.9))]
+    assert names[:21] == ["plain loop", "1 token", *rules]
     assert all(name in said for name in names)
     assert results["problems"] == 2
     assert [results["rows"][1][key] for key in ("same_answers", "accuracy", "standard_error")] == [1.0, 0.0, 0.0]
@@ -394,6 +397,8 @@ def test_accuracy_is_exact_match_after_stripping(trained_folder, tmp_path, monke
     options = BenchGenerateOptions(str(trained_folder), tasks=str(tasks), **options)
     row = generation.bench_generate(options)["rows"][0]
     assert (row["accuracy"], row["standard_error"]) == (0.5, 0.25)
+    assert (row["right"], row["against_exact"]) == ([True, True, False, False], {"lost": 0, "won": 0, "p": 1})
+    assert generation.compared([True, False, False], row["right"][:3]) == {"lost": 1, "won": 0, "p": 1}
 
 
 def test_demo_problems_are_those_of_the_demo(tmp_path, monkeypatch):
@@ -429,39 +434,38 @@ def test_random_weights_have_no_accuracy_and_need_no_matplotlib(tmp_path, monkey
     assert not (tmp_path / "out" / "frontier.png").exists()
 
 
-def test_ours_at_equal_accuracy_is_the_one_of_fewest_forwards():
+def test_others_are_compared_at_their_threshold_on_the_same_problems():
     spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[2] / "benchmarks" / "generate.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
+    assert {"threshold 0.9", "later masks, threshold 0.99 (dual cache)"} <= {*bench.by_threshold()}
+    assert not [name for name in bench.by_threshold() if "speculate" in name or name == "threshold 0.9 (dual cache)"]
 
-    def row(name, accuracy, forwards, cache=None, threshold=0.9, seconds=1, minimum=9):
+    def row(name, right, threshold=0.9, seconds=1.0):
         return {
             "name": name,
-            "accuracy": accuracy,
-            "answer_forwards": forwards,
-            "positions": 7,
-            "seconds": [seconds, 3 * seconds, 2 * seconds],
-            "cpu_seconds": [2 * seconds, 2, 2],
-            "settings": cache and {"cache": cache, "threshold": threshold},
-            "forwards_minimum": minimum,
+            "threshold": threshold,
+            "right": [bool(int(x)) for x in right],
+            "answer_forwards": 10,
+            "cpu_seconds": [seconds, 3 * seconds, 2.0],
+            "settings": None if name.startswith("outside") else {},
         }
 
     rows = [
-        row("threshold, no cache", 0.9, 1, "none"),
-        row("a cache, no threshold", 0.9, 1, "prefix", None),
-        row("wrong", 0.4, 1, "prefix"),
-        row("long", 0.9, 8, "prefix", seconds=8),
-        {**row("wide", 0.6, 4, "frozen"), "positions": 9},
-        row("best", 0.6, 4, "frozen", seconds=4),
-        row("outside a:with_cache,threshold=1", 0.5, 6, seconds=6),
-        row("outside b:with_cache,threshold=1", 0.6, 2, seconds=2),
-        row("outside c:with_cache,threshold=1", 1.0, 2, seconds=2),
-        row("outside d:with_cache", 0.5, 6, minimum=None),
-        row("outside e:threshold=1", 0.5, 6),
+        row("exact", "1111", None),
+        row("ours", "1010", seconds=0.5),
+        row("other threshold", "1010", 0.95),
+        row("outside f.py:prefix,threshold=0.9", "1100"),
+        row("outside f.py:dual,threshold=0.9", "0111"),
+        row("outside g.py,cache=dual,threshold=0.9", "0111"),
     ]
-    pairs = [(p["theirs"]["name"][8], p["ours"]["name"], p["times"]) for p in bench.at_equal_accuracy(rows)]
-    assert pairs == [("a", "best", 1.5), ("b", "best", 0.5), ("c", "long", 0.25)]
-    assert next(bench.at_equal_accuracy(rows))["cpu_times"] == 1
+    lines = bench.comparison({"problems": 4, "rows": rows}).splitlines()[2:-2]
+    assert lines == [
+        "| f.py:dual,threshold=0.9 | 3 | | 2.5 | 1.00 |".replace("| |", "|  |"),
+        "| ours | 2 | 2, 1, 1 | 2.5 | 2.00 |",
+        "| f.py:prefix,threshold=0.9 | 2 | 2, 1, 1 | 2.5 | 1.00 |",
+        "| g.py,cache=dual,threshold=0.9 | 3 | 0, 0, 1 | 2.5 | 1.00 |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -336,6 +336,7 @@ WAYS = [
     {"cache": "frozen", "threshold": 0.4},
     {"cache": "adaptive", "refresh_below": 0.4},
     {"cache": "frozen", "speculate": 3},
+    {"cache": "dual", "later_masks": True, "speculate": 2},
 ]
 
 
@@ -442,18 +443,21 @@ def test_steps_say_what_the_form_gave(untied, regex, first):
     assert [event.forced for event in told(speculate=3)[1]] == [event.forced for event in events]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "frozen", "adaptive"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "frozen", "adaptive"])
 def test_blocks_without_a_pass_leave_the_caches_whole(tied, cache, monkeypatch):
     """Blocks of fixed text are skipped; the next pass computes them all, and reads nothing that was not written."""
-    begin, passes = KVCache.begin, []
+    begin, passes, steps = KVCache.begin, [], []
     monkeypatch.setattr(KVCache, "begin", lambda self, *span: passes.append(span) or begin(self, *span))
-    [answer] = generate(tied, [[7, 8]], settings("[ab]" + "abcdef" * 3 + "[ab]{4}", 3, 30, cache=cache), LETTERS)
+    way = settings("[ab]" + "abcdef" * 3 + "[ab]{4}", 3, 30, cache=cache, later_masks=cache == "dual")
+    [answer] = generate(tied, [[7, 8]], way, LETTERS, on_step=steps.append)
     assert re.fullmatch("[ab](?:abcdef){3}[ab]{4}", answer.text)
     assert answer.forced >= 9
+    if cache == "dual":  # all is written from the start, and old where it was masked then
+        assert [start for start, _ in passes] == [2 + step.block if step.step else 0 for step in steps]
     written = 0
-    for start, length in passes:
+    for start, seen in passes:
         assert start <= written
-        written = start + length
+        written = seen
 
 
 def test_a_causal_model_is_led_too(build_model):

@@ -57,7 +57,7 @@ def requests(draw):
     assume(rule == "random" or not {*prompt} <= {5, 63})
     block = draw(st.integers(1, 8))
     temperature = draw(st.sampled_from([0.0, 0.0, 0.5, 1.5]))
-    cache = draw(st.sampled_from(["none", "none", "prefix", "frozen", "adaptive"]))
+    cache = draw(st.sampled_from(["none", "none", "prefix", "dual", "frozen", "adaptive"]))
     if cache != "none":  # the oracle rounds otherwise, which masks alone would show
         prompt = [9, *prompt]
     return prompt, GenerationSettings(
@@ -78,7 +78,7 @@ def requests(draw):
         seed=draw(st.integers(0, 2**63 - 1)),
         eos_token_id=draw(st.sampled_from([None, 2, tuple(range(12)), (7, 63)])),
         guidance_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
-        later_masks=draw(st.booleans()),
+        later_masks=cache == "dual" or draw(st.booleans()),
         cache=cache,
         refresh_below=draw(st.sampled_from([1e-9, 0.1, 0.2, 1.0])) if cache == "adaptive" else 0.5,
         speculate=draw(st.sampled_from([0, 0, 1, 3, 50])),
@@ -135,6 +135,8 @@ MANY_MODES = [
         {"cache": "prefix", "guidance_scale": 1.0, "speculate": 3},
         {"cache": "adaptive", "refresh_below": 0.2, "threshold": 0.1},
         {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "later_masks": True},
+        {"cache": "dual", "later_masks": True, "threshold": 0.1},
+        {"cache": "dual", "later_masks": True, "speculate": 3, "guidance_scale": 1.0},
     )
 ]
 
@@ -142,7 +144,7 @@ MANY_MODES = [
 @pytest.mark.slow
 def test_the_compiled_form_is_the_reference(build_model):
     model = build_model(tie=True, seed=3)
-    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4, 5, 8)]
     wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
     torch.compiler.reset()
     graphs = []
@@ -175,7 +177,7 @@ def varlen_by_the_book(query, key, value, ends_q, ends_k, most_q, most_k, *, win
 
 def test_packed_sequences_in_one_kernel_are_the_reference(build_model, monkeypatch):
     model = build_model(tie=True, seed=3)
-    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4, 5, 8)]
     wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
     monkeypatch.setattr(attention, "varlen_attn", varlen_by_the_book)
     model.set_attn_implementation("varlen")
@@ -202,7 +204,7 @@ def test_the_packed_kernel_is_refused_where_there_is_none(build_model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gives_the_tokens_of_the_cpu(build_model):
     model = build_model(tie=True, seed=3)
-    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+    prompts = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4, 5, 8)]
     wanted = [expected(model, *request) for request in zip(prompts, MANY_MODES, strict=True)]
     agree(generate(model.cuda(), prompts, MANY_MODES), wanted, MANY_MODES)
     half = model.to(torch.bfloat16)
@@ -215,10 +217,14 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(build_model):
         torch.testing.assert_close(half.model.packed(ids, packing), plain_states, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.parametrize(("cache", "block", "steps"), [("prefix", 4, 1), ("prefix", 1, None), ("frozen", 12, 1)])
+@pytest.mark.parametrize(
+    ("cache", "block", "steps"),
+    [("prefix", 4, 1), ("prefix", 1, None), ("dual", 4, 1), ("dual", 1, None), ("frozen", 12, 1)],
+)
 def test_a_cache_that_is_always_fresh_is_exact(tied, cache, block, steps):
     """One pass a block renews a prefix each time; one pass in all uses nothing old."""
-    exact = GenerationSettings(max_new_tokens=12, block_length=block, steps_per_block=steps, eos_token_id=None)
+    rule = {"block_length": block, "steps_per_block": steps, "later_masks": cache == "dual"}
+    exact = GenerationSettings(max_new_tokens=12, eos_token_id=None, **rule)
     cached = dataclasses.replace(exact, cache=cache)
     prompts = [[8, 9, 10, 11], [20], []]
     assert [plain(a) for a in generate(tied, prompts, cached)] == [plain(a) for a in generate(tied, prompts, exact)]
@@ -236,6 +242,10 @@ def test_positions_computed_are_counted(tied):
     assert counted["frozen"] == (9 + 3 * 4) + (8 + 3 * 4) + (8 + 3 * 4)
     guided = GenerationSettings(**settings, guidance_scale=1.0)
     assert generate(tied, [prompt], guided)[0].positions == 2 * counted["none"]
+    dual = GenerationSettings(**settings, cache="dual", later_masks=True)
+    assert generate(tied, [prompt], dual)[0].positions == 3 * (17 + 3 * 4)
+    ahead = generate(tied, [prompt], dataclasses.replace(dual, speculate=2))[0]
+    assert (ahead.positions - 3 * 17) % 4 == 0  # so are drafts
 
 
 @pytest.mark.slow
@@ -304,7 +314,7 @@ SMALL = GenerationSettings(max_new_tokens=12, block_length=4, eos_token_id=None)
 
 
 @pytest.mark.parametrize("speculate", [0, 2])
-@pytest.mark.parametrize("cache", ["none", "prefix", "frozen", "adaptive"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "frozen", "adaptive"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -319,7 +329,7 @@ SMALL = GenerationSettings(max_new_tokens=12, block_length=4, eos_token_id=None)
 )
 def test_a_model_that_wants_mask_everywhere_still_progresses(build_model, change, cache, speculate):
     model = biased(build_model(tie=True, seed=3), i5=50.0)
-    settings = dataclasses.replace(SMALL, **change, cache=cache, speculate=speculate)
+    settings = dataclasses.replace(SMALL, **change, cache=cache, later_masks=cache == "dual", speculate=speculate)
     (answer,) = generate(model, [[8, 9]], settings)
     assert len(answer.ids) == 12
     assert 5 not in answer.ids
@@ -377,11 +387,18 @@ def test_any_mask_id(build_model, mask_id):
     assert mask_id not in answer.ids
 
 
-@pytest.mark.parametrize("change", [{"cache": c} for c in ("prefix", "frozen", "adaptive")] + [{"speculate": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"cache": cache} for cache in ("prefix", "frozen", "adaptive")),
+        {"cache": "dual", "later_masks": True},
+        {"speculate": 3},
+    ],
+)
 @pytest.mark.parametrize("rule", [{}, {"threshold": 0.2}, {"guidance_scale": 1.0}, {"later_masks": True}])
 def test_the_traps_of_others_in_every_mode(tied, change, rule):
     """EOS and MASK inside prompts, several rows, no prompt at all, a prompt that leaves one block."""
-    settings = dataclasses.replace(SMALL, eos_token_id=2, remasking="low_confidence", **change, **rule)
+    settings = dataclasses.replace(SMALL, eos_token_id=2, remasking="low_confidence", **{**change, **rule})
     prompts = [[2, 9, 2, 2], [9, 5, 5], [30] * 11, [8] + [9] * 90]
     answers = generate(tied, prompts, settings)
     agree(answers, [expected(tied, prompt, settings) for prompt in prompts], [settings] * 4)
@@ -801,6 +818,13 @@ def test_drafts_go_as_far_as_the_last_pass_foretells():
     assert drafts(speculate=50, ids=(6, 7, 8, 2)) == [2, 3]
 
 
+def test_slots_have_no_later_masks_so_a_dual_cache_is_a_prefix_cache(tied):
+    templates = [[9, None, 7, None, None], [None, 12, 13, None], [9] * 40 + [None, 8]]
+    ways = [{"cache": "prefix"}, {"cache": "dual", "later_masks": True}]
+    prefix, dual = (infill(tied, templates, GenerationSettings(speculate=2, **way)) for way in ways)
+    assert [(a.ids, a.forwards, a.positions) for a in dual] == [(a.ids, a.forwards, a.positions) for a in prefix]
+
+
 def test_a_draft_counts_only_for_the_state_it_foretold():
     for came, ids, same in (
         ([0.8, 0.7, 0.6], (6, 7, 8, 9), True),
@@ -866,8 +890,8 @@ def test_the_memory_of_caches_is_bounded(tied):
         most = max(most, len([request for request in engine.running if request.pasts]))
     assert most == 2
     # All pages are given back, those of drafts and of cancelled requests too.
-    for _ in range(3):
-        engine.submit([9] * 4, dataclasses.replace(settings, speculate=2, guidance_scale=1.0))
+    for change in ({}, {}, {"cache": "dual", "later_masks": True}):
+        engine.submit([9] * 4, dataclasses.replace(settings, speculate=2, guidance_scale=1.0, **change))
     for _ in range(3):
         engine.step()
     assert len(engine.pool.free) < engine.pool.pages
@@ -970,6 +994,7 @@ def test_the_training_flag_is_restored(build_model):
         ({"eos_token_id": -2}, "eos_token_id"),
         ({"cache": "nonsense"}, "cache"),
         ({"cache": "frozen", "refresh_below": 0.3}, "refresh_below does nothing with cache frozen"),
+        ({"cache": "dual"}, "cache dual keeps the later masks too: give later_masks, or take cache prefix"),
     ],
 )
 def test_bad_settings_are_refused(change, says):

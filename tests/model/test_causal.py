@@ -98,7 +98,7 @@ def test_with_a_cache_a_position_sees_what_is_not_after_it(model, kernel):
             at = [0, 0, 0]
             for sizes in ((5, 5, 3), (4, 4, 4), (1, 1, 1), (4, 4, 6)):
                 for cache, start, size in zip(caches, at, sizes, strict=True):
-                    cache.begin(start, size)
+                    cache.begin(start, start + size)
                 piece = [one[start : start + size] for one, start, size in zip(ids, at, sizes, strict=True)]
                 got = model.model.packed(torch.cat(piece), Packing(sizes, tuple(caches))).split(sizes)
                 for mine, theirs, start, size in zip(got, want, at, sizes, strict=True):

@@ -88,6 +88,7 @@ def test_a_chat_answer_is_that_of_generate_in_openais_form(server, alone, served
     [
         ({"block_length": 4, "threshold": 0.5}, {"block_length": 4, "threshold": 0.5}),
         ({"steps_per_block": 2, "cache": "prefix"}, {"steps_per_block": 2, "cache": "prefix"}),
+        ({"cache": "dual", "later_masks": True, "speculate": 1}, {"cache": "dual", "later_masks": True}),
         ("fast", {"threshold": 0.95, "cache": "adaptive"}),
         ("exact", {}),
         ({"speculate": 2, "guidance_scale": 0.5}, {"guidance_scale": 0.5}),
@@ -362,6 +363,7 @@ def test_a_suffix_is_seen_from_the_start(server, served_model):
         (CHAT, {"stop": ""}, "stop must hold"),
         (CHAT, {"diffusion": True}, "diffusion needs stream"),
         (CHAT, {"decoding": {"threshold": 2.0}}, "threshold must be"),
+        (CHAT, {"decoding": {"cache": "dual"}}, "cache dual keeps the later masks too: give later_masks"),
         (CHAT, {"decoding": {"threshold": 0.5, "steps_per_block": 2}}, "give one of them"),
         (CHAT, {"decoding": {"steps_per_block": 20}}, "at most block_length 8"),
         (CHAT, {"decoding": {"seed": 3}}, "unknown field 'seed'"),

@@ -226,9 +226,9 @@ def test_odd_special_ids_survive_the_round_trip(build_model, tiny_tokenizer, tmp
 def test_weights_are_written_in_files_of_the_size_asked_for(illada_release, tmp_path, monkeypatch):
     written, write = [], tensor_file.write_tensors
 
-    def note(path, tensors, read):
+    def note(path, tensors, read, metadata):
         written.append(sum(t.nbytes for t in tensors.values()))
-        return write(path, tensors, read)
+        return write(path, tensors, read, metadata)
 
     monkeypatch.setattr(tensor_file, "write_tensors", note)
     export_model(str(illada_release), str(tmp_path / "out"), "fp32", "released", "45KB")
@@ -357,11 +357,11 @@ def test_no_room_is_noticed_before_anything_is_written(illada_release, tmp_path,
 def test_a_write_that_fails_midway_leaves_nothing(illada_release, tmp_path, monkeypatch, error, message):
     files, write = [], tensor_file.write_tensors
 
-    def fail(path, tensors, read):
+    def fail(path, tensors, read, metadata):
         files.append(path)
         if len(files) == 3:
             raise error
-        return write(path, tensors, read)
+        return write(path, tensors, read, metadata)
 
     monkeypatch.setattr(tensor_file, "write_tensors", fail)
     with pytest.raises(IlladaError if message else KeyboardInterrupt, match=message):

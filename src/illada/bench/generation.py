@@ -13,9 +13,10 @@ import torch
 from illada.bench.external import outside_samplers
 from illada.bench.measure import Measurement, agreement, measure
 from illada.bench.options import BenchGenerateOptions
-from illada.bench.samplers import EXACT, PLAIN, Sampler, engine_samplers, plain_sampler, steps_of_rule
+from illada.bench.samplers import EXACT, PLAIN, Answer, Sampler, engine_samplers, plain_sampler, steps_of_rule
 from illada.devices import DTYPES, choose_device
 from illada.errors import IlladaError, needs
+from illada.evaluation.compare import mcnemar
 from illada.files import parse_json, read_json, read_lines
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.model.config import IlladaConfig
@@ -159,15 +160,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     by_name = {measurement.sampler.name: measurement for measurement in measurements}
     exact, plain = by_name[EXACT].answers, by_name[PLAIN]
+    rights = {name: _right(m.answers, problems, tokenizer) for name, m in by_name.items()}
     rows = []
     for m in measurements:
         same_answers, same_tokens = agreement(m.answers, exact)
-        quality: dict[str, float | None] = {"accuracy": None, "standard_error": None}
-        if tokenizer is not None:
-            pairs = zip(m.answers, problems, strict=True)
-            quality |= accuracy([show_ids(tokenizer, a.ids).strip() == p.answer for a, p in pairs])
+        right = rights[m.sampler.name]
         row = {
             "name": m.sampler.name,
+            "threshold": m.sampler.threshold,
             "tokens_per_second": m.tokens_per_second,
             # Paired: the median of each repeat's quotient of tokens per second, because answers may differ in length.
             "speedup": statistics.median(
@@ -180,7 +180,11 @@ def _rows(
             "peak_bytes": m.peak_bytes,
             "same_answers": same_answers,
             "same_tokens": same_tokens,
-            **quality,
+            "accuracy": None,
+            "standard_error": None,
+            **(accuracy(right) if right else {}),
+            "right": right,
+            "against_exact": compared(right, rights[EXACT]),
             "answer_tokens": m.tokens,
             "seconds": m.seconds,
             "cpu_seconds": m.cpu_seconds,
@@ -188,6 +192,26 @@ def _rows(
         }
         rows.append(row)
     return rows
+
+
+def _right(answers: Sequence[Answer], problems: Sequence[Problem], tokenizer: Any) -> list[bool] | None:
+    if tokenizer is None:
+        return None
+    return [show_ids(tokenizer, a.ids).strip() == p.answer for a, p in zip(answers, problems, strict=True)]
+
+
+def compared(right: Sequence[bool] | None, base: Sequence[bool] | None) -> dict[str, float] | None:
+    """Return on how many problems the base alone is right, on how many it alone is not, and the p of McNemar's test."""
+    if right is None or base is None:
+        return None
+    lost = sum(b and not a for a, b in zip(right, base, strict=True))
+    won = sum(a and not b for a, b in zip(right, base, strict=True))
+    return {"lost": lost, "won": won, "p": mcnemar(lost, won)}
+
+
+def shown(comparison: dict[str, float] | None) -> str:
+    """Return a comparison in a table's cell; nothing where there is none."""
+    return "" if comparison is None else "{lost}, {won}, {p:.2g}".format(**comparison)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -205,9 +229,13 @@ def table(results: dict[str, Any]) -> str:
             "same answers": f"{row['same_answers']:.1%}",
             "same tokens": "" if row["same_tokens"] is None else f"{row['same_tokens']:.1%}",
             "accuracy": "" if row["accuracy"] is None else f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
+            "lost, won, p": shown(row["against_exact"]),
         }
         for row in results["rows"]
     ]
+    refused: dict[str, list[str]] = {}
+    for name, reason in results["refused"].items():
+        refused.setdefault(reason, []).append(name)
     environment, arguments = results["environment"], results["arguments"]
     text = [
         aligned([list(lines[0]), *(list(line.values()) for line in lines)]),
@@ -215,8 +243,9 @@ def table(results: dict[str, Any]) -> str:
         f"{results['problems']} problems, engine in batches of {arguments['batch']}, the others one at a time; "
         f"median of {arguments['repeats']} paired repeats; {environment['dtype']}, {environment['device']}, "
         f"{environment['threads']} of {environment['cores']} cores, torch {environment['versions']['torch']}, commit "
-        f'{environment["commit"] or "unknown"}. Tokens: of answers, without their end. Same: as in the row "{EXACT}".',
-        *(f"Left out: {name} ({reason})." for name, reason in results["refused"].items()),
+        f'{environment["commit"] or "unknown"}. Tokens: of answers, without their end. Same: as in the row "{EXACT}". '
+        f'Lost, won: problems that only "{EXACT}" solves, and that only this row solves; p: McNemar\'s exact test.',
+        *(f"Left out, because {reason}: {'; '.join(names)}." for reason, names in refused.items()),
     ]
     return "\n".join(text)
 

@@ -17,6 +17,7 @@ from illada.model.transformer import IlladaForMaskedLM
 
 EXACT = "1 token"
 PLAIN = "plain loop"
+THRESHOLDS = (0.99, 0.95, 0.9)
 
 Prompts = Sequence[Sequence[int]]
 
@@ -47,7 +48,7 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
     return {
         EXACT: {},
         **{f"{k} tokens": {"steps_per_block": -(-block // k)} for k in (2, 4, 8) if k <= block},
-        **{f"threshold {p}": {"threshold": p} for p in (0.99, 0.95, 0.9)},
+        **{f"threshold {p}": {"threshold": p} for p in THRESHOLDS},
         **{f"entropy {nats}": {"entropy_bound": nats} for nats in (0.05, 0.2, 0.5)},
         **{
             f"margin, {k} tokens": {"steps_per_block": -(-block // k), "remasking": "margin"}
@@ -58,7 +59,7 @@ def rules(block: int, budget: int) -> dict[str, dict[str, Any]]:
         "threshold 0.9, speculate 2": {"threshold": 0.9, "speculate": 2},
         "one block": {"block_length": budget},
         "later masks": {"later_masks": True},
-        "later masks, threshold 0.9": {"later_masks": True, "threshold": 0.9},
+        **{f"later masks, threshold {p}": {"later_masks": True, "threshold": p} for p in THRESHOLDS},
     }
 
 

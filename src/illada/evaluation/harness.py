@@ -33,6 +33,7 @@ from illada.text.chat import without_system
 from illada.text.prompts import encode_plain
 from illada.weights.load import load_model
 from illada.weights.options import Dtype, Quantization
+from illada.weights.quantize import quantization_of
 
 with needs("eval", "evaluation"):
     from lm_eval.api.instance import Instance
@@ -167,7 +168,7 @@ class IlladaLM(LM):
         self.rule = self.settings
         """The decoding rule of scoring=path."""
         self.fingerprint = fingerprint(pretrained)
-        self.precision = f"{self.model.dtype} {quantize or ''}".removeprefix("torch.").strip()
+        self.precision = f"{self.model.dtype} {quantization_of(self.model.config) or ''}".removeprefix("torch.").strip()
         self.journal = Journal(results, self._rank)
         self.forwards: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)

@@ -165,7 +165,6 @@ class Request:
             steps_per_block=settings.steps_per_block and min(settings.steps_per_block, budget),
             eos_token_id=None,
             stop=(),
-            later_masks=False,
         )
         request = cls(ids_L[:first], budget, settings, template=True)
         request.ids_G[:] = ids_L[first:]
@@ -205,12 +204,17 @@ class Request:
         if self.block_step:
             return done
         # In the first step of a block the last tokens of the block before it are new.
-        return 0 if cache == "prefix" else len(self.prompt_P) + self.begun
+        return 0 if cache in ("prefix", "dual") else len(self.prompt_P) + self.begun
+
+    @property
+    def computed(self) -> int:
+        """Where in the answer this step ends to compute; what the model sees behind it comes from a dual cache."""
+        return self.block_end if self.settings.cache == "dual" and self.block_step else self.view
 
     @property
     def size(self) -> int:
         """How many positions this step computes, without its drafts."""
-        return self.passes * (len(self.prompt_P) + self.view - self.first)
+        return self.passes * (len(self.prompt_P) + self.computed - self.first)
 
     @property
     def cache_size(self) -> int:
@@ -222,10 +226,10 @@ class Request:
     def branches(self, mask_id: int | None) -> list[NDArray[np.int64]]:
         """Return the ids [S] that this step computes; under guidance a second time, with all that is fixed masked."""
         mask_id = mask_id or 0  # a causal model without a mask sees no open position
-        answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.view]
+        answer = np.where(self.masked_G, mask_id, self.ids_G)[: self.computed]
         seen = [np.concatenate((self.prompt_P, answer))[self.first :]]
         if self.passes == 2:
-            generated = np.where(self.slot_G[: self.view], answer, mask_id)
+            generated = np.where(self.slot_G[: self.computed], answer, mask_id)
             seen.append(np.concatenate((np.full_like(self.prompt_P, mask_id), generated))[self.first :])
         return seen
 
@@ -236,7 +240,7 @@ class Request:
         while len(self.pasts) < self.passes:
             self.pasts.append(KVCache(pool))
         for past in self.pasts:
-            past.begin(self.first, len(self.prompt_P) + self.view - self.first)
+            past.begin(self.first, len(self.prompt_P) + self.view)
         return [*self.pasts]
 
     def release(self) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from illada.model.transformer import IlladaForMaskedLM
 
 Remasking = Literal["low_confidence", "margin", "random"]
-Cache = Literal["none", "prefix", "frozen", "adaptive"]
+Cache = Literal["none", "prefix", "dual", "frozen", "adaptive"]
 
 MOST = 1e6
 """Largest temperature, guidance, boost and penalty."""
@@ -57,7 +57,8 @@ class GenerationSettings:
         think_boost_power: exponent of that rise (authors' evaluation code: 3; HumanEval 1).
         cache: "none": every pass sees all tokens afresh, which is exact. The others keep keys and values of the tokens
             before the active block, which is faster and not the paper's decoding: "prefix" renews them in the first
-            pass of every block; "frozen" computes a finished block once more, together with the first pass of the next
+            pass of every block; "dual" needs later_masks and keeps those of the later masks as well (Fast-dLLM,
+            arXiv:2505.22618); "frozen" computes a finished block once more, together with the first pass of the next
             block, and never again; "adaptive" is "frozen" and renews everything after a doubtful step.
         refresh_below: the adaptive cache is renewed after a step that committed a token of less than this probability.
         speculate: compute up to this many expected future steps together with each step, and take those whose state
@@ -161,6 +162,8 @@ class GenerationSettings:
             raise IlladaError(
                 f"refresh_below does nothing with cache {self.cache}: give cache adaptive or leave it out"
             )
+        if self.cache == "dual" and not self.later_masks:
+            raise IlladaError("cache dual keeps the later masks too: give later_masks, or take cache prefix")
 
     def left_to_right(self) -> "GenerationSettings":
         """Return the settings under which one step of the engine adds the next token of a causal model.

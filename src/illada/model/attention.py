@@ -36,13 +36,13 @@ class SegmentGroup(NamedTuple):
     @property
     def seen(self) -> list[int]:
         """How many positions each segment sees."""
-        return [cache.start + self.length for cache in self.caches] or [self.length] * self.segments
+        return [cache.seen for cache in self.caches] or [self.length] * self.segments
 
     def takes(self, queries: int, length: int, cache: KVCache | None) -> bool:
         """Return whether a segment may join: it is alike, and at most half of what the group then sees is padding."""
         if (queries, length, cache is None) != (self.queries, self.length, not self.caches):
             return False
-        seen = [*self.seen, length + (cache.start if cache else 0)]
+        seen = [*self.seen, cache.seen if cache else length]
         return len(seen) * max(seen) <= 2 * sum(seen)
 
     def plus(self, cache: KVCache | None) -> "SegmentGroup":

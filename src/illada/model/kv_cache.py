@@ -48,31 +48,37 @@ class PagePool:
 class KVCache:
     """Where one sequence has its keys and values.
 
-    A pass over the positions from `start` on writes their keys and values, and attends to the earlier positions as they
-    were last computed. In a causal model that equals a fresh pass; in a bidirectional one it does not, as every
-    position depends on all others.
+    A pass over some positions writes their keys and values, and attends to the positions before and behind them as they
+    were last computed. In a causal model, with nothing behind, that equals a fresh pass; in a bidirectional one it does
+    not, as every position depends on all others.
     """
 
-    def __init__(self, pool: PagePool, slots: NDArray[np.int64] | None = None):
+    def __init__(self, pool: PagePool):
         self.pool = pool
         self.start = 0
         """Where the positions of the next pass begin."""
-        self.slots = np.zeros(0, dtype=np.int64) if slots is None else slots
+        self.seen = 0
+        """How many positions the next pass sees, its own included."""
+        self.slots = np.zeros(0, dtype=np.int64)
         """For each position, its slot in the pool."""
         self.pages: list[int] = []
 
-    def begin(self, start: int, length: int) -> None:
-        """Prepare for a pass over `length` positions from `start` on."""
-        self.start = start
-        if (missing := start + length - len(self.slots)) > 0:
-            pages = self.pool.take(-(-missing // PAGE))
-            self.pages += pages
-            fresh = np.array(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)
-            self.slots = np.concatenate((self.slots, fresh.ravel()))
+    def begin(self, start: int, seen: int) -> None:
+        """Prepare for a pass over positions from `start` on that sees `seen` positions, all others computed before."""
+        self.start, self.seen = start, seen
+        self.slots = np.concatenate((self.slots, self._fresh(seen - len(self.slots))))
 
-    def fork(self, start: int) -> "KVCache":
-        """Return a cache that shares the positions before `start` and writes elsewhere."""
-        return KVCache(self.pool, self.slots[:start])
+    def fork(self, start: int, stop: int) -> "KVCache":
+        """Return a cache that writes the positions from `start` to `stop` elsewhere and shares all others."""
+        fork = KVCache(self.pool)
+        fork.slots = np.concatenate((self.slots[:start], fork._fresh(stop - start)[: stop - start], self.slots[stop:]))
+        return fork
+
+    def _fresh(self, count: int) -> NDArray[np.int64]:
+        """Return the slots of as many new pages as hold `count` positions."""
+        pages = self.pool.take(max(0, -(-count // PAGE)))
+        self.pages += pages
+        return (np.array(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)).ravel()
 
     def release(self) -> None:
         """Give the pages back."""
@@ -96,8 +102,9 @@ class CacheView(NamedTuple):
     @classmethod
     def of(cls, caches: Sequence[KVCache], length: int, device: torch.device, causal: bool = False) -> "CacheView":
         """Look up the slots for a pass over `length` positions of each sequence."""
-        slots = [cache.slots[: cache.start + length] for cache in caches]
-        flat, write = np.concatenate(slots), np.concatenate([row[-length:] for row in slots])
+        slots = [cache.slots[: cache.seen] for cache in caches]
+        flat = np.concatenate(slots)
+        write = np.concatenate([cache.slots[cache.start : cache.start + length] for cache in caches])
         seen = np.array([len(row) for row in slots])
         filled = np.arange(seen.max()) < seen[:, None]
         visible = filled[:, None]

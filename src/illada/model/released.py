@@ -97,7 +97,7 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if quantised := values.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise IlladaError(
-            f"the checkpoint is quantised ({method}): take the bf16 or fp16 one; --quantize makes it small when loaded"
+            f"the checkpoint is quantised ({method}): take the bf16 or fp16 one (illada.load_model loads our exports)"
         )
     return _read_llada(values) if family == "llada" else _read_illada(values)
 

@@ -10,7 +10,7 @@ V vocabulary · C a piece of it · M selected tokens.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -63,8 +63,7 @@ class RMSNorm(nn.Module):
         """Normalise the last axis."""
         if hidden_TD.dtype == self.weight.dtype == torch.float32:  # the same numbers in one operation
             return F.rms_norm(hidden_TD, hidden_TD.shape[-1:], self.weight, self.eps)
-        normal_TD = F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps)
-        return normal_TD.to(hidden_TD.dtype) * self.weight
+        return F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=self.eps).to(hidden_TD.dtype) * self.weight
 
 
 def rotary_angles(position_ids_T: Tensor, head_dim: int, theta: float) -> Rotary:
@@ -220,7 +219,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the released model code does (spec §1): narrower at the two ends of the residual branches."""
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point():
             depth = math.sqrt(2 * config.num_hidden_layers) if hasattr(module, "ends_branch") else 1.0
             init.normal_(module.weight, std=config.initializer_range / depth)
         elif isinstance(module, nn.Embedding):
@@ -230,19 +229,6 @@ class IlladaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[config.pad_token_id])
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-
-
-def misfits(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], stray: str) -> list[str]:
-    """Name each tensor that is missing, is `stray` (has no place) or has another shape than its place."""
-    return [
-        *(f"{name} is missing" for name in places if name not in tensors),
-        *(f"{name} {stray}" for name in tensors if name not in places),
-        *(
-            f"{name} is {list(tensors[name].shape)}, not {list(place.shape)}"
-            for name, place in places.items()
-            if name in tensors and tensors[name].shape != place.shape
-        ),
-    ]
 
 
 def _refuse_odd(path: Any, notes: dict[str, Any]) -> None:

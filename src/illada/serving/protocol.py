@@ -96,7 +96,7 @@ class Decoding(Strict):
     later_masks: bool | None = None
     think_boost: float | None = None
     think_boost_power: float | None = None
-    cache: Literal["none", "prefix", "frozen", "adaptive"] | None = None
+    cache: Literal["none", "prefix", "dual", "frozen", "adaptive"] | None = None
     refresh_below: float | None = None
     speculate: Annotated[int, Field(ge=0, le=16)] | None = None
 

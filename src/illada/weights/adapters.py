@@ -18,7 +18,8 @@ from torch import Tensor
 
 from illada.errors import IlladaError, first_line, needs
 from illada.files import parse_json
-from illada.model.transformer import IlladaForMaskedLM, misfits
+from illada.model.transformer import IlladaForMaskedLM
+from illada.weights.check import misfits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names; a folder with the first is an adapter folder."""

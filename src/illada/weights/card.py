@@ -13,6 +13,7 @@ from illada.files import read_text
 from illada.hub import is_hub_name
 from illada.model.config import IlladaConfig
 from illada.weights.adapters import CONFIG, adapter_base
+from illada.weights.options import LIBRARIES, Quantization
 from illada.weights.runs import RECIPE, STATE, read_metrics, read_recipe, read_state
 
 _TEMPLATE = Template(
@@ -29,7 +30,13 @@ def converted_card(source: str, summary: str, purpose: str, causal: bool) -> str
 
 
 def exported_card(
-    model: str, folder: Path, parameters: int, dtype: torch.dtype, layout: str, config: IlladaConfig
+    model: str,
+    folder: Path,
+    parameters: int,
+    dtype: torch.dtype,
+    layout: str,
+    config: IlladaConfig,
+    quantize: Quantization | None = None,
 ) -> str:
     """Return the card of an exported model; nothing is invented where its run folder knows nothing."""
     run = _run_of(folder)
@@ -46,6 +53,8 @@ def exported_card(
         parameters=parameters,
         dtype=next((name for name, kind in DTYPES.items() if kind == dtype), str(dtype)),
         layout=layout,
+        quantize=quantize,
+        library=None if quantize is None else f"{LIBRARIES[quantize]} {version(LIBRARIES[quantize])}",
         causal=config.causal,
         mask_token_id=config.mask_token_id,
         rule=recipe.get("training", {}).get("rule"),

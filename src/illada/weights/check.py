@@ -1,7 +1,7 @@
 """What is checked of a model folder before anything is built from it: folders come from strangers.
 
 `read_values` looks at the types and ranges in config.json, `check_sizes` at what the headers of the weights say. Both
-are quick, whatever the files hold.
+are quick, whatever the files hold. `misfits` compares the tensors themselves with the places they are meant for.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from illada.errors import IlladaError
 from illada.files import read_json
@@ -111,12 +112,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def check_sizes(config: IlladaConfig, files: Sequence[Path]) -> None:
+def check_sizes(config: IlladaConfig, files: Sequence[Path], quantized: bool = False) -> None:
     """Check that the sizes in a configuration are those in the headers of its weights, before a network is built.
 
     Args:
         config: configuration of the model; only its sizes count.
         files: files of weights of any family that `illada.model.released` or `illada.weights.convert` reads.
+        quantized: whether the weights of the blocks are packed, so that their shapes say nothing.
 
     Raises:
         IlladaError: naming the size, and what the weights have instead.
@@ -143,7 +145,8 @@ def check_sizes(config: IlladaConfig, files: Sequence[Path]) -> None:
         "self_attn.k_proj.weight": [config.num_key_value_heads * head, width],
     }
     for name, shape in expected.items():
-        if name in shapes and shapes[name] != shape:
+        is_packed = quantized and name != "model.embed_tokens.weight"
+        if name in shapes and shapes[name] != shape and not is_packed:
             raise IlladaError(f"{misfit}: {name} is {shapes[name]}, not {shape}")
 
 
@@ -152,3 +155,16 @@ def _our_name(name: str) -> str:
     for pattern, ours in LLADA_TENSORS.items():
         name = re.sub(pattern, ours, name)
     return name
+
+
+def misfits(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], stray: str) -> list[str]:
+    """Name each tensor that is missing, is `stray` (has no place) or has another shape than its place."""
+    return [
+        *(f"{name} is missing" for name in places if name not in tensors),
+        *(f"{name} {stray}" for name in tensors if name not in places),
+        *(
+            f"{name} is {list(tensors[name].shape)}, not {list(place.shape)}"
+            for name, place in places.items()
+            if name in tensors and tensors[name].shape != place.shape
+        ),
+    ]

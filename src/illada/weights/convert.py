@@ -22,10 +22,10 @@ from transformers import AutoConfig
 from illada.errors import IlladaError, first_line
 from illada.model.config import IlladaConfig
 from illada.model.released import FAMILY_IDS, MASK_TOKENS
-from illada.model.transformer import IlladaForMaskedLM, misfits
+from illada.model.transformer import IlladaForMaskedLM
 from illada.text.tokenizer import load_tokenizer
 from illada.weights.card import converted_card
-from illada.weights.check import check_sizes, read_values
+from illada.weights.check import check_sizes, misfits, read_values
 from illada.weights.load import check_shards, complete_ids
 from illada.weights.options import Dtype
 from illada.weights.runs import NOT_A_MODEL, model_folder

@@ -22,6 +22,7 @@ from illada.folders import new_file
 from illada.model.config import IlladaConfig
 from illada.weights.load import load_model
 from illada.weights.options import Dtype
+from illada.weights.quantize import refuse_quantized
 from illada.weights.save import cast_weight, check_output, check_room, torch_dtype
 
 with needs("gguf", "--layout gguf"):
@@ -76,6 +77,7 @@ def export_gguf(model: str, output: str, dtype: Dtype | Literal["q8_0"] = "auto"
     if target.suffix != ".gguf":
         raise IlladaError(f"--layout gguf writes one file: name it {target.name}.gguf")
     network, tokenizer = load_model(model, "auto", "cpu")
+    refuse_quantized(network, model)
     config, tensors = network.config, network.state_dict()
     config.refuse_causal("llama.cpp's architecture llada is", "take --layout illada")
     if config.tie_word_embeddings:

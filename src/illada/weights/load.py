@@ -18,7 +18,7 @@ from illada.text.tokenizer import load_tokenizer
 from illada.weights.adapters import adapter_base, attach
 from illada.weights.check import check_sizes, read_values, token_ids
 from illada.weights.options import Dtype, Quantization
-from illada.weights.quantize import check_shapes, quantized_loading
+from illada.weights.quantize import check_packed, check_shapes, quantized_loading, stored_quantization
 from illada.weights.runs import model_folder
 from illada.weights.tensor_file import INDEX
 
@@ -26,17 +26,30 @@ WEIGHTS = "model.safetensors"
 
 
 def load_config(folder: str | Path) -> IlladaConfig:
-    """Read the configuration in a model folder, of any family that can be read.
+    """Read the configuration in a model folder, of any family that can be read, to train the model.
 
     Raises:
-        IlladaError: when it is damaged, of another family, or asks for what the network does not do.
+        IlladaError: when it is damaged, of another family, quantised, or asks for what the network does not do.
     """
     path = Path(folder) / "config.json"
-    values = read_values(path)
+    return _config(path, read_values(path))
+
+
+def _config(path: Path, values: dict[str, Any]) -> IlladaConfig:
     try:
         return IlladaConfig.from_dict(values)
     except Exception as error:
         raise IlladaError(f"{path} cannot be used: {first_line(error)}") from error
+
+
+def _read_config(folder: Path) -> tuple[IlladaConfig, Quantization | None]:
+    """Read the configuration in a model folder, and how its weights were made smaller, if they were."""
+    path = folder / "config.json"
+    values = read_values(path)
+    stored = stored_quantization(values.get("quantization_config"))
+    if stored is not None:
+        del values["quantization_config"]
+    return _config(path, values), stored
 
 
 def load_model(
@@ -45,7 +58,8 @@ def load_model(
     """Load a model for inference, and its tokenizer; weights are read into their type without a second copy.
 
     Its configuration gets the mask id and every end-of-turn id that the folder's files name (see `complete_ids`). An
-    adapter is merged into the weights of its base, or lies beside them where they are quantised.
+    adapter is merged into the weights of its base, or lies beside them where they are quantised. What `illada export
+    --quantize` wrote is loaded as it is; the model then says how in `config.quantization_config`.
 
     Args:
         path: model, adapter or run folder, or hub name; iLLaDA's, LLaDA's or our own files.
@@ -54,28 +68,53 @@ def load_model(
         quantize: way to make the weights smaller while loading (see `illada.weights.quantize`); None leaves them.
 
     Raises:
-        IlladaError: when there is no such model, or its weights or tokenizer are missing, damaged or do not fit.
+        IlladaError: when there is no such model, or its weights or tokenizer are missing, damaged or do not fit; when
+            they are quantised already and `quantize` or another `dtype` is asked for.
     """
     folder = model_folder(path)
     adapter = None if (folder / "config.json").is_file() else folder
     if adapter is not None:
         check_weights(adapter)
         folder = model_folder(adapter_base(adapter))
-    config = load_config(folder)
-    check_sizes(config, check_shards(folder))
+    config, stored = _read_config(folder)
+    if stored is not None and quantize is not None:
+        raise IlladaError(f"the weights in {folder} are {stored} already: leave out --quantize")
+    if stored is not None and DTYPES[dtype] not in ("auto", config.dtype):
+        raise IlladaError(
+            f"the weights in {folder} are {stored}, made to run in {str(config.dtype).removeprefix('torch.')}: leave "
+            "out --dtype; to train or to convert, take the model that they were made of"
+        )
+    files = check_shards(folder)
+    check_sizes(config, files, quantized=stored is not None)
+    if stored is not None:
+        check_packed(stored, config, files)
     tokenizer = load_tokenizer(folder)
     complete_ids(config, folder, tokenizer)
-    model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize)
+    model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize, stored)
     if adapter is not None:
-        model = attach(model, adapter, merge=quantize is None)
+        model = attach(model, adapter, merge=quantize is None and stored is None)
     return model.eval(), tokenizer
 
 
 def _load_weights(
-    folder: Path, config: IlladaConfig, dtype: torch.dtype | str, device: torch.device, quantize: Quantization | None
+    folder: Path,
+    config: IlladaConfig,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    quantize: Quantization | None,
+    stored: Quantization | None,
 ) -> IlladaForMaskedLM:
-    """Load the weights in `folder` onto the device."""
+    """Load the weights in `folder` onto the device; `stored` is how they are quantised there."""
+    quantize = quantize or stored
     options = {} if quantize is None else quantized_loading(quantize, config, device, dtype)
+    if stored == "int4" and device.type != "cpu":
+        raise IlladaError(
+            f"the int4 weights in {folder} run on a CPU: add --device cpu (for a GPU, add --quantize "
+            "int4 to the model that they were made of)"
+        )
+    if stored is not None:
+        # Ours, not the file's: of a stranger's file only the name of the way counts.
+        config.quantization_config = options.pop("quantization_config").to_dict()
     try:
         model: IlladaForMaskedLM = IlladaForMaskedLM.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, **options

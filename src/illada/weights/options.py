@@ -9,6 +9,14 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization = Literal["int8", "int4", "int8-bnb", "nf4"]
 """How weights are made smaller while loading (see `illada.weights.quantize`)."""
 
+LIBRARIES: dict[str, str] = {
+    "int8": "torchao",
+    "int4": "openvino",
+    "int8-bnb": "bitsandbytes",
+    "nf4": "bitsandbytes",
+}
+"""The package that multiplies by each kind of weights, on a CPU."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -72,6 +72,7 @@ def write_model(
     layout: Layout = "illada",
     max_shard_size: str = "5GB",
     tokenizer: Any = None,
+    packed: Mapping[str, str] | None = None,
 ) -> None:
     """Write the folder `target`: weights, configuration, tokenizer, model card.
 
@@ -87,6 +88,7 @@ def write_model(
         layout: form of config.json.
         max_shard_size: largest file of weights, as "5GB".
         tokenizer: tokenizer to save; None copies the source's files as they are.
+        packed: texts for the header of quantised weights, which are written as they are; None for ordinary ones.
 
     Raises:
         IlladaError: when the disk has no room, or a weight is too large for `dtype`.
@@ -96,13 +98,15 @@ def write_model(
     values = json.loads(config.to_json_string())
     if layout == "released":
         values = released_config(config.to_dict() | {"dtype": values["dtype"]})
-    shapes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    kinds = {name: dtype if packed is None else tensor.dtype for name, tensor in tensors.items()}
+    shapes = {name: torch.empty_like(x, dtype=kinds[name], device="meta") for name, x in tensors.items()}
     texts = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     size = sum(shape.nbytes for shape in shapes.values())
     size += sum(path.stat().st_size for path in texts) + len(card.encode()) + 2**16
     check_room(target, size)
     with new_folder(target) as folder:
-        write_weights(folder, shapes, lambda name: cast_weight(tensors[name], name, dtype), max_shard_size)
+        header = None if packed is None else {"format": "pt", **packed}
+        write_weights(folder, shapes, lambda x: cast_weight(tensors[x], x, kinds[x]), max_shard_size, header)
         _write_json(folder / "config.json", values)
         _write_json(folder / "generation_config.json", _generation_config(source, config))
         if tokenizer is not None:

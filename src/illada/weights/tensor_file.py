@@ -80,7 +80,11 @@ def write_tensors(
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str = "5GB"
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    max_shard_size: str = "5GB",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the weights of a model as transformers reads them: one file, or several with an index.
 
@@ -89,6 +93,7 @@ def write_weights(
         tensors: types and shapes by name; they may be meta tensors.
         read: returns a tensor by its name.
         max_shard_size: largest file of weights.
+        metadata: texts for the header of each file; None says that the tensors come from PyTorch.
     """
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -97,7 +102,7 @@ def write_weights(
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, read)
+        write_tensors(folder / file, {name: tensors[name] for name in names}, read, metadata)
     if plan.is_sharded:
         weight_map = dict(sorted(plan.tensor_to_filename.items()))
         content = {"metadata": plan.metadata, "weight_map": weight_map}

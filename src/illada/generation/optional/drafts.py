@@ -38,7 +38,7 @@ def draft_ahead(request: Request, room: int) -> int:
                 break
         if draft.doubt or taken + draft.size > room:
             break
-        draft.pasts = [past.fork(draft.first) for past in request.pasts]
+        draft.pasts = [past.fork(draft.first, len(draft.prompt_P) + draft.computed) for past in request.pasts]
         request.drafts.append(draft)
         taken += draft.size
         state = draft
