@@ -83,7 +83,7 @@ def captured(model):
     return [step.replay for step in model.model.packed.steps.values()]
 
 
-PROMPTS = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4)]
+PROMPTS = [[9, *range(n)] for n in (3, 1, 7, 2, 30, 4, 5)]
 MODES = [
     GenerationSettings(12, 4, eos_token_id=(7, 63), **change)
     for change in (
@@ -91,6 +91,7 @@ MODES = [
         {"speculate": 3},
         {"cache": "frozen", "speculate": 3},
         {"cache": "prefix", "guidance_scale": 1.0, "speculate": 3},
+        {"cache": "dual", "later_masks": True, "threshold": 0.1},
         {"cache": "adaptive", "refresh_below": 0.2, "threshold": 0.1},
         {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "later_masks": True, "top_k": 40},
     )
@@ -169,7 +170,7 @@ def pass_over(model, rows, seed, split=False):
             cache.begin(0, start)
             if start:
                 packed(torch.from_numpy(row[:start]), Packing((start,), (cache,)), wanted=[np.arange(start)])
-            cache.begin(start, length)
+            cache.begin(start, start + length)
     new = [row[-length:] for row, (_, length) in zip(ids, rows, strict=True)]
     groups = [[i] for i in range(len(rows))] if split else [range(len(rows))]
     return torch.cat(

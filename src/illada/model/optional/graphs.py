@@ -98,7 +98,7 @@ class Step:
         start_N1 = np.array([past.start for past in packing.caches if past])[:, None]
         column_NL = np.arange(length) * (np.arange(length) < size_N1)
         source_NL, position_NL = np.cumsum(size_N1)[:, None] - size_N1 + column_NL, start_N1 + column_NL
-        seen_N1 = start_N1 + size_N1
+        seen_N1 = np.array([past.seen for past in packing.caches if past])[:, None]
         read_NK = np.minimum(np.arange(keys), seen_N1 - 1)
         slots = [
             np.stack([past.slots[at] for past, at in zip(packing.caches, at_NX, strict=True) if past])
@@ -117,7 +117,7 @@ class Step:
         mask = (torch.arange(keys, device=last.device) <= last)[:, None]
         view = CacheView(self.storage, self.write, self.read, self.read, mask)
         past = KVCache(self.storage)
-        past.start = keys - length
+        past.start, past.seen = keys - length, keys
         packing = Rectangle((length,) * rows, (past,) * rows, view=view)
         return IlladaModel.packed(self.model, self.ids, packing, self.position)
 
@@ -174,8 +174,9 @@ class GraphedPasses:
         pool = next(iter(pools), None) or self.owner() or PagePool()
         caches = packing.caches or (None,) * len(packing.lengths)
         pasts = tuple(cache or KVCache(pool) for cache in caches)
-        for past, length in zip(pasts, packing.lengths, strict=True):
-            past.begin(past.start, length)
+        for past, cache, length in zip(pasts, caches, packing.lengths, strict=True):
+            if cache is None:
+                past.begin(0, length)
         self.storage.pages = pool.pages
         self._forget_moved()
         if not self.steps:
@@ -202,8 +203,8 @@ class GraphedPasses:
         if self.model.training or kernel not in KERNELS or not lengths or not all(lengths):
             return None
         length = LENGTHS * -(-max(lengths) // LENGTHS)
-        starts = [past.start if past else 0 for past in packing.caches] or [0]
-        keys = _power_of_two(max(length, max(starts) + max(lengths)) + 1)
+        seen = [past.seen for past in packing.caches if past]
+        keys = _power_of_two(max([length, *seen]) + 1)
         bucket = Bucket(_power_of_two(len(lengths)), length, keys, kernel, config.causal)
         room = bucket in self.steps or len(self.steps) < self.most_graphs
         return bucket if room and bucket.rows * length <= self.most_positions else None
