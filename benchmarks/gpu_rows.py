@@ -516,7 +516,9 @@ def row_server(at: Scale) -> Figures:
 
 def quantised(at: Scale, folder: str, way: str) -> Figures:
     files = {"model": f"{folder}/model", "text": None, "reference": f"{folder}/reference.pt"}
-    found = measure_quantised(argparse.Namespace(**files, way=way, lengths=[64], device=at.device, repeats=5))
+    found = measure_quantised(
+        argparse.Namespace(**files, way=way, lengths=[64], device=at.device, repeats=5, saved=False)
+    )
     figures = {"load s": found["load_seconds"], "weights GB": found["weights"], "GB": found["gpu_peak"]}
     return figures | {"forwards/s": 1 / statistics.median(found["seconds_64"]), "KL": found["kl"]}
 
