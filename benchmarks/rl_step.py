@@ -106,11 +106,11 @@ def theirs(model, checkout, problems, cycles):
 
 
 def ours(model, problems, method, whole, cycles, folder):
-    """Return the command that runs so many cycles of ours."""
+    """Return the command that runs so many cycles of ours; `problems` are the settings that say on which."""
     answers = {"block_length": BLOCK, "max_new_tokens": TOKENS, **({"logit_bias": {2: -1000}} if whole else {})}
     given = {
         "model.start": model,
-        "data.train": problems,
+        **problems,
         "data.window": 128,
         "rl.method": method,
         "rl.reward": "sudoku",
@@ -165,36 +165,35 @@ class Clock:
         setattr(owner, name, noted)
 
 
-def where(options):
+def time_parts(model, method):
+    """Run three cycles here, and print the processor seconds of their parts as JSON."""
+    import torch
+
+    from illada.cli import main as command_line
+    from illada.post_training import answering, reinforcement, rewards
+    from illada.post_training.problems import Problems
+    from illada.training import trainer
+
+    clock = Clock()
+    clock.watch(answering, "generate", "answering")
+    clock.watch(rewards.Judge, "__call__", "judging, waiting for it")
+    clock.watch(Problems, "__getitem__", "drawing problems")
+    clock.watch(reinforcement.RlTrainer, "sums", "views before the steps")
+    clock.watch(reinforcement.RlTrainer, "pass_over", "views with gradient, forward")
+    clock.watch(reinforcement, "objective", "loss")
+    clock.watch(torch.Tensor, "backward", "backward")
+    clock.watch(trainer, "update", "optimiser")
+    clock.watch(reinforcement.RlTrainer, "train", "the rest: files, log, checkpoint, plans")
+    with tempfile.TemporaryDirectory() as folder:
+        command_line(ours(model, {"rl.tasks": '["sudoku"]'}, method, False, 3, f"{folder}/run")[3:])
+    print(json.dumps(clock.seconds))
+
+
+def where(model):
     """Print the processor seconds of the parts of a cycle; each method runs in a process of its own."""
-    if options.method:
-        import torch
-
-        from illada.cli import main as command_line
-        from illada.post_training import answering, reinforcement, rewards
-        from illada.post_training.problems import Problems
-        from illada.training import trainer
-
-        clock = Clock()
-        clock.watch(answering, "generate", "answering")
-        clock.watch(rewards.Judge, "__call__", "judging, waiting for it")
-        clock.watch(Problems, "__getitem__", "drawing problems")
-        clock.watch(reinforcement.RlTrainer, "sums", "views before the steps")
-        clock.watch(reinforcement.RlTrainer, "pass_over", "views with gradient, forward")
-        clock.watch(reinforcement, "objective", "loss")
-        clock.watch(torch.Tensor, "backward", "backward")
-        clock.watch(trainer, "update", "optimiser")
-        clock.watch(reinforcement.RlTrainer, "train", "the rest: files, log, checkpoint, plans")
-        with tempfile.TemporaryDirectory() as folder:
-            words = ours(options.model, None, options.method, False, 3, f"{folder}/run")[3:]
-            words = [word for word in words if not word.startswith("--data.train")]
-            sys.argv = ["illada", *words, "--rl.tasks", '["sudoku"]']
-            command_line()
-        print(json.dumps(clock.seconds))
-        return
     found = {}
     for method in ("diffu-grpo", "espo", "gdsd"):
-        command = [sys.executable, __file__, "--model", options.model, "--where", "--method", method]
+        command = [sys.executable, __file__, "--model", model, "--method", method]
         found[method] = json.loads(seconds(command)[1])
     print("| part, processor seconds a cycle | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
     for part in max(found.values(), key=len):
@@ -213,8 +212,10 @@ def main():
     parser.add_argument("--where", action="store_true", help="the parts of our cycles")
     parser.add_argument("--method", help=argparse.SUPPRESS)  # the one that this process times
     options = parser.parse_args()
-    if options.where:
-        where(options)
+    if options.method:
+        time_parts(options.model, options.method)
+    elif options.where:
+        where(options.model)
     elif options.theirs:
         model, problems, cycles = options.theirs
         theirs(model, options.dllm, problems, int(cycles))
@@ -245,7 +246,7 @@ def compare(options):
                 for cycles in (1, 3):
                     output = f"{folder}/{number}-{name.replace(' ', '-').replace(',', '')}-{cycles}"
                     if name in ways:
-                        command = ours(options.model, problems, *ways[name], cycles, output)
+                        command = ours(options.model, {"data.train": problems}, *ways[name], cycles, output)
                     else:
                         command = [options.dllm_python, __file__, "--model", "-", "--dllm", options.dllm]
                         command += ["--theirs", released, problems, str(cycles)]

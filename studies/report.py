@@ -105,7 +105,10 @@ def section(name: str, question: dict[str, Any], results: list[dict[str, Any]], 
     parts.append(f"![{question['question']}](images/study-{name}.png)")
     drawing, axes = figure(7, 3.6)
     PLOTS[question["plot"]["kind"]](axes, question, results)
-    axes.legend(frameon=False, fontsize=8)
+    if question["plot"]["kind"] == "bars":  # they leave no room within the axes
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    else:
+        axes.legend(frameon=False, fontsize=8)
     (images / f"study-{name}.png").write_bytes(rendered(drawing))
     parts.append(f"`python studies/run.py studies/questions/{name}.yaml`")
     return "\n\n".join([*parts, f"**Found.** {' '.join(question.get('finding', 'Not written yet.').split())}"])

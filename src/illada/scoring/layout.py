@@ -182,9 +182,8 @@ def _run(model: IlladaForMaskedLM, group: Sequence[Query], statistic: Statistic 
         )
         log_p_M, score_A = _head(model, hidden_AD, at_M, np.concatenate([q.target_M for q in group]), statistic)
     ends = np.cumsum([len(q.at_M) for q in group])[:-1]
-    log_p = np.split(log_p_M, ends) if len(group) > 1 else [log_p_M]
     scores = np.split(score_A[at_M], ends) if statistic is not None else [score_A] * len(group)
-    return [Answer(*parts) for parts in zip(log_p, scores, strict=True)]
+    return [Answer(*parts) for parts in zip(np.split(log_p_M, ends), scores, strict=True)]
 
 
 def _head(

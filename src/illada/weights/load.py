@@ -77,23 +77,42 @@ def load_model(
         check_weights(adapter)
         folder = model_folder(adapter_base(adapter))
     config, stored = _read_config(folder)
-    if stored is not None and quantize is not None:
-        raise IlladaError(f"the weights in {folder} are {stored} already: leave out --quantize")
-    if stored is not None and DTYPES[dtype] not in ("auto", config.dtype):
-        raise IlladaError(
-            f"the weights in {folder} are {stored}, made to run in {str(config.dtype).removeprefix('torch.')}: leave "
-            "out --dtype; to train or to convert, take the model that they were made of"
-        )
+    if stored is not None:
+        _refuse_other(folder, config, stored, DTYPES[dtype], choose_device(device), quantize)
     files = check_shards(folder)
     check_sizes(config, files, quantized=stored is not None)
     if stored is not None:
         check_packed(stored, config, files)
     tokenizer = load_tokenizer(folder)
     complete_ids(config, folder, tokenizer)
-    model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), quantize, stored)
+    way = stored or quantize
+    model = _load_weights(folder, config, DTYPES[dtype], choose_device(device), way, stored is not None)
     if adapter is not None:
-        model = attach(model, adapter, merge=quantize is None and stored is None)
+        model = attach(model, adapter, merge=way is None)
     return model.eval(), tokenizer
+
+
+def _refuse_other(
+    folder: Path,
+    config: IlladaConfig,
+    stored: Quantization,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    quantize: Quantization | None,
+) -> None:
+    """Raise an IlladaError if quantised weights are to be loaded otherwise than they are."""
+    if quantize is not None:
+        raise IlladaError(f"the weights in {folder} are {stored} already: leave out --quantize")
+    if dtype not in ("auto", config.dtype):
+        raise IlladaError(
+            f"the weights in {folder} are {stored}, made to run in {str(config.dtype).removeprefix('torch.')}: leave "
+            "out --dtype; to train or to convert, take the model that they were made of"
+        )
+    if stored == "int4" and device.type != "cpu":
+        raise IlladaError(
+            f"the int4 weights in {folder} run on a CPU: add --device cpu (for a GPU, add --quantize "
+            "int4 to the model that they were made of)"
+        )
 
 
 def _load_weights(
@@ -102,17 +121,11 @@ def _load_weights(
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: Quantization | None,
-    stored: Quantization | None,
+    stored: bool,
 ) -> IlladaForMaskedLM:
-    """Load the weights in `folder` onto the device; `stored` is how they are quantised there."""
-    quantize = quantize or stored
+    """Load the weights in `folder` onto the device; `stored` says whether they are quantised there already."""
     options = {} if quantize is None else quantized_loading(quantize, config, device, dtype)
-    if stored == "int4" and device.type != "cpu":
-        raise IlladaError(
-            f"the int4 weights in {folder} run on a CPU: add --device cpu (for a GPU, add --quantize "
-            "int4 to the model that they were made of)"
-        )
-    if stored is not None:
+    if stored:
         # Ours, not the file's: of a stranger's file only the name of the way counts.
         config.quantization_config = options.pop("quantization_config").to_dict()
     try:
