@@ -56,10 +56,12 @@ def problems(task, count, held_out):
     return [*found.values()]
 
 
-def answers(model, tokenizer, examples, **settings):
-    """Return the model's answers to problems."""
+def answers(model, tokenizer, examples, rows=None, **settings):
+    """Return the model's answers to problems, `rows` at a time or as many as the engine takes."""
     chosen = settings_for(model, GenerationSettings(**SETTINGS, **settings))
-    return generate(model, [example.messages[:1] for example in examples], chosen, tokenizer)
+    asked = [example.messages[:1] for example in examples]
+    parts = [asked[i : i + rows] for i in range(0, len(asked), rows)] if rows else [asked]
+    return [answer for part in parts for answer in generate(model, part, chosen, tokenizer)]
 
 
 def make_pairs(options):
@@ -92,9 +94,9 @@ def drawn_levels(length, samples, seed, complementary):
 
 WAYS = {
     "n levels drawn one by one": (8, False, drawn_levels),
-    "n levels, one mask each": (8, False, views),
     "one level, n masks": (8, False, one_level),
-    "n/2 levels with complements": (4, True, views),
+    "n/2 levels with complements (complementary)": (4, True, views),
+    "n levels of strata, tokens in turn (the default)": (8, False, views),
 }
 
 
@@ -201,7 +203,7 @@ def measure_accuracy(options):
             cells, tokens, passes = [], 0, 0
             for task in tasks:
                 examples = problems(task, options.problems, held_out=True)
-                found = answers(model, tokenizer, examples, **how)
+                found = answers(model, tokenizer, examples, options.rows, **how)
                 right = np.array([a.text.split() == e.answer.split() for a, e in zip(found, examples, strict=True)])
                 own_tokens, own_passes = (sum(len(a.ids) + 1 for a in found), sum(a.forwards for a in found))
                 tokens, passes = tokens + own_tokens, passes + own_passes
@@ -263,6 +265,7 @@ def main():
     accuracy.add_argument("--problems", type=int, default=500, help="of each task, or as many as it has")
     accuracy.add_argument("--thresholds", type=float, nargs="*", default=[])
     accuracy.add_argument("--speculate", type=int, default=0)
+    accuracy.add_argument("--rows", type=int, help="so many problems at a time; speculation needs room beside them")
     accuracy.add_argument("--files", nargs="+", help="problems with a reward, in place of tasks")
     published = parsers.add_parser("published")
     published.set_defaults(run=write_published)

@@ -352,14 +352,39 @@ def reference_confidence_score(model, context, candidate, right_context=()):
     return score
 
 
-def reference_likelihood_score(model, context, candidate, masks, right_context=()):
-    """Return LLaDA Eq. 6 for known masks: one list of masked candidate positions per sample."""
+def reference_likelihood_score(model, context, candidate, views, right_context=()):
+    """Return LLaDA Eq. 6 for known views: masked candidate positions, and the share of their level in the mean."""
     mask, total = model.config.mask_token_id, 0.0
-    for masked in masks:
+    for masked, share in views:
         seen = [mask if i in masked else x for i, x in enumerate(candidate)]
         log_p = log_p_of(model, [*context, *seen, *right_context])
-        total += len(candidate) / len(masked) * sum(float(log_p[len(context) + i, candidate[i]]) for i in masked)
-    return total / len(masks)
+        one = sum(float(log_p[len(context) + i, candidate[i]]) for i in masked)
+        total += share * len(candidate) / len(masked) * one
+    return total
+
+
+def reference_views(length, samples, seed, complementary=False):
+    """Return the masked positions and the share of each view: strata of levels, tokens taken in turn from one order.
+
+    With complements the strata are even, and what a view leaves visible is masked in another one.
+    """
+    drawn, power = [], 1 if complementary else 4 / 3
+    for i in range(samples):
+        low, high = (i / samples) ** power, ((i + 1) / samples) ** power
+        count = 1 + math.floor(length * (low + (high - low) * reference_uniform(seed, 18, i)))
+        if complementary and count < length:
+            count = min(count, length - count)
+        drawn.append((count, high - low))
+    order = sorted(range(length), key=lambda place: reference_uniform(seed, 19, place))
+    views, behind = [], 0
+    for count, share in sorted(drawn, reverse=True):
+        masked = [order[(behind + k) % length] for k in range(count)]
+        behind += count
+        if complementary and count < length:
+            views += [(sorted(masked), share / 2), (sorted({*order} - {*masked}), share / 2)]
+        else:
+            views.append((sorted(masked), share))
+    return views
 
 
 def reference_path(model, context, candidate, settings, right_context=()):
@@ -400,22 +425,10 @@ def reference_path(model, context, candidate, settings, right_context=()):
 
 
 def reference_bound(model, context, answer, samples, seed, complementary=False):
-    """Return the bound B(answer | context): mean over samples of (L / l) times the sum of log p over l masked tokens.
-
-    With complements it is the mean of this and of the same for the other L - l tokens, where there are any.
-    """
-    mask, length, total = model.config.mask_token_id, len(answer), 0.0
-    shift = reference_uniform(seed, 18)
-    for i in range(samples):
-        count = 1 + math.floor(length * math.fmod(i / samples + shift, 1.0))
-        rank = sorted(range(length), key=lambda place: reference_uniform(seed, 19, i, place))
-        views = [view for view in (rank[:count], rank[count:] if complementary else []) if view]
-        for masked in views:
-            seen = [mask if place in masked else x for place, x in enumerate(answer)]
-            log_p = log_p_of(model, [*context, *seen])
-            one = sum(float(log_p[len(context) + place, answer[place]]) for place in masked)
-            total += length / len(masked) * one / len(views)
-    return total / samples
+    """Return the bound B(answer | context) under the views of a seed."""
+    return reference_likelihood_score(
+        model, context, answer, reference_views(len(answer), samples, seed, complementary)
+    )
 
 
 def reference_preference(bounds, reference, lengths, beta, normalise=False, anchor=0.0):

@@ -45,10 +45,8 @@ def test_views_mask_something_and_weigh_it(length, samples, seed, complementary)
     masked_NL, weight_N = views(length, samples, seed, complementary)
     assert masked_NL.any(1).all()
     assert len(weight_N) == len(masked_NL) <= samples * (1 + complementary)
-    # Exact where every token costs the same; and with complements each sample asks for every token once.
+    # Exact where every token costs the same.
     assert masked_NL.sum(1) @ weight_N == pytest.approx(length)
-    if complementary and length > 1:
-        assert (masked_NL.sum(0) == samples).all()
 
 
 @pytest.mark.parametrize("complementary", [False, True])
@@ -78,13 +76,6 @@ def test_the_bound_lies_below_the_likelihood(untied):
     for complementary in (False, True):
         estimates = [elbo(untied, [(context, answer)], 8, seed, complementary)[0] for seed in range(60)]
         assert np.mean(estimates) == pytest.approx(exact, abs=4 * np.std(estimates) / 60**0.5 + 1e-6)
-
-
-def test_complements_leave_less_noise(untied):
-    pair = [([1, 2, 3], list(range(5, 17)))]
-    plain = np.var([elbo(untied, pair, 8, seed)[0] for seed in range(40)])
-    halves = np.var([elbo(untied, pair, 4, seed, complementary=True)[0] for seed in range(40)])
-    assert halves < plain  # as many passes
 
 
 @pytest.mark.parametrize("mask_id", [None, 3])

@@ -1,7 +1,5 @@
 """Both scores against the oracle, alone and in company; the layout of questions."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +11,9 @@ from illada.errors import IlladaError
 from illada.scoring import layout
 from illada.scoring.confidence import confidence_scores
 from illada.scoring.layout import score_layout
-from illada.scoring.likelihood import likelihood_scores, masked_counts, masked_tokens
+from illada.scoring.likelihood import likelihood_scores, masked_tokens
 from illada.text.chat import encode_prompt
-from reference import reference_confidence_score, reference_likelihood_score, reference_uniform
+from reference import reference_confidence_score, reference_likelihood_score, reference_views
 
 ids = st.integers(0, 63)
 tokens = st.integers(0, 62).filter(lambda i: i != 5)  # neither model's mask
@@ -47,22 +45,13 @@ def test_confidence_is_equation_2(tied, untied, tie, pairs, right, max_batch_tok
     close(got, [reference_confidence_score(model, *pair, right) for pair in pairs])
 
 
-def reference_masks(length, samples, seed):
-    masks = []
-    for sample in range(samples):
-        place = (sample / samples + reference_uniform(seed, 18)) % 1.0
-        order = sorted(range(length), key=lambda i: reference_uniform(seed, 19, sample, i))
-        masks.append(sorted(order[: 1 + math.floor(length * place)]))
-    return masks
-
-
 @few
 @given(st.booleans(), some_pairs, st.integers(1, 7), st.integers(0, 2**40), st.sampled_from([(), (2,)]), budgets)
 def test_likelihood_is_llada_equation_6(tied, untied, tie, pairs, samples, seed, right, max_batch_tokens):
     model = tied if tie else untied
     got = likelihood_scores(model, pairs, samples, seed, right, max_batch_tokens)
     want = [
-        reference_likelihood_score(model, *pair, reference_masks(len(pair[1]), samples, seed), right) for pair in pairs
+        reference_likelihood_score(model, *pair, reference_views(len(pair[1]), samples, seed), right) for pair in pairs
     ]
     close(got, want)
 
@@ -128,26 +117,48 @@ def test_likelihood_estimates_the_any_order_bound(untied):
     """With every mask of every size, weighted as drawn, the mean is exact; many samples come near it."""
     pair = ([1, 2], [20, 30, 40])
     sets = [[[i] for i in range(3)], [[0, 1], [0, 2], [1, 2]], [[0, 1, 2]]]
-    exact = sum(reference_likelihood_score(untied, *pair, masks) for masks in sets) / 3
+    views = [(masked, 1 / 3 / len(masks)) for masks in sets for masked in masks]
+    exact = reference_likelihood_score(untied, *pair, views)
     (estimate,) = likelihood_scores(untied, [pair], samples=3000, seed=1)
     assert estimate == pytest.approx(exact, abs=0.15)
     assert len({round(likelihood_scores(untied, [pair], samples=4, seed=seed)[0], 6) for seed in range(5)}) > 1
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.integers(1, 40), st.integers(1, 130), st.integers(0, 2**62))
-def test_counts_cover_their_range_evenly(length, samples, seed):
-    counts = np.bincount(masked_counts(length, samples, seed), minlength=length + 1)
+@given(st.integers(2, 40), st.integers(1, 130), st.integers(0, 2**62), st.booleans())
+def test_views_are_the_plain_ones(length, samples, seed, complementary):
+    masked_NL, share_N = masked_tokens(length, samples, seed, complementary)
+    plain = reference_views(length, samples, seed, complementary)
+    assert [np.flatnonzero(masked_L).tolist() for masked_L in masked_NL] == [masked for masked, _ in plain]
+    assert share_N.tolist() == pytest.approx([share for _, share in plain])
+    assert share_N.sum() == pytest.approx(1)
+    often = masked_NL.sum(0)
+    assert often.max() - often.min() <= (0 if complementary else 1)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("samples", [1, 3, 8])
+def test_every_number_of_tokens_is_as_likely(samples, complementary):
+    """By their shares the numbers of masked tokens are uniform on 1..L, and so is where they lie."""
+    length, seeds = 5, 4000
+    counts, places = np.zeros(length + 1), np.zeros(length)
+    for seed in range(seeds):
+        masked_NL, share_N = masked_tokens(length, samples, seed, complementary)
+        np.add.at(counts, masked_NL.sum(1), share_N / seeds)
+        alone = masked_NL[masked_NL.sum(1) == 1].sum(0)
+        places += alone
     assert counts[0] == 0
-    assert len(counts) == length + 1
-    assert counts[1:].max() - counts[1:].min() <= 2
-    masks = masked_tokens(length, samples, seed)
-    assert masks.sum(1).tolist() == masked_counts(length, samples, seed)
+    assert counts[1:] == pytest.approx(np.full(length, 1 / length), abs=0.03)
+    assert places / places.sum() == pytest.approx(np.full(length, 1 / length), abs=0.04)
 
 
-def test_each_position_is_masked_equally_often():
-    often = masked_tokens(5, 6000, 3).mean(0)
-    assert np.abs(often - 0.6).max() < 0.03
+def test_views_leave_less_noise(untied):
+    """Beside as many samples that are drawn on their own; on a trained network far less than here."""
+    pair = ([1, 2, 3], [*range(5, 17)])
+    plain = [np.mean([likelihood_scores(untied, [pair], 1, 8 * seed + i)[0] for i in range(8)]) for seed in range(60)]
+    ours = [likelihood_scores(untied, [pair], 8, seed)[0] for seed in range(60)]
+    assert np.var(ours) < 0.75 * np.var(plain)
+    assert np.mean(ours) == pytest.approx(np.mean(plain), abs=3 * np.std(plain) / 60**0.5)
 
 
 def test_right_context_is_seen(untied):

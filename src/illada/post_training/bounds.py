@@ -48,15 +48,16 @@ def elbo(
     """Return an estimate of the bound B(answer | context) in nats for each (context ids, answer ids).
 
     Masks are a function of seed, sample and place in the answer alone: two models, or two answers of one length, are
-    compared under the same ones. Noise levels are spread evenly over the samples. The estimate is without bias, and
-    `likelihood_scores` is the same where nothing is complementary.
+    compared under the same ones (`scoring.likelihood.masked_tokens`). The estimate is without bias, and
+    `likelihood_scores` is the same.
 
     Args:
         model: the network; of a causal one the bound is the likelihood itself.
         pairs: contexts and answers; an answer may end with its EOS.
         samples: noise levels, with one mask each.
         seed: of the masks.
-        complementary: also see each answer under the complement of every mask: twice the passes, less noise.
+        complementary: also see each answer under the complement of every mask: twice the passes and less noise, but not
+            less than as many samples without.
         max_batch_tokens: most positions of one forward pass.
 
     Raises:

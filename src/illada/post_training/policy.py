@@ -44,12 +44,12 @@ def whole(length: int, samples: int, seed: int, complementary: bool) -> tuple[ND
 def unweighted(
     length: int, samples: int, seed: int, complementary: bool
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Mask as `views` does, and weigh all tokens alike: the mean over the views of the sum over what is masked."""
-    if complementary:
-        masked_NL, _ = views(length, samples, seed, True)
-    else:
-        masked_NL = masked_tokens(length, samples, seed)
-    return masked_NL, np.full(len(masked_NL), 1 / samples)
+    """Mask as `views` does, and weigh all tokens alike: the mean over noise levels of the sum over what is masked.
+
+    Where a sample has a complement, both count whole.
+    """
+    masked_NL, share_N = masked_tokens(length, samples, seed, complementary)
+    return masked_NL, np.where(masked_NL.all(1), 1, 1 + complementary) * share_N
 
 
 MASKS: dict[Method, Masks] = {"espo": views, "gdsd": unweighted, "diffu-grpo": whole}

@@ -14,48 +14,48 @@ from illada.errors import IlladaError
 from illada.model.transformer import IlladaForMaskedLM
 from illada.scoring.layout import Pair, check_pairs, target_log_probs
 
-COUNT, CHOICE = 18, 19
-"""Random streams: how many tokens to mask, and which ones; the streams of training lie below 16."""
+LEVEL, ORDER = 18, 19
+"""Random streams: how much each sample masks, and in which order; the streams of training lie below 16."""
+POWER = 4 / 3
+"""Where the levels of n samples part, (i/n)^POWER: low ones, whose few tokens weigh most, are sampled more densely."""
 
 
-def masked_counts(length: int, samples: int, seed: int) -> list[int]:
-    """Return how many of `length` tokens each sample masks, l_i = 1 + floor(L frac(i/n + u)) [N].
+def masked_tokens(
+    length: int, samples: int, seed: int, complementary: bool = False
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return what each view of an answer masks [N, L], and its share in the mean over all noise levels [N].
 
-    One u for all: each l_i is uniform on 1..L, and together they cover it evenly (ours; LLaDA's code does alike).
+    Sample i draws t between (i/n)^POWER and ((i+1)/n)^POWER and masks l = 1 + floor(L t) tokens; its share is the
+    width of this stratum, so l is uniform on 1..L. From the largest l down, each takes the next l tokens of one
+    random order of all, round and round, so that together they mask every token about equally often (ours: a third of
+    the noise of even levels and independent tokens, benchmarks/RESULTS.md). One sample is LLaDA's. With complements
+    the strata are even, and a sample's l and L - l are two views with half its share each; where l = L there is no
+    other view (ESPO, arXiv 2512.03759, draws l from 0..L and halves these too, which adds noise).
     """
-    shift = rng.uniform_int(seed, COUNT)
-    return [min(length, 1 + int(length * ((i / samples + shift) % 1.0))) for i in range(samples)]
-
-
-def masked_tokens(length: int, samples: int, seed: int) -> NDArray[np.bool_]:
-    """Return which tokens each sample masks, [N, L]: the l_i with the smallest keyed numbers.
-
-    Sample and position are the whole key, so candidates of equal length are compared under the same masks.
-    """
-    sample_N1, position_L = torch.arange(samples)[:, None], torch.arange(length)
-    rank_NL = rng.uniform(seed, CHOICE, sample_N1, position_L, dtype=torch.float64).argsort(1).argsort(1)
-    return (rank_NL < torch.tensor(masked_counts(length, samples, seed))[:, None]).numpy()
+    edge = (np.arange(samples + 1) / samples) ** (1 if complementary else POWER)
+    share_N = np.diff(edge)
+    u_N = rng.uniform(seed, LEVEL, torch.arange(samples), dtype=torch.float64).numpy()
+    count_N = np.minimum(length, 1 + (length * (edge[:-1] + share_N * u_N)).astype(int))
+    if complementary:
+        count_N = np.sort(np.where(count_N < length, np.minimum(count_N, length - count_N), length))
+    share_N, count_N = share_N[::-1], count_N[::-1]
+    place_L = rng.uniform(seed, ORDER, torch.arange(length), dtype=torch.float64).argsort().argsort().numpy()
+    masked_NL = (place_L - (count_N.cumsum() - count_N)[:, None]) % length < count_N[:, None]
+    if complementary:
+        share_N = np.where(count_N < length, share_N / 2, share_N).repeat(2)
+        masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)
+        share_N, masked_NL = share_N[masked_NL.any(1)], masked_NL[masked_NL.any(1)]
+    return masked_NL, share_N
 
 
 def views(
     length: int, samples: int, seed: int, complementary: bool = False
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Return what each view of an answer masks [N, L], and the weight of its log-probabilities in the bound [N].
-
-    Every view masks something. With complements a sample that masks l of the L tokens is seen a second time with the
-    other L - l masked, and the two count half; where l = L there is no other view (ours: ESPO, arXiv 2512.03759, draws
-    l from 0..L and halves these too, which adds the noise of how often they are drawn).
-    """
+    """Return what each view of an answer masks [N, L], and the weight of its log-probabilities in the bound [N]."""
     if length == 1:  # nothing to choose
         return np.ones((1, 1), dtype=np.bool_), np.ones(1)
-    masked_NL = masked_tokens(length, samples, seed)
-    share_N = np.ones(samples)
-    if complementary:
-        whole_N = masked_NL.all(1).repeat(2)
-        masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)
-        share_N = np.where(whole_N, 1.0, 0.5)[masked_NL.any(1)]
-        masked_NL = masked_NL[masked_NL.any(1)]
-    return masked_NL, share_N * length / (masked_NL.sum(1) * samples)
+    masked_NL, share_N = masked_tokens(length, samples, seed, complementary)
+    return masked_NL, share_N * length / masked_NL.sum(1)
 
 
 def likelihood_scores(
@@ -70,9 +70,9 @@ def likelihood_scores(
     """Return an estimate of a lower bound on log p(candidate | context) in nats, for each pair (LLaDA Eq. 6).
 
     Each sample masks l of the L tokens, l uniform on 1..L, and contributes (L/l) times the sum of their
-    log-probabilities; the score is the mean. A one-token candidate needs one sample only, whatever `samples` says, and
-    its score equals `confidence_scores`. A pair's score does not depend on its company. For a causal model the score is
-    log p itself, from one pass: samples, seed and right context do not matter.
+    log-probabilities, by its share (see `masked_tokens`). A one-token candidate needs one sample only, whatever
+    `samples` says, and its score equals `confidence_scores`. A pair's score does not depend on its company. For a
+    causal model the score is log p itself, from one pass: samples, seed and right context do not matter.
 
     Args:
         model: the network.
@@ -81,7 +81,7 @@ def likelihood_scores(
         seed: of the masks.
         right_context: visible ids after every candidate (authors' evaluation code: one EOS, see `score_layout`).
         max_batch_tokens: most positions of one forward pass; a single pair may exceed it.
-        complementary: see every sample twice, under its mask and under the complement (see `views`).
+        complementary: see every sample twice, under its mask and under the complement.
 
     Raises:
         IlladaError: when `samples` is below 1, a candidate is empty, a pair is longer than the context, or an id is
