@@ -7,8 +7,8 @@
 Their files are run as they are, on the same weights: LLaDA's generate.py and get_log_likelihood.py, the loops of
 Fast-dLLM and the decoders of dInfer on our network (`illada bench generate --outside`), dllm's trainers in a Python
 that has what they pin, llama.cpp in one that has llama-cpp-python. (benchmarks/generate.py, trainer.py and rl_step.py
-say more of some of them.) Each peer has a process of its own and a share of the minutes that are left; whatever happens to
-it becomes its row. The file is written after every peer, and the table holds the latest of each that it has. Seconds
+say more of some of them.) Each peer has a process of its own and a share of the minutes that are left; whatever happens
+to it becomes its row. The file is written after every peer, and the table holds the latest of each that it has. Seconds
 are those of the processor. Exit code 1 when a peer of this run failed.
 """
 
@@ -71,7 +71,7 @@ def table(rows: list[Found]) -> str:
         else:
             said = f"{row['status']}: {row['reason']}".replace("|", "/").replace("\n", " ")
             text.append(f"| {peer.title} | {said} | | | | |")
-    where = dict.fromkeys(f"{row['machine']}, commit {row['commit']}" for row in latest.values())
+    where = dict.fromkeys(f"{row['machine']}, commit {(row['commit'] or 'unknown')[:7]}" for row in latest.values())
     rounds = sorted({row["rounds"] for row in latest.values()})
     words = f"Medians of {' or '.join(map(str, rounds))} rounds in turns (least to most). " if rounds else ""
     return "\n".join([*text, "", words + "; ".join(where)])
