@@ -74,13 +74,14 @@ def engine(model: IlladaForMaskedLM, settings: GenerationSettings, batch: int, e
     return Sampler("ours", answer, settings=settings)
 
 
-def generation(args: argparse.Namespace, spec: str, what: str, **rule: Any) -> list[Line]:
-    """Answer problems by a sampler of others and by our engine under the same rule, in three ways.
+def generation(args: argparse.Namespace, spec: str, what: str, ends: bool = False, **rule: Any) -> list[Line]:
+    """Answer problems by a sampler of others and by our engine under the same rule, in up to three ways.
 
     Args:
         args: the command line.
         spec: of the other sampler, as `illada bench generate --outside` takes it.
         what: the rule in words.
+        ends: whether the other looks for the end of an answer, so that going on behind it would be other work.
         rule: the same in our settings.
     """
     model, tokenizer = load_model(args.model, "fp32", "cpu")
@@ -88,7 +89,7 @@ def generation(args: argparse.Namespace, spec: str, what: str, **rule: Any) -> l
     plain = GenerationSettings(max_new_tokens=BUDGET, block_length=BLOCK, later_masks=True, eos_token_id=None, **rule)
     settings = settings_for(model, plain)
     ways = {
-        "ours alike, to the last token": (plain, 1),
+        **({} if ends else {"ours, on behind the end as theirs": (plain, 1)}),
         "ours to the end of an answer": (settings, 1),
         f"ours {args.limit} at once, to the end": (settings, args.limit),
     }
@@ -125,7 +126,8 @@ def row_dinfer(args: argparse.Namespace) -> list[Line]:
     lines = []
     for cache in ("dual", "prefix"):
         spec = f"{driver},cache={cache},threshold={THRESHOLD}"
-        lines += generation(args, spec, f"{cache} cache, threshold {THRESHOLD}", cache=cache, threshold=THRESHOLD)
+        rule = {"cache": cache, "threshold": THRESHOLD}
+        lines += generation(args, spec, f"{cache} cache, threshold {THRESHOLD}", ends=True, **rule)
     return lines
 
 
