@@ -4,7 +4,8 @@
     python llama_cpp_pass.py quantise MODEL.gguf Q4_K_M.gguf
 
 A pass is one whole sequence on one thread, in which every position sees every other, with the logits of all positions;
-those of the longest go into the file. Prints processor seconds as JSON. It imports nothing of this package.
+those of the longest go into the file. Prints processor seconds, and what llama.cpp was built with, as JSON. It imports
+nothing of this package.
 """
 
 import ctypes
@@ -42,7 +43,7 @@ def passes(file, ids, lengths, repeats, logits=None):
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_threads = params.n_threads_batch = 1
     context = llama.llama_init_from_model(model, params)
-    results = {"load_seconds": time.process_time() - started}
+    results = {"load_seconds": time.process_time() - started, "built": built()}
     vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     for length in lengths:
         batch, times = batch_of(ids[:length]), []
@@ -55,6 +56,12 @@ def passes(file, ids, lengths, repeats, logits=None):
     if logits:
         np.save(logits, found)
     return results
+
+
+def built():
+    """Return the names of what this build uses of the processor; without LLAMAFILE its products take far longer."""
+    parts = llama.llama_print_system_info().decode().replace("CPU : ", "").split(" | ")
+    return [name for name, _, value in (part.partition(" = ") for part in parts) if value == "1"]
 
 
 def quantise(file, output):

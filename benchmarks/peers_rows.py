@@ -261,7 +261,8 @@ def lines_of_passes(what: str, found: list[list[Line]], agree: str) -> list[Line
         return theirs, ours
 
     first = times(lambda one: one["load_seconds"] + one["first_seconds"])
-    lines = [line(f"{what}: load, and first pass of {LENGTHS[0]}", *first, "")]
+    kept = [name for name in found[0][0]["built"] if name.startswith(("AVX512", "AMX")) or "_" not in name]
+    lines = [line(f"{what}: load, and first pass of {LENGTHS[0]}", *first, f"built with {' '.join(kept)}")]
     for length in LENGTHS:
         of_length = times(lambda one, key=f"seconds_{length}": statistics.median(one[key]))  # type: ignore[misc]
         lines.append(line(f"{what}: pass of {length}", *of_length, agree if length == max(LENGTHS) else ""))
