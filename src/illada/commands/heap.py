@@ -7,8 +7,8 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
 
-LARGE = 256 * 2**20
-"""Bytes of a block from which it is mapped by itself and goes back to the system at once, as glibc does from 32 MiB."""
+LARGE = 64 * 2**20
+"""Bytes from which a block is mapped by itself and goes back to the system at once: a weight of a large model, not logits."""
 
 
 def keep_freed_memory() -> None:
