@@ -13,24 +13,16 @@ are random. What a row checks (yes or NO) is part of it, and a NO is a failure.
 
 import argparse
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import time
-import traceback
-from contextlib import suppress
-from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import gpu_rows
-from common import NotHereError
+from common import Found, take_rows, taken, taken_apart
 
-from illada.errors import MissingExtraError, first_line
-from illada.files import read_json, write_json
+from illada.files import read_json
 
 
 class Row(NamedTuple):
@@ -67,59 +59,23 @@ ROWS = {
 }
 
 
-def take(name: str, cpu: bool) -> dict[str, Any]:
-    """Measure a row in this process."""
-    started = time.perf_counter()
-    row: dict[str, Any] = {"status": "measured", "reason": "", "figures": {}}
-    try:
-        at = gpu_rows.CPU if cpu else gpu_rows.GPU
-        figures = row["figures"] = getattr(gpu_rows, f"row_{name}")(at)
-        row["peak_gb"] = gpu_rows.peak(at, figures)
-        ways = {key: value for key, value in figures.items() if isinstance(value, dict) and "failed" in value}
-        if untrue := [*ways, *(key for key, value in figures.items() if value is False)]:
-            row |= {"status": "failed", "reason": f"not so or not done: {', '.join(untrue)}"}
-    except (NotHereError, ImportError, MissingExtraError) as error:
-        row |= {"status": "not measured", "reason": first_line(error)}
-    except Exception as error:
-        traceback.print_exc()
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    return row | {"seconds": time.perf_counter() - started}
+def figures_of(name: str, cpu: bool) -> Found:
+    """Measure a row; a check that is not so, or a way that failed, fails it."""
+    at = gpu_rows.CPU if cpu else gpu_rows.GPU
+    figures = getattr(gpu_rows, f"row_{name}")(at)
+    found = {"figures": figures, "peak_gb": gpu_rows.peak(at, figures)}
+    ways = {key: value for key, value in figures.items() if isinstance(value, dict) and "failed" in value}
+    if untrue := [*ways, *(key for key, value in figures.items() if value is False)]:
+        found |= {"status": "failed", "reason": f"not so or not done: {', '.join(untrue)}"}
+    return found
 
 
-def take_into(file: Path, name: str, cpu: bool) -> None:
-    """Measure a row in a process that was started for it; as head of a group it ends with all that it started."""
-    os.setsid()
-    with file.with_suffix(".log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    write_json(file, take(name, cpu))
-
-
-def attempt(name: str, cpu: bool, limit: float) -> dict[str, Any]:
+def attempt(name: str, cpu: bool, limit: float) -> Found:
     """Measure a row in a process of its own, for at most `limit` seconds."""
     if cpu and ROWS[name].needs_cuda:
         return {"status": "not measured", "reason": "needs CUDA", "figures": {}, "seconds": 0.0}
-    context: Any = multiprocessing.get_context(gpu_rows.START["cpu" if cpu else "cuda"])
-    with TemporaryDirectory() as folder:
-        file, started = Path(folder) / "row.json", time.monotonic()
-        process = context.Process(target=take_into, args=(file, name, cpu))
-        process.start()
-        try:
-            process.join(limit)
-            late = process.is_alive()
-        finally:  # its children too: a row that crashed may have left a server behind
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.join()
-        log = file.with_suffix(".log")
-        said = log.read_text(errors="replace")[-3000:] if log.exists() else ""
-        if file.exists():
-            row = read_json(file)
-        else:
-            reason = f"ended after {limit:.0f} s" if late else f"the process ended with code {process.exitcode}"
-            row = {"status": "failed", "reason": reason, "figures": {}, "seconds": time.monotonic() - started}
-    return row | ({"log": said} if row["status"] == "failed" else {})
+    start = gpu_rows.START["cpu" if cpu else "cuda"]
+    return {"figures": {}} | taken_apart(partial(figures_of, name, cpu), limit, start)
 
 
 def shown(value: Any) -> str:
@@ -131,7 +87,7 @@ def shown(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Found]) -> str:
     """Return the latest of each row in Markdown, a line for each way; a table for each machine and commit."""
     text: list[str] = []
     latest = {(row["row"], row["cpu"]): row for row in rows}.values()
@@ -151,21 +107,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def run(todo: list[str], rows: list[dict[str, Any]], args: argparse.Namespace) -> bool:
+def run(todo: list[str], rows: list[Found], args: argparse.Namespace) -> bool:
     """Add these rows to those of the file, one after the other; return whether one failed."""
-    about = gpu_rows.environment(args.cpu)
-    until, failed = time.monotonic() + 60 * args.minutes, False
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(todo):
-        share = ROWS[name].weight / sum(ROWS[other].weight for other in todo[i:])
-        found = attempt(name, args.cpu, max(1.0, share * (until - time.monotonic())))
-        said = ": ".join(filter(None, (name, found["status"], found["reason"])))
-        print(f"{said}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-        failed |= found["status"] == "failed"
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        rows.append({"row": name, "what": ROWS[name].what, "cpu": args.cpu, **found, "date": date, **about})
-        write_json(args.output, {"rows": rows})
-    return failed
+    machine = gpu_rows.environment(args.cpu)
+    return take_rows(
+        {name: ROWS[name].weight for name in todo},
+        lambda name, limit: attempt(name, args.cpu, limit),
+        lambda name: {"what": ROWS[name].what, "cpu": args.cpu, **machine},
+        rows,
+        args.minutes,
+        args.output,
+    )
 
 
 def main(words: list[str] | None = None) -> int:
@@ -179,7 +131,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     args = parser.parse_args(words)
     if args.row:
-        row = take(args.row, args.cpu)
+        row = taken(partial(figures_of, args.row, args.cpu))
         print(json.dumps(row, indent=1))
         return int(row["status"] == "failed")
     file = args.table or args.output

@@ -34,7 +34,7 @@ from illada.weights.load import complete_ids, load_config, load_model
 
 PLAIN = "unquantised"
 WAYS = (PLAIN, "int8", "int4", "int8-bnb", "nf4")
-BLOCK = 32  # rows that the head sees in a step of generation
+BLOCK = 32  # rows that the head sees in a step of generation, where nothing else is said
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for _ in range(args.repeats + 1):
                 start = clock()
                 hidden = model.model(ids[None, :length].to(device)).last_hidden_state[0]
-                model.lm_head(hidden[-BLOCK:]).cpu()
+                model.lm_head(hidden[-args.head :]).cpu()
                 times.append(clock() - start)
             results["first_seconds"] = results.get("first_seconds", times[0])
             results[f"seconds_{length}"] = times[1:]
@@ -131,9 +131,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def random_model(shape: str, layers: int | None, folder: str) -> None:
-    """Write a bf16 model of that shape with random weights."""
-    config = IlladaConfig.preset(shape, **({} if layers is None else {"num_hidden_layers": layers}), dtype="bfloat16")
+def random_model(shape: str, layers: int | None, folder: str, **changes: int) -> None:
+    """Write a bf16 model of that shape, with these changes of the configuration, with random weights."""
+    changes |= {} if layers is None else {"num_hidden_layers": layers}
+    config = IlladaConfig.preset(shape, **changes, dtype="bfloat16")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     IlladaForMaskedLM(config).save_pretrained(folder)
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--text", help="file whose beginning is the input; random ids without it")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 256])
+    parser.add_argument("--head", type=int, default=BLOCK, help="rows that the head sees")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="times that all ways are run, one after another")
     parser.add_argument("--device", default="cpu")
@@ -170,7 +172,7 @@ def main() -> None:
             random_model(args.shape, args.layers, args.model)
         ways = [PLAIN, *(way for way in args.ways if way != PLAIN)]
         words = ["--model", args.model, "--repeats", str(args.repeats), "--device", args.device]
-        words += ["--lengths", *map(str, args.lengths), "--reference", f"{work}/reference.pt"]
+        words += ["--head", str(args.head), "--lengths", *map(str, args.lengths), "--reference", f"{work}/reference.pt"]
         words += ["--text", args.text] if args.text else []
         rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         failed: dict[str, str] = {}

@@ -37,6 +37,7 @@ NAMES = {
     "ff_out": "mlp.down_proj",
 }
 """LLaDA's names of tensors, and ours."""
+METHODS = ("diffu-grpo", "espo", "gdsd")
 PROMPTS, ANSWERS, INNER, TOKENS, BLOCK, ROWS = 16, 6, 4, 32, 16, 48
 
 
@@ -192,7 +193,7 @@ def time_parts(model, method):
 def where(model):
     """Print the processor seconds of the parts of a cycle; each method runs in a process of its own."""
     found = {}
-    for method in ("diffu-grpo", "espo", "gdsd"):
+    for method in METHODS:
         command = [sys.executable, __file__, "--model", model, "--method", method]
         found[method] = json.loads(seconds(command)[1])
     print("| part, processor seconds a cycle | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
@@ -223,37 +224,46 @@ def main():
         compare(options)
 
 
-def compare(options):
-    """Time all ways in turn, and print a table."""
+def timed(model, dllm, dllm_python, methods, rounds):
+    """Time all ways in turn; return the processor seconds of a cycle of each round, by the name of the way.
+
+    dllm's own comes first where `dllm` names its checkout; ours come by method and by length of the answers.
+    """
     from illada.post_training.problems import Problems
 
     with tempfile.TemporaryDirectory() as folder:
         problems, released = f"{folder}/problems.jsonl", f"{folder}/released"
         drawn = Problems(["sudoku"], "", 0)
         Path(problems).write_text("".join(json.dumps(drawn[i]) + "\n" for i in range(PROMPTS * 8)))
-        export = ["export", "--model", options.model, "--layout", "released", "--output", released]
+        export = ["export", "--model", model, "--layout", "released", "--output", released]
         seconds([sys.executable, "-m", "illada", *export])
         ways = {
             f"ours, {method}, {'32 tokens' if whole else 'to the end of the answer'}": (method, whole)
-            for method in ("diffu-grpo", "espo", "gdsd")
+            for method in methods
             for whole in (True, False)
         }
-        names = [*(["dllm's GRPO, 32 tokens"] if options.dllm else []), *ways]
+        names = [*(["dllm's GRPO, 32 tokens"] if dllm else []), *ways]
         taken = {name: [] for name in names}
-        for number in range(options.rounds):
+        for number in range(rounds):
             for name in names:
                 costs = []
                 for cycles in (1, 3):
                     output = f"{folder}/{number}-{name.replace(' ', '-').replace(',', '')}-{cycles}"
                     if name in ways:
-                        command = ours(options.model, {"data.train": problems}, *ways[name], cycles, output)
+                        command = ours(model, {"data.train": problems}, *ways[name], cycles, output)
                     else:
-                        command = [options.dllm_python, __file__, "--model", "-", "--dllm", options.dllm]
+                        command = [dllm_python, __file__, "--model", "-", "--dllm", dllm]
                         command += ["--theirs", released, problems, str(cycles)]
                     costs.append(seconds(command)[0])
                 taken[name].append((costs[1] - costs[0]) / 2)
                 print(f"{name}: {taken[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    base = taken[names[0]]
+    return taken
+
+
+def compare(options):
+    """Time all ways, and print a table."""
+    taken = timed(options.model, options.dllm, options.dllm_python, METHODS, options.rounds)
+    base = next(iter(taken.values()))
     print("| trainer | processor seconds a cycle, median (least to most) | the first over it |\n|---|---|---|")
     for name, found in taken.items():
         ratio = statistics.median(one / own for one, own in zip(base, found, strict=True))

@@ -25,6 +25,7 @@ from common import machine
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from illada.commands.heap import keep_freed_memory
 from illada.diffusion.loss import masked_loss
 from illada.generation.engine import Engine
 from illada.generation.settings import GenerationSettings
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--vocab_size", type=int, default=8192)
     options = parser.parse_args()
+    keep_freed_memory()  # as every command does
     print(
         f"{machine()}; vocabulary {options.vocab_size:,}, processor milliseconds, median of {options.repeats} turns\n"
     )

@@ -138,6 +138,21 @@ def shape_of(preset, vocab_size):
     return {key: value for key, value in values.items() if key.endswith(endings)}
 
 
+def timed(ways, shape, options):
+    """Run every way in a process of its own, in turns; return what each round found, by the name of the way."""
+    runs = {way: [] for way in ways}
+    for _ in range(options.repeats):
+        for way, results in runs.items():
+            theirs = way.startswith("dllm")
+            job = {"way": way, "shape": shape, "dtype": options.dtype, "steps": options.steps}
+            job |= {"dllm": options.dllm if theirs else ""}
+            command = [options.dllm_python if theirs else sys.executable, __file__, "--run", json.dumps(job)]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results.append(json.loads(said.splitlines()[-1]))
+            print(way, results[-1], file=sys.stderr, flush=True)
+    return runs
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="15m")
@@ -152,17 +167,8 @@ if __name__ == "__main__":
     if args.run:
         run(**json.loads(args.run))
         sys.exit()
-    shape = shape_of(args.preset, args.vocab_size)
     theirs = ("dllm", "dllm, windows") if args.dllm else ()
-    runs = {way: [] for way in ("ours", "ours, its passes", "common", *theirs)}
-    for _ in range(args.repeats):
-        for way, results in runs.items():
-            job = {"way": way, "shape": shape, "dtype": args.dtype, "steps": args.steps}
-            job |= {"dllm": args.dllm if way in theirs else ""}
-            command = [args.dllm_python if way in theirs else sys.executable, __file__, "--run", json.dumps(job)]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results.append(json.loads(said.splitlines()[-1]))
-            print(way, results[-1], file=sys.stderr, flush=True)
+    runs = timed(("ours", "ours, its passes", "common", *theirs), shape_of(args.preset, args.vocab_size), args)
     print("| way | parameters | tokens/s | peak above start (MB) | ours: times as fast | ours: of the memory |")
     print("|---|---:|---:|---:|---:|---:|")
     for way, results in runs.items():

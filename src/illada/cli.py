@@ -30,6 +30,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from wrapt import register_post_import_hook
 
 from illada.commands import bench, data, demo, doctor, evaluation, generation, scoring, serving, training, weights
+from illada.commands.heap import keep_freed_memory
 from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, first_line, needs
@@ -412,6 +413,8 @@ def main(words: list[str] | None = None) -> None:
     try:
         command, arguments = _parse(sys.argv[1:] if words is None else words)
         register_post_import_hook(_restrain_libraries, "illada.hub")  # which all that is heavy imports
+        if command is not serving.serve:  # it trims its heap itself (serving/worker.py)
+            keep_freed_memory()
         _call(command, arguments)
     except IlladaError as error:
         sys.exit(_fail(error, 2))

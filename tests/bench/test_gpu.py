@@ -15,6 +15,7 @@ EXPECTED += ["fp8", "scoring", "server", "quantised", "processes"]
 
 # One process that has imported everything runs all of it: the imports take longer than most rows.
 DRIVER = """
+import os
 import sys
 from pathlib import Path
 from threading import Event
@@ -36,7 +37,7 @@ def denies(at):
     return {"tokens as alone": False, "forwards/s": 1.0, "a way": {"failed": "as injected"}}
 
 gpu_rows.row_raises, gpu_rows.row_denies = raises, denies
-gpu_rows.row_hangs, gpu_rows.row_dies = lambda at: Event().wait(), lambda at: gpu.os.abort()
+gpu_rows.row_hangs, gpu_rows.row_dies = lambda at: Event().wait(), lambda at: os.abort()
 gpu.ROWS.update({name: gpu.Row(1, name) for name in ("raises", "denies", "dies", "hangs")})
 words = ["--cpu", "--output", str(folder / "injected.json")]
 codes["injected"] = gpu.main([*words, "--only", "raises", "denies", "dies"])

@@ -1,0 +1,43 @@
+"""Freed memory stays with a command's process, unless its user has said otherwise."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+from illada.commands.heap import keep_freed_memory
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [bytearray(b"x") * 2**20 for _ in range(8)]
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(); faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc has this heap")
+@pytest.mark.parametrize(
+    ("call", "environment", "kept"),
+    [
+        ("", {}, False),
+        ("keep_freed_memory()", {}, True),
+        ("keep_freed_memory()", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+        ("keep_freed_memory()", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, False),
+    ],
+)
+def test_freed_memory_is_not_mapped_anew(call, environment, kept):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(call=call)],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (int(done.stdout) < 500) == kept  # 8 MiB are 2,048 pages
