@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
 
 LARGE = 64 * 2**20
-"""Bytes from which a block is mapped by itself and goes back to the system at once: a weight of a large model, not logits."""
+"""Bytes from which a block is mapped by itself and goes back to the system at once: weights of large models."""
 
 
 def keep_freed_memory() -> None:
