@@ -18,6 +18,8 @@ LEVEL, ORDER = 18, 19
 """Random streams: how much each sample masks, and in which order; the streams of training lie below 16."""
 POWER = 4 / 3
 """Where the levels of n samples part, (i/n)^POWER: low ones, whose few tokens weigh most, are sampled more densely."""
+TAKERS = 8
+"""Most samples that take tokens in turn from one order: its few subsets would soon repeat, whatever the samples."""
 
 
 def masked_tokens(
@@ -26,9 +28,10 @@ def masked_tokens(
     """Return what each view of an answer masks [N, L], and its share in the mean over all noise levels [N].
 
     Sample i draws t between (i/n)^POWER and ((i+1)/n)^POWER and masks l = 1 + floor(L t) tokens; its share is the
-    width of this stratum, so l is uniform on 1..L. From the largest l down, each takes the next l tokens of one
-    random order of all, round and round, so that together they mask every token about equally often (ours: a third of
-    the noise of even levels and independent tokens, benchmarks/RESULTS.md). One sample is LLaDA's. With complements
+    width of this stratum, so l is uniform on 1..L. From the largest l down, each takes the next l tokens of a random
+    order of all, round and round, so that together they mask every token about equally often (ours: a third of the
+    noise of even levels and independent tokens, benchmarks/RESULTS.md). Each 8 samples, of levels from the whole range,
+    share an order. One sample is LLaDA's. With complements
     the strata are even, and a sample's l and L - l are two views with half its share each; where l = L there is no
     other view (ESPO, arXiv 2512.03759, draws l from 0..L and halves these too, which adds noise).
     """
@@ -39,8 +42,13 @@ def masked_tokens(
     if complementary:
         count_N = np.sort(np.where(count_N < length, np.minimum(count_N, length - count_N), length))
     share_N, count_N = share_N[::-1], count_N[::-1]
-    place_L = rng.uniform(seed, ORDER, torch.arange(length), dtype=torch.float64).argsort().argsort().numpy()
-    masked_NL = (place_L - (count_N.cumsum() - count_N)[:, None]) % length < count_N[:, None]
+    orders = -(-samples // TAKERS)
+    key_O1, position_L = torch.arange(orders)[:, None], torch.arange(length)
+    place_OL = rng.uniform(seed, ORDER, key_O1, position_L, dtype=torch.float64).argsort(1).argsort(1).numpy()
+    count_TO = np.pad(count_N, (0, -samples % orders)).reshape(-1, orders)  # takers beside each other have their turn
+    start_N = (count_TO.cumsum(0) - count_TO).flatten()[:samples]
+    place_NL = place_OL[np.arange(samples) % orders]
+    masked_NL = (place_NL - start_N[:, None]) % length < count_N[:, None]
     if complementary:
         share_N = np.where(count_N < length, share_N / 2, share_N).repeat(2)
         masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)
