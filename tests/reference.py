@@ -364,7 +364,9 @@ def reference_likelihood_score(model, context, candidate, views, right_context=(
 
 
 def reference_views(length, samples, seed, complementary=False):
-    """Return the masked positions and the share of each view: strata of levels, tokens taken in turn from one order.
+    """Return the masked positions and the share of each view: strata of levels, tokens taken in turn.
+
+    The samples, by their levels, belong to as many orders as give each at most eight.
 
     With complements the strata are even, and what a view leaves visible is masked in another one.
     """
@@ -375,11 +377,15 @@ def reference_views(length, samples, seed, complementary=False):
         if complementary and count < length:
             count = min(count, length - count)
         drawn.append((count, high - low))
-    order = sorted(range(length), key=lambda place: reference_uniform(seed, 19, place))
-    views, behind = [], 0
-    for count, share in sorted(drawn, reverse=True):
-        masked = [order[(behind + k) % length] for k in range(count)]
-        behind += count
+    orders = [
+        sorted(range(length), key=lambda place, number=number: reference_uniform(seed, 19, number, place))
+        for number in range(math.ceil(samples / 8))
+    ]
+    views, behind = [], [0] * len(orders)
+    for i, (count, share) in enumerate(sorted(drawn, reverse=True)):
+        order, number = orders[i % len(orders)], i % len(orders)
+        masked = [order[(behind[number] + k) % length] for k in range(count)]
+        behind[number] += count
         if complementary and count < length:
             views += [(sorted(masked), share / 2), (sorted({*order} - {*masked}), share / 2)]
         else:

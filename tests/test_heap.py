@@ -4,8 +4,11 @@ import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from illada.commands import heap
 
 FAULTS = """
 import resource
@@ -41,3 +44,22 @@ def test_freed_memory_is_not_mapped_anew(call, environment, kept):
         check=True,
     )
     assert (int(done.stdout) < 500) == kept  # 8 MiB are 2,048 pages
+
+
+@pytest.mark.parametrize(("most", "taken"), [(2**31, 64 * 2**20), (32 * 2**20, 32 * 2**20), (0, None)])
+def test_the_trim_threshold_is_never_set_alone(monkeypatch, most, taken):
+    """As glibc before 2.35 would do: it takes no more than 32 MiB, and then keeps its own 128 kB for good."""
+    options = {}
+
+    def mallopt(option, value):
+        accepted = option == heap.M_TRIM_THRESHOLD or value <= most
+        options.update({option: value} if accepted else {})
+        return int(accepted)
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(heap.sys, "platform", "linux")
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    heap.keep_freed_memory()
+    expected = {} if taken is None else {heap.M_MMAP_THRESHOLD: taken, heap.M_TRIM_THRESHOLD: 2**31 - 1}
+    assert options == expected

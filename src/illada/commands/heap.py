@@ -7,8 +7,9 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
 
-LARGE = 64 * 2**20
-"""Bytes from which a block is mapped by itself and goes back to the system at once: weights of large models."""
+LARGE = (64 * 2**20, 32 * 2**20)
+"""Bytes from which a block is mapped by itself and goes back to the system at once: weights of large models. The first
+that glibc takes: before 2.35 it takes no more than the second."""
 
 
 def keep_freed_memory() -> None:
@@ -20,6 +21,6 @@ def keep_freed_memory() -> None:
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None and not chosen:
-        set_option(M_MMAP_THRESHOLD, LARGE)
+    # The trim threshold alone would do harm: once it is set, every block from 128 kB on stays mapped by itself.
+    if set_option is not None and not chosen and any(set_option(M_MMAP_THRESHOLD, size) for size in LARGE):
         set_option(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -26,21 +26,23 @@ def masked_tokens(
     """Return what each view of an answer masks [N, L], and its share in the mean over all noise levels [N].
 
     Sample i draws t between (i/n)^POWER and ((i+1)/n)^POWER and masks l = 1 + floor(L t) tokens; its share is the
-    width of this stratum, so l is uniform on 1..L. From the largest l down, each takes the next l tokens of one
-    random order of all, round and round, so that together they mask every token about equally often (ours: a third of
-    the noise of even levels and independent tokens, benchmarks/RESULTS.md). One sample is LLaDA's. With complements
-    the strata are even, and a sample's l and L - l are two views with half its share each; where l = L there is no
-    other view (ESPO, arXiv 2512.03759, draws l from 0..L and halves these too, which adds noise).
+    width of this stratum, so l is uniform on 1..L. From the largest l down, each takes the next l tokens of a random
+    order, round and round, so that every token is masked about equally often (ours: a third of the noise of even levels
+    and independent tokens, benchmarks/RESULTS.md); 8 samples, from all levels, share an order. One sample is LLaDA's.
+    With complements the strata are even, and a sample's l and L - l are two views with half its share each; where l = L
+    there is no other view (ESPO, arXiv 2512.03759, draws l from 0..L and halves these too, which adds noise).
     """
     edge = (np.arange(samples + 1) / samples) ** (1 if complementary else POWER)
-    share_N = np.diff(edge)
     u_N = rng.uniform(seed, LEVEL, torch.arange(samples), dtype=torch.float64).numpy()
-    count_N = np.minimum(length, 1 + (length * (edge[:-1] + share_N * u_N)).astype(int))
+    count_N = np.minimum(length, 1 + (length * (edge[:-1] + np.diff(edge) * u_N)).astype(int))
     if complementary:
         count_N = np.sort(np.where(count_N < length, np.minimum(count_N, length - count_N), length))
-    share_N, count_N = share_N[::-1], count_N[::-1]
-    place_L = rng.uniform(seed, ORDER, torch.arange(length), dtype=torch.float64).argsort().argsort().numpy()
-    masked_NL = (place_L - (count_N.cumsum() - count_N)[:, None]) % length < count_N[:, None]
+    share_N, count_N = np.diff(edge)[::-1], count_N[::-1]
+    orders = -(-samples // 8)  # an order has few subsets: with one for all, noise would stop falling
+    order_N1, position_L = torch.arange(samples)[:, None] % orders, torch.arange(length)
+    place_NL = rng.uniform(seed, ORDER, order_N1, position_L, dtype=torch.float64).argsort(1).argsort(1).numpy()
+    taken_N = np.array([count_N[i % orders : i : orders].sum() for i in range(samples)])
+    masked_NL = (place_NL - taken_N[:, None]) % length < count_N[:, None]
     if complementary:
         share_N = np.where(count_N < length, share_N / 2, share_N).repeat(2)
         masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)
@@ -97,8 +99,7 @@ def likelihood_scores(
         for i, log_p_M in zip(order, exact, strict=True):
             scores[i] = float(log_p_M.sum())
         return scores
-    lengths = {candidate.length for candidate in candidates}
-    seen = {length: views(length, samples, seed, complementary) for length in lengths}
+    seen = {length: views(length, samples, seed, complementary) for length in {each.length for each in candidates}}
     queries = (
         candidates[i].query(masked_L, model.config.mask_id) for i in order for masked_L in seen[candidates[i].length][0]
     )
