@@ -117,7 +117,7 @@ def main(words: list[str] | None = None) -> int:
     if reason := refused(args):
         print(f"peers.py: {reason}", file=sys.stderr)
         return 2
-    rows: list[Found] = read_json(args.output)["rows"] if args.output.exists() else []
+    rows: list[Found] = read_json(args.output).get("rows", []) if args.output.exists() else []
     todo = {name: PEERS[name].weight for name in args.only or PEERS if getattr(args, name) is not None}
     about = {"machine": machine(), "commit": commit(), "rounds": args.rounds}
     # A fork spares the imports; nothing has started threads or a GPU here.
