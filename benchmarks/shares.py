@@ -25,10 +25,10 @@ from common import machine
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from illada.commands.heap import keep_freed_memory
 from illada.diffusion.loss import masked_loss
 from illada.generation.engine import Engine
 from illada.generation.settings import GenerationSettings
+from illada.heap import keep_freed_memory
 from illada.model.attention import Packing
 from illada.model.config import PRESETS, IlladaConfig
 from illada.model.transformer import IlladaForMaskedLM

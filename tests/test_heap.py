@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from illada.commands import heap
+from illada import heap
 
 FAULTS = """
 import resource
-from illada.commands.heap import keep_freed_memory
+from illada.heap import keep_freed_memory
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

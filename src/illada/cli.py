@@ -30,11 +30,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from wrapt import register_post_import_hook
 
 from illada.commands import bench, data, demo, doctor, evaluation, generation, scoring, serving, training, weights
-from illada.commands.heap import keep_freed_memory
 from illada.commands.recipes import recipe_file
 from illada.commands.shown import SHOWN, TAKES_MODEL, TAKES_RECIPE, usage
 from illada.errors import DivergedError, IlladaError, first_line, needs
 from illada.files import check_yaml
+from illada.heap import keep_freed_memory
 from illada.post_training.options import DISTILL_DEFAULTS, DPO_DEFAULTS, RL_DEFAULTS
 from illada.training.recipe import SFT_DEFAULTS, Recipe
 

@@ -19,32 +19,12 @@ from illada.errors import IlladaError
 from illada.generation import sampling
 from illada.generation.settings import GenerationSettings
 from illada.preparation.train_tokenizer import train_tokenizer
+from outside import OUTSIDE
 from reference import logits_with_past
 
 B, G = 4, 12
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15]]
 EXACT = GenerationSettings(max_new_tokens=G, block_length=B, eos_token_id=None)
-
-# LLaDA's interface and order of work: all masks in view, `steps` divided over the blocks.
-OUTSIDE = """
-import torch
-
-def generate(model, prompt, attention_mask=None, steps=8, gen_length=8, block_length=8, temperature=0.0,
-             cfg_scale=0.0, remasking="low_confidence", mask_id=0):
-    assert temperature == cfg_scale == 0 and remasking == "low_confidence" and steps == gen_length
-    x = torch.cat((prompt, torch.full((1, gen_length), mask_id)), 1).to(model.device)
-    for block in range(prompt.shape[1], x.shape[1], block_length):
-        for _ in range(block_length):
-            logits = model(x, attention_mask=attention_mask).logits
-            p = logits.softmax(-1)
-            p[..., mask_id] = -1
-            best_p, best = p.max(-1)
-            best_p[x != mask_id] = -1
-            best_p[:, block + block_length:] = -1
-            i = best_p[0].argmax()
-            x[0, i] = best[0, i]
-    return RESULT
-"""
 
 # Fast-dLLM's calls, in the paper's variable-length decoding: the first pass of a block makes keys and values, the
 # others take those before the block (prefix) or put the block's into all of them (dual).

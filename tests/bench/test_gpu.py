@@ -1,14 +1,11 @@
 """`benchmarks/gpu.py`: every row with tiny shapes on the CPU, and what becomes of rows that fail, hang or are there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from outside import run_program
+
 NEED_CUDA = {"varlen", "liger", "fp8"}
 EXPECTED = ["exact", "cached", "threshold", "batches", "graphs", "memory", "training", "recompute", "varlen", "liger"]
 EXPECTED += ["fp8", "scoring", "server", "quantised", "processes"]
@@ -70,24 +67,11 @@ print(json.dumps({name: getattr(gpu_rows, f"row_{name}")(gpu_rows.CPU) for name 
 """
 
 
-def run(program, *words):
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=BENCHMARKS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory):
     """The folder of the runs, and what they printed."""
     folder = tmp_path_factory.mktemp("gpu")
-    return folder, run(DRIVER, str(folder))
+    return folder, run_program(DRIVER, str(folder)).stdout
 
 
 def rows_of(file):
@@ -131,7 +115,7 @@ def test_what_happens_to_a_row_becomes_the_row(driven):
 
 @pytest.mark.slow
 def test_rows_that_need_cuda_run_with_stand_ins():
-    found = json.loads(run(STAND_INS).splitlines()[-1])
+    found = json.loads(run_program(STAND_INS).stdout.splitlines()[-1])
     for figures in found.values():
         assert False not in figures.values()
         assert not [way for way in figures.values() if isinstance(way, dict) and "failed" in way]

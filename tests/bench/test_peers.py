@@ -1,35 +1,15 @@
 """`benchmarks/peers.py`: a peer that runs, that fails, that is late, and that has no path, each as its row."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from illada.weights.save import write_model
+from outside import OUTSIDE, run_program
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-# The authors' interface: ids from the best logits of every pass, and a score that is not ours.
-GENERATE = """
-import torch
-
-def generate(model, prompt, steps, gen_length, block_length, mask_id):
-    x = torch.cat((prompt, torch.full((1, gen_length), mask_id)), 1)
-    for block in range(prompt.shape[1], x.shape[1], block_length):
-        for _ in range(block_length):
-            logits = model(x).logits
-            p = logits.softmax(-1)
-            p[..., mask_id] = -1
-            best_p, best = p.max(-1)
-            best_p[x != mask_id] = -1
-            best_p[:, block + block_length:] = -1
-            i = best_p[0].argmax()
-            x[0, i] = best[0, i] + WRONG
-    return x
-"""
+WRONG = "torch.cat((prompt, (x[:, prompt.shape[1]:] + 1) % mask_id), 1)"
+"""Other answers than ours."""
+# A score that is not ours.
 LIKELIHOOD = """
 def get_log_likelihood(model, prompt, answer, mc_num, batch_size, mask_id):
     return -1.0
@@ -80,15 +60,7 @@ def program(file, line):
 
 def run(*runs):
     """Run the benchmark with these words, one run after the other; return what each printed, errors, and the codes."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *map(json.dumps, runs)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=BENCHMARKS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(DRIVER, *map(json.dumps, runs))
     *said, codes = done.stdout.split("=====\n")[1:]
     return said, done.stderr, json.loads(codes)
 
@@ -107,8 +79,8 @@ BEFORE_REFUSED = 4
 def driven(model, tmp_path_factory):
     """The file of three runs, and what all runs printed, wrote as errors, and returned."""
     folder = tmp_path_factory.mktemp("peers")
-    same = checkout(folder / "same", generate=GENERATE.replace("WRONG", "0"), get_log_likelihood=LIKELIHOOD)
-    other = checkout(folder / "other", generate=GENERATE.replace("WRONG", "1"), get_log_likelihood=LIKELIHOOD)
+    same = checkout(folder / "same", generate=OUTSIDE.replace("RESULT", "x"), get_log_likelihood=LIKELIHOOD)
+    other = checkout(folder / "other", generate=OUTSIDE.replace("RESULT", WRONG), get_log_likelihood=LIKELIHOOD)
     hangs = checkout(folder / "hangs", llada__generate="from threading import Event\nEvent().wait()")
     dllm = checkout(folder / "dllm", dllm__core__trainers__mdlm="")
     fails = program(folder / "python", "echo no such module >&2; exit 1")

@@ -1,6 +1,6 @@
 """The bound on a likelihood by samples (LLaDA Eq. 6; spec §6): a score of candidates, and what post-training rests on.
 
-Shape letters: L candidate tokens · N samples, or views where every sample has two.
+Shape letters: L candidate tokens · N samples, or views where every sample has two · O orders of the tokens.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ def masked_tokens(
         count_N = np.sort(np.where(count_N < length, np.minimum(count_N, length - count_N), length))
     share_N, count_N = np.diff(edge)[::-1], count_N[::-1]
     orders = -(-samples // 8)  # an order has few subsets: with one for all, noise would stop falling
-    order_N1, position_L = torch.arange(samples)[:, None] % orders, torch.arange(length)
-    place_NL = rng.uniform(seed, ORDER, order_N1, position_L, dtype=torch.float64).argsort(1).argsort(1).numpy()
+    order_O1, position_L = torch.arange(orders)[:, None], torch.arange(length)
+    place_OL = rng.uniform(seed, ORDER, order_O1, position_L, dtype=torch.float64).argsort(1).argsort(1).numpy()
     taken_N = np.array([count_N[i % orders : i : orders].sum() for i in range(samples)])
-    masked_NL = (place_NL - taken_N[:, None]) % length < count_N[:, None]
+    masked_NL = (place_OL[np.arange(samples) % orders] - taken_N[:, None]) % length < count_N[:, None]
     if complementary:
         share_N = np.where(count_N < length, share_N / 2, share_N).repeat(2)
         masked_NL = np.stack([masked_NL, ~masked_NL], axis=1).reshape(2 * samples, length)

@@ -1,10 +1,8 @@
 """The thread that owns the engine: requests go in from the event loop, updates of their answers come back to it."""
 
 import asyncio
-import ctypes
 import logging
 import math
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 from illada.generation.engine import Engine, Generation, StepEvent
 from illada.generation.settings import GenerationSettings
+from illada.heap import trim_heap
 from illada.model.transformer import IlladaForMaskedLM
 from illada.serving.answer import Answer, Step, Update
 from illada.serving.metrics import Metrics
@@ -28,13 +27,6 @@ Notify = Callable[[tuple[Answer, Update]], None]
 
 TRIM_SECONDS = 1.0
 """Seconds of work after which freed memory is returned to the system, which takes about 10 ms."""
-
-
-def _trim_heap() -> None:
-    """Return free memory inside glibc's heaps to the system: passes of changing sizes leave holes that would add up."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 class Worker:
@@ -176,7 +168,7 @@ class Worker:
                     continue
                 self._pass()
                 if time.monotonic() - trimmed > TRIM_SECONDS:
-                    _trim_heap()
+                    trim_heap()
                     trimmed = time.monotonic()
             except Exception:
                 # Whatever went wrong (memory, a kernel), the requests under way are lost and the server goes on.

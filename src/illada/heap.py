@@ -1,8 +1,9 @@
-"""The heap of a command: freed memory stays with the process."""
+"""glibc's heap: a command keeps what is freed for its next pass, a server gives it back."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
@@ -10,6 +11,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE = (64 * 2**20, 32 * 2**20)
 """Bytes from which a block is mapped by itself and goes back to the system at once: weights of large models. The first
 that glibc takes: before 2.35 it takes no more than the second."""
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc; None under other C libraries."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def trim_heap() -> None:
+    """Return free memory inside the heaps to the system: passes of changing sizes leave holes that would add up."""
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
 
 
 def keep_freed_memory() -> None:
@@ -20,7 +32,7 @@ def keep_freed_memory() -> None:
     the user has set glibc's own variables, and under other C libraries.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    set_option = _of_glibc("mallopt")
     # The trim threshold alone would do harm: once it is set, every block from 128 kB on stays mapped by itself.
     if set_option is not None and not chosen and any(set_option(M_MMAP_THRESHOLD, size) for size in LARGE):
         set_option(M_TRIM_THRESHOLD, 2**31 - 1)
