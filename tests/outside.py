@@ -30,7 +30,7 @@ def generate(model, prompt, attention_mask=None, steps=8, gen_length=8, block_le
 
 
 def run_program(program, *words):
-    """Run a program that may import the scripts of `benchmarks`, on one thread; return the process, which ended well."""
+    """Run a program that may import the scripts of `benchmarks`, on one thread; return the ended process."""
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
         capture_output=True,
