@@ -1,4 +1,4 @@
-"""Measure a trained model as a question asks: held-out text, answers to problems, choices among candidates.
+"""Measure a trained model as a question asks: held-out text, answers to problems, choices, what it writes.
 
 Each kind has its own settings under `measure` in a question:
 
@@ -6,15 +6,22 @@ Each kind has its own settings under `measure` in a question:
     answers: {problems: how many, settings of generation}
     choices: {problems: how many, files: names, method: confidence | likelihood | path, samples: of the likelihood,
         chat: whether the candidates answer a user}
+    writing: {texts: how many of held-out.jsonl, given: tokens of each that are given, judge: the causal arm whose model
+        of the same seed judges what is written behind them, ways: {name: settings of generation}}
 
 The figures are named by what they are of, such as "bound 128" and "accuracy"; of the groups of problems, "accuracy
-GROUP". Positions are what the forward passes compute for a problem, seconds their share of the time.
+GROUP". Of what is written each way, and of the texts themselves ("text"): "judged", the causal model's bits a token,
+the end included; "distinct", the share of pairs of neighbours that are new in their answer; "tokens". Positions are
+what the forward passes compute for a problem, seconds their share of the time.
 """
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,7 @@ import illada
 from illada.data.shards import Shards
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import environment_of
+from illada.scoring.likelihood import likelihood_scores
 from illada.scoring.optional.candidates import Item, right_choices, score_candidates
 from illada.text.prompts import show_ids
 from illada.training.optional.likelihood import text_likelihood
@@ -32,15 +40,16 @@ Figures = dict[str, float]
 
 
 def measure(
-    model: Path, problems: Path, held_out: Path | None, asked: dict[str, Any]
+    model: Path, problems: Path, held_out: Path | None, asked: dict[str, Any], judge: Path | None = None
 ) -> tuple[Figures, dict[str, Any]]:
     """Return the figures asked for and the environment.
 
     Args:
         model: folder of the model.
-        problems: folder with problems.jsonl and choices.jsonl, where these are asked for.
+        problems: folder with held-out.jsonl, problems.jsonl and choices.jsonl, where these are asked for.
         held_out: prepared held-out text.
         asked: the kinds and their settings.
+        judge: folder of the causal model that judges writing.
     """
     disable_progress_bar()
     network, tokenizer = illada.load_model(str(model), device="cpu")
@@ -52,6 +61,11 @@ def measure(
         figures |= answers(network, tokenizer, problems / "problems.jsonl", **asked["answers"])
     if "choices" in asked:
         figures |= choices(network, tokenizer, problems, **asked["choices"])
+    if "writing" in asked:
+        assert judge is not None
+        judging, _ = illada.load_model(str(judge), device="cpu")
+        own = {name: value for name, value in asked["writing"].items() if name != "judge"}
+        figures |= writing(network, judging, tokenizer, problems / "held-out.jsonl", **own)
     return figures, environment_of(network)
 
 
@@ -123,6 +137,32 @@ def choices(
             **shares(f"accuracy {file}", right, [record.get("group", "") for record in asked]),
             f"positions {file}": sum(positions) / len(items),
             f"seconds {file}": seconds / len(items),
+        }
+    return figures
+
+
+def writing(
+    network: Any, judge: Any, tokenizer: Any, path: Path, texts: int, given: int, ways: dict[str, dict[str, Any]]
+) -> Figures:
+    """Return how a causal model judges what a model writes on behind beginnings of texts, and how varied it is."""
+    encoded = (tokenizer.encode(record["text"], add_special_tokens=False) for record in records(path, 10 * texts))
+    long_enough = [ids for ids in encoded if len(ids) >= 2 * given][:texts]
+    contexts = [ids[:given] for ids in long_enough]
+    end, limit = [tokenizer.eos_token_id], max(settings["max_new_tokens"] for settings in ways.values())
+    written = {"text": [(ids[given:] + end)[:limit] for ids in long_enough]}
+    for name, settings in ways.items():
+        own = [replace(settings_for(network, GenerationSettings(**settings)), seed=i) for i in range(len(contexts))]
+        found = illada.generate(network, contexts, own, tokenizer=tokenizer)
+        written[name] = [answer.ids + end * (answer.finish_reason == "stop") for answer in found]
+    figures: Figures = {}
+    for name, continuations in written.items():
+        nats = likelihood_scores(judge, [*zip(contexts, continuations, strict=True)])
+        tokens = sum(map(len, continuations))
+        neighbours = [[*itertools.pairwise(ids)] for ids in continuations]
+        figures |= {
+            f"judged {name}": -sum(nats) / tokens / math.log(2),
+            f"distinct {name}": sum(len(set(pairs)) for pairs in neighbours) / sum(map(len, neighbours)),
+            f"tokens {name}": tokens / len(continuations),
         }
     return figures
 

@@ -86,6 +86,17 @@ class Arm:
         """The arm whose model is the beginning."""
         return self._other(self.asked["start"]) if self.asked.get("start") else None
 
+    @cached_property
+    def judge(self) -> "Arm | None":
+        """The arm whose model judges what this one writes."""
+        writing = (self.asked["measure"] or {}).get("writing")
+        return self._other(writing["judge"]) if writing else None
+
+    @property
+    def before(self) -> list["Arm"]:
+        """The arms whose models this one needs."""
+        return [arm for arm in (self.start, self.judge) if arm is not None]
+
     def _other(self, name: str) -> "Arm":
         question, _, arm = name.rpartition("/")
         found = arm_of(question or self.question, arm, self.seed, self.places)
@@ -161,12 +172,13 @@ def arms_of(question: str, places: Places) -> Iterator[Arm]:
 
 
 def needed(questions: list[str], places: Places) -> list[Arm]:
-    """Return the arms that have no numbers yet, each behind those whose models it begins with, where these are gone."""
+    """Return the arms that have no numbers yet, each behind those whose models it needs, where these are gone."""
     found: dict[str, Arm] = {}
 
     def add(arm: Arm) -> None:
-        if arm.start is not None and not arm.start.is_trained():
-            add(arm.start)
+        for other in arm.before:
+            if not other.is_trained():
+                add(other)
         found.setdefault(arm.label, arm)
 
     for question in questions:
@@ -243,7 +255,9 @@ def run(arm: Arm) -> None:
     from measure import measure  # only here: the runner itself needs no torch
 
     problems = source(arm.asked["data"], "held-out").parent
-    figures, environment = measure(arm.model(), problems, prepared(arm) / "held-out", arm.asked["measure"] or {})
+    judge = None if arm.judge is None else arm.judge.model()
+    asked = arm.asked["measure"] or {}
+    figures, environment = measure(arm.model(), problems, prepared(arm) / "held-out", asked, judge)
     trained = curve(arm.run) if arm.asked["recipe"] is not None else {}
     figures |= trained.pop("figures", {})
     arm.result.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +319,7 @@ def curve(folder: Path) -> dict[str, Any]:
 
 
 def work_through(arms: list[Arm], options: list[str], cores: int) -> bool:
-    """Run arms, so many at once, each in a process with one thread at lowest priority, none before its start.
+    """Run arms, so many at once, each in a process with one thread at lowest priority, none before those that it needs.
 
     Returns whether none failed. When this process is stopped, so are those of the arms; their runs keep checkpoints.
     """
@@ -316,10 +330,10 @@ def work_through(arms: list[Arm], options: list[str], cores: int) -> bool:
     try:
         while waiting or running:
             busy = {arm.label for arm in [*waiting, *running.values()]}
-            ready = [arm for arm in waiting if arm.start is None or arm.start.label not in busy]
+            ready = [arm for arm in waiting if not any(other.label in busy for other in arm.before)]
             for arm in ready[: cores - len(running)]:
                 waiting.remove(arm)
-                if arm.start is not None and arm.start.label in failed:
+                if any(other.label in failed for other in arm.before):
                     failed.append(arm.label)
                     continue
                 words = ["nice", "-n", "19", sys.executable, __file__, *options, "--arm", arm.label]

@@ -19,9 +19,9 @@ from typing import Any
 import illada
 from illada.cli import main as main_of_illada
 from illada.data.shards import Shards
-from illada.demo.report import plot_denoising
 from illada.demo.stages import record_steps
 from illada.files import write_json
+from illada.generation.optional.picture import draw_steps
 from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import accuracy, aligned
 from illada.scoring.optional.candidates import Item, right_choices, score_candidates
@@ -142,7 +142,7 @@ def talk(output: Path, base: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 def report(output: Path, found: dict[str, Any], said: dict[str, Any]) -> str:
     """Return the report as Markdown, and draw its picture."""
-    (output / "forming.png").write_bytes(plot_denoising({"steps": said["steps"]}))
+    (output / "forming.png").write_bytes(draw_steps(said["steps"]))
     bits = found["bits_per_byte"]
     lines = [["bits per byte of held-out text", ""], *([name, f"{value:.3f}"] for name, value in bits.items())]
     groups = [["exact answers about words never asked for in training", "%"]]

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada.errors import MissingExtraError, needs
+from illada.errors import IlladaError, MissingExtraError, needs
 from illada.files import write_bytes, write_json, write_text
 from illada.model.transformer import IlladaForMaskedLM
 
 INK, MUTED, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777")
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture's name may end in."""
 
 
 PLAIN_EVERY = 10.0
@@ -105,6 +107,19 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
         part.tick_params(colors=INK)
         part.set_prop_cycle(color=COLOURS)
     return drawing, axes
+
+
+def picture_path(target: Path, option: str = "output") -> Path:
+    """Return where to write the picture that an option names.
+
+    Raises:
+        IlladaError: before anything is drawn, when none can be written there.
+    """
+    if target.suffix not in PICTURES:
+        raise IlladaError(f"{option} {target} is no picture: its name must end in {', '.join(PICTURES)}")
+    if not target.parent.is_dir():
+        raise IlladaError(f"{option} {target} cannot be written: there is no folder {target.parent}")
+    return target
 
 
 def rendered(drawing: Any, form: str = "png", dpi: int = 110) -> bytes:

@@ -27,6 +27,7 @@ def generate(
     chat: bool = False,
     slot_tokens: int | None = None,
     json: bool = False,
+    picture: str | None = None,
 ) -> None:
     """Complete prompts by block-wise, variable-length diffusion.
 
@@ -38,20 +39,24 @@ def generate(
         chat: put each prompt into the chat template.
         slot_tokens: fill in each ___ of the prompts with so many tokens, instead of writing on.
         json: print one JSON object per prompt.
+        picture: draw how the answer to a single prompt forms, a row for each pass: a file .png, .svg or .pdf.
     """
     prompts, settings = read_prompts(prompt, file), with_schema(settings)
+    drawing = None if picture is None else heavy.picture.Drawing(Path(picture), prompts)
+    on_step = None if drawing is None else drawing.keep
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
     if slot_tokens is not None:
         templates = [encode_template(tokenizer, text, slot_tokens) for text in prompts]
-        answers = heavy.generation.infill(network, templates, settings, tokenizer=tokenizer)
+        answers = heavy.generation.infill(network, templates, settings, tokenizer, on_step)
     else:
         if chat:
             ids = [heavy.chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
         else:
             ids = [encode_plain(tokenizer, text) for text in prompts]
-        answers = heavy.generation.generate(network, ids, settings_for(network, settings), tokenizer=tokenizer)
+        settings = settings_for(network, settings)
+        answers = heavy.generation.generate(network, ids, settings, tokenizer, on_step)
     if not chat and slot_tokens is None:
         _check_plain(model.model, tokenizer, prompts)
     if all(not show_ids(tokenizer, answer.ids).strip() for answer in answers):
@@ -65,6 +70,8 @@ def generate(
             if len(prompts) > 1:
                 print(f"> {text}")
             print(show_ids(tokenizer, answer.ids))
+    if drawing is not None:
+        drawing.write(tokenizer, settings.eos_ids)
 
 
 def with_schema(settings: GenerationSettings) -> GenerationSettings:

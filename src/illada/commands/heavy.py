@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import illada.evaluation.compare as comparison
     import illada.evaluation.run as evaluation
     import illada.generation.engine as generation
+    import illada.generation.optional.picture as picture
     import illada.generation.optional.tool_calls as tool_calls
     import illada.post_training.distillation as distillation
     import illada.post_training.preferences as preferences
@@ -59,6 +60,7 @@ MODULES = {
     "generation": "illada.generation.engine",
     "gguf": "illada.weights.gguf",
     "likelihood": "illada.training.optional.likelihood",
+    "picture": "illada.generation.optional.picture",
     "plots": "illada.training.optional.plots",
     "preferences": "illada.post_training.preferences",
     "preparation": "illada.preparation.prepare",

@@ -19,7 +19,7 @@ SHOWN = {
         "distill.reward distill.settings distill.masks distill.thresholds"
     ),
     "estimate": f"model.preset {_RECIPE} gpus gpu price command json",
-    "generate": f"{_DECODING} prompt file chat slot_tokens json cache quantize",
+    "generate": f"{_DECODING} prompt file chat slot_tokens json picture cache quantize",
     "chat": f"{_DECODING} system cache quantize",
     "serve": f"{_DECODING} host port replicas quantize",
     "eval": "model output paper task_files tasks limit chat shots settings run download device",

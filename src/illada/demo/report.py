@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from illada.demo.align import FEWER_PASSES, REWARDS
 from illada.errors import needs
 from illada.files import write_bytes, write_text
+from illada.generation.optional.picture import draw_steps
 from illada.reporting import ACCENT, INK, MUTED, figure, moving_mean, rendered
 from illada.training.optional.plots import draw_runs
 from illada.weights.runs import read_metrics
@@ -20,10 +20,6 @@ from illada.weights.runs import read_metrics
 with needs("report", "the report"):
     from markdown_it import MarkdownIt
     from markdown_it.renderer import RendererHTML
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-EOS_TEXT = "<|eos|>"
 
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
@@ -35,7 +31,7 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "answers-loss": _plot_sft(output / "sft"),
         "accuracy": _plot_accuracy(results),
         "frontier": _plot_frontier(results["frontier"]),
-        "denoising": plot_denoising(results["denoising"]),
+        "denoising": draw_steps(results["denoising"]["steps"]),
     }
     (output / "images").mkdir(exist_ok=True)
     if results["align"]:
@@ -164,37 +160,6 @@ def _plot_frontier(frontier: Sequence[dict[str, Any]]) -> bytes:
     axes.set_xlim(min(all_x) / 1.3, max(all_x) * 1.3)
     axes.legend(frameon=False)
     return rendered(drawing)
-
-
-def plot_denoising(record: dict[str, Any]) -> bytes:
-    """Draw one answer as a grid: steps downwards, positions to the right."""
-    steps = record["steps"]
-    # Tokens behind the end are cut off and drawn pale.
-    last = steps[-1]["tokens"]
-    end = last.index(EOS_TEXT) if EOS_TEXT in last else len(last)
-    width = max(len(step["tokens"]) for step in steps)
-    drawing, axes = figure(0.46 * width + 1.2, 0.3 * len(steps) + 0.8)
-    colours = colormaps["Blues"]
-    for y, step in enumerate(steps):
-        cells = zip(step["tokens"], step["committed"], step["confidence"], strict=True)
-        for x, (token, committed, confidence) in enumerate(cells):
-            sure = 0.0 if confidence is None or math.isnan(confidence) else float(confidence)
-            face = colours(0.3 + 0.6 * sure) if committed else "#eceff3"
-            alpha = 1.0 if x <= end else 0.25
-            axes.add_patch(Rectangle((x, y), 0.94, 0.9, facecolor=face, edgecolor="none", alpha=alpha))
-            ink = ("white" if sure > 0.6 else INK) if committed else "#a8b2bd"
-            axes.text(x + 0.47, y + 0.47, _sign(token), ha="center", va="center", fontsize=8, color=ink, alpha=alpha)
-    axes.set(xlim=(0, width), ylim=(len(steps), 0), ylabel="forward pass", xlabel="position in the answer")
-    axes.set_xticks([])
-    axes.set_yticks([y + 0.45 for y in range(0, len(steps), 4)], [str(y + 1) for y in range(0, len(steps), 4)])
-    axes.spines[["left", "bottom"]].set_visible(False)
-    return rendered(drawing)
-
-
-def _sign(token: str) -> str:
-    """Return a token short enough for its cell; a dollar sign would be read as mathematics."""
-    short = {"\n": "↵", EOS_TEXT: "END"}.get(token, token.strip().strip("<|>") or "␣")
-    return short[:5].replace("$", "\\$")
 
 
 def best_accuracies(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

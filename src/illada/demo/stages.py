@@ -22,7 +22,8 @@ from illada.demo.task_files import evaluate_in_harness
 from illada.errors import IlladaError
 from illada.files import read_json, write_json, write_text
 from illada.folders import new_folder
-from illada.generation.engine import generate
+from illada.generation.engine import StepEvent, generate
+from illada.generation.optional.picture import recorded
 from illada.generation.settings import GenerationSettings
 from illada.preparation.options import PrepareSettings
 from illada.preparation.prepare import prepare
@@ -377,13 +378,9 @@ def record_steps(
     model: Any, tokenizer: Any, chat: list[dict[str, str]], settings: GenerationSettings
 ) -> tuple[str, list[dict[str, Any]]]:
     """Return the answer to a chat, and what stood there after each of its passes."""
-    steps: list[dict[str, Any]] = []
-
-    def keep(event: Any) -> None:
-        tokens = [tokenizer.decode([i]) for i in event.ids]
-        steps.append({"tokens": tokens, "committed": event.committed, "confidence": event.confidence})
-
-    (answer,) = generate(model, [chat], settings, tokenizer=tokenizer, on_step=keep)
+    events: list[StepEvent] = []
+    (answer,) = generate(model, [chat], settings, tokenizer=tokenizer, on_step=events.append)
+    steps = [recorded(tokenizer, event, settings.eos_ids) for event in events]
     return show_ids(tokenizer, answer.ids), steps
 
 

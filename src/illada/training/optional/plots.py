@@ -9,13 +9,11 @@ import numpy as np
 
 from illada.errors import IlladaError
 from illada.files import read_json, write_bytes
-from illada.reporting import COLOURS, INK, figure, moving_mean, rendered
+from illada.reporting import COLOURS, INK, figure, moving_mean, picture_path, rendered
 from illada.weights.runs import read_metrics
 
 SMOOTH_SHARE = 20
 """A curve is the mean over this share of its points (one in so many), beside the points themselves, faintly."""
-PICTURES = (".png", ".svg", ".pdf")
-"""What a picture's name may end in."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,11 @@ def draw_runs(runs: Sequence[str], output: str | None = None) -> Path:
     Raises:
         IlladaError: when a folder holds no metrics, the output cannot be written, or matplotlib is not installed.
     """
-    given = None if output is None else _checked(Path(output))
+    given = None if output is None else picture_path(Path(output))
     for run in runs:
         if not Path(run).is_dir():
             raise IlladaError(f"no run at {run}: the folder does not exist")
-    target = given or _checked(Path(runs[0]) / "report.png")
+    target = given or picture_path(Path(runs[0]) / "report.png")
     found, alike = [], len({Path(run).name for run in runs}) < len(runs)
     for run in runs:
         records = read_metrics(Path(run) / "metrics.jsonl")
@@ -203,15 +201,6 @@ def _draw_several(found: Sequence[Curves], loss: Any, rate: Any, norm: Any) -> N
         curves.draw(norm, curves.column("gradient_norm"), curves.name, smooth=True, color=colour)
         curves.draw(rate, curves.column("learning_rate"), curves.name, color=colour)
     rate.set_ylabel("learning rate")
-
-
-def _checked(target: Path) -> Path:
-    """Return where to write a picture; raises IlladaError, before anything is drawn, when none can be written there."""
-    if target.suffix not in PICTURES:
-        raise IlladaError(f"output {target} is no picture: its name must end in {', '.join(PICTURES)}")
-    if not target.parent.is_dir():
-        raise IlladaError(f"output {target} cannot be written: there is no folder {target.parent}")
-    return target
 
 
 def _draw_likelihoods(axes: Any, file: Path) -> None:
