@@ -2,7 +2,8 @@
 
     python studies/report.py
 
-A question's `finding`, written by a person who has read the numbers, stands under its table.
+A question's `finding`, written by a person who has read the numbers, stands under its table, and its `answer`, one
+sentence, at the head of the page.
 """
 
 import argparse
@@ -114,6 +115,15 @@ def section(name: str, question: dict[str, Any], results: list[dict[str, Any]], 
     return "\n\n".join([*parts, f"**Found.** {' '.join(question.get('finding', 'Not written yet.').split())}"])
 
 
+def summary(questions: dict[str, dict[str, Any]]) -> str:
+    """Return the table of answers at the head of the page; a question without one says so."""
+    rows = [["", "question", "answer"]]
+    for question in questions.values():
+        answer = " ".join(question.get("answer", "*not all of it has run*").split())
+        rows.append([str(question["number"]), question["question"], answer])
+    return aligned(rows, left=3)
+
+
 def bars(axes: Any, label: str, points: Sequence[tuple[Any, Sequence[float]]], factor: float = 2) -> None:
     """Draw means over x, with a bar of so many standard errors."""
     made = [(x, *mean_and_error(values)) for x, values in points if values]
@@ -181,10 +191,12 @@ def main() -> None:
     (options.output / "images").mkdir(parents=True, exist_ok=True)
     sections = []
     questions = {path.stem: yaml.safe_load(path.read_text()) for path in (STUDIES / "questions").glob("*.yaml")}
-    for name, question in sorted(questions.items(), key=lambda pair: pair[1]["number"]):
+    questions = dict(sorted(questions.items(), key=lambda pair: pair[1]["number"]))
+    for name, question in questions.items():
         results = results_of(name, question, options.results)
         sections.append(section(name, question, results, options.output / "images"))
-    (options.output / "study.md").write_text("\n\n".join([HEAD.strip(), *sections]) + "\n")
+    page = "\n\n".join([HEAD.strip(), summary(questions), *sections])
+    (options.output / "study.md").write_text(page + "\n")
 
 
 if __name__ == "__main__":

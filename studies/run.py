@@ -8,9 +8,9 @@ Every arm is what the product's own commands do: `illada pretrain` or `illada sf
 an arm whose file of numbers is there is done. To make again what is in the repository, give `--results` another folder.
 `python studies/report.py` makes the tables and pictures.
 
-A question (YAML) says, before it runs: `number`, `question`, `hypothesis`, `refuted_by`, `seeds`, `arms` (name: what is
-its own), `pairs` of arms to compare, and for the page `show` (figures of the table), `plot`, and `finding`, written
-afterwards. For all arms, and in an arm where it has its own:
+A question (YAML) says, before it runs: `number`, `question`, `hypothesis`, `refuted_by`, `seeds`, `arms` (name: what
+is its own), `pairs` of arms to compare, and for the page `show` (figures of the table) and `plot`; afterwards `finding`
+and `answer` (one sentence). For all arms, and in an arm where it has its own:
 
     recipe: file below the repository; none: nothing is trained, and the model at `start` is measured
     command: pretrain (without it) or sft

@@ -36,6 +36,12 @@ TUNED = {
     "data.window": 32,
     "training.epochs": 2,
 }
+WRITING = {
+    "texts": 3,
+    "given": 2,
+    "judge": "split/causal",
+    "ways": {"drawn": {"temperature": 1.0, "block_length": 4, "max_new_tokens": 4}},
+}
 CHOICES = {"problems": 3, "files": ["choices"], "method": "likelihood", "samples": 2}
 
 
@@ -66,7 +72,11 @@ def studies(tmp_path):
         **common,
         **{"number": 1, "question": "Does it split?", "data": "words", "recipe": "recipes/tiny-cpu-pretrain.yaml"},
         **{"settings": SMALL, "measure": {"text": {8: 3, 16: 2}}, "show": ["bound 8", "path 16"]},
-        **{"arms": {"split": {"data.split_probability": 0.3}, "whole": {"data.split_probability": 0.0}}},
+        "arms": {
+            "split": {"data.split_probability": 0.3},
+            "whole": {"data.split_probability": 0.0},
+            "causal": {"model.causal": True},
+        },
         **{"pairs": [["split", "whole"]], "plot": {"kind": "differences", "figures": ["bound 8"], "label": "tokens"}},
     }
     tuned = {
@@ -77,6 +87,7 @@ def studies(tmp_path):
         "arms": {
             "base": {"same": "split/split"},
             "few": {"start": "base", "documents": 10},
+            "written": {"start": "base", "recipe": None, "data": "words", "measure": {"writing": WRITING}},
             "chosen": {"start": "few", "recipe": None, "data": "words", "measure": {"choices": CHOICES}},
         },
         "plot": {"kind": "bars", "figures": ["accuracy"]},
@@ -136,7 +147,12 @@ def numbers(results):
 def test_killed_and_started_again_the_numbers_are_the_same(studies, undisturbed, tmp_path):
     undisturbed(tmp_path / "a", tmp_path / "once")
     want = numbers(tmp_path / "once")
-    assert set(want) == {"split/split-0.json", "tuned/few-0.json", "tuned/chosen-0.json"}
+    names = ("split/split-0", "split/causal-0", "tuned/few-0", "tuned/written-0", "tuned/chosen-0")
+    assert set(want) == {f"{name}.json" for name in names}
+    written = want["tuned/written-0.json"]["figures"]
+    assert {f"{what} {way}" for what in ("judged", "distinct", "tokens") for way in ("text", "drawn")} == set(written)
+    assert 0 < written["distinct drawn"] <= 1 <= written["tokens drawn"] <= 4
+    assert 5 < written["judged drawn"] < 12  # of 300 words that a model has hardly begun to tell apart
     assert want["tuned/few-0.json"]["tokens"] < want["split/split-0.json"]["tokens"] * 10
     assert want["tuned/chosen-0.json"]["figures"]["positions choices"] > 0
     assert "tokens" not in want["tuned/chosen-0.json"]
