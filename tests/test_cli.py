@@ -92,6 +92,7 @@ def said_by(capsys, *words):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SHOWN)
 def test_help_shows_what_matters_first_and_all_on_request(command, capsys):
     short, full = said_by(capsys, command, "--help"), said_by(capsys, command, "--help_all")
@@ -373,6 +374,7 @@ def test_a_run_that_diverged_exits_with_1(work, fails, tmp_path, monkeypatch):
     assert "loss nan" in fails("pretrain", work.recipe, "--output", str(tmp_path / "run"), code=1)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_exits_with_1(work, fails, tmp_path, monkeypatch, capsys):
     from illada.training import parallel
 
@@ -465,6 +467,7 @@ def test_generate_puts_prompts_into_the_chat_template(work, monkeypatch):
     assert not {3, 4} & set(plain)
 
 
+@pytest.mark.slow
 def test_generate_fills_slots(work, fails, capsys):
     words = ["generate", "--model", work.run, "--prompt", "one ___ three ___", "___ two"]
     cli.main([*words, "--slot_tokens", "3", "--json"])
@@ -502,6 +505,7 @@ def test_generate_follows_its_settings(work, capsys):
     assert hot[0] == hot[1] != hot[2]
 
 
+@pytest.mark.slow
 def test_score(work, capsys, tmp_path):
     cli.main(["score", "--model", work.run, "--context", "one two", "--candidates", " three", " seven six"])
     record = json.loads(capsys.readouterr().out)

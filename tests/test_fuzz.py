@@ -165,6 +165,7 @@ def test_recipes(tmp_path, data):
     survives(read)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @bounded
 def test_indices_of_prepared_data(make_data, tmp_path_factory, data):

@@ -291,6 +291,7 @@ def test_a_killed_run_ends_in_the_same_weights(run, monkeypatch, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["illada", "llada"])
 def test_fine_tuning_goes_on_causally(run, tmp_path, rule):
     data = DataRecipe(str(Path(run.data.train).parent / "chat"), window=16)

@@ -183,6 +183,7 @@ def test_old_rollouts_make_way(make_rl):
     assert kept[-1] == 5
 
 
+@pytest.mark.slow
 def test_equal_rewards_are_said(make_rl, capsys):
     run(make_rl(steps=6, rl={"inner_steps": 1, "reward": {"exact": 1.0}}))
     assert "for 5 rollouts all answers to each problem had the same reward (mean 0)" in capsys.readouterr().err

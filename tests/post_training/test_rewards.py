@@ -45,6 +45,7 @@ def test_the_rewards(name, problem, answer, reward):
     assert REWARDS[name](problem, answer) == pytest.approx(reward)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=300))
 def test_any_text_has_a_reward(answer):
     assert 0 <= countdown(COUNTDOWN, answer) <= 1

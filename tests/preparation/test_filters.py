@@ -64,6 +64,7 @@ def test_of_equal_documents_the_first_stays(tmp_path, tokens, task_bytes, capfd)
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_bytes", [1, 10_000_000])
 def test_of_similar_documents_one_stays(tmp_path, tokens, task_bytes):
     similar = GOOD.replace("diesel", "petrol")

@@ -136,6 +136,7 @@ def test_views_are_the_plain_ones(length, samples, seed, complementary):
     assert often.max() - often.min() <= (0 if complementary else -(-samples // 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_every_number_of_tokens_is_as_likely(samples, complementary):

@@ -344,6 +344,7 @@ def test_verify_says_what_is_whole(recipe, data, capsys):
     assert said.err == f"illada: error: not as written in {run}: 2 files; restore from a copy\n"
 
 
+@pytest.mark.slow
 def test_verify_of_data_and_of_nothing(data, tmp_path, capsys):
     shutil.copytree(data / "train", tmp_path / "copy")
     cli.main(["verify", str(tmp_path / "copy")])
@@ -365,6 +366,7 @@ def test_verify_of_data_and_of_nothing(data, tmp_path, capsys):
         assert text in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_picture_that_does_not_fit_is_one_line_that_names_it(recipe, monkeypatch, capsys, tmp_path):
     def full(_):
         raise OSError(28, "No space left on device")

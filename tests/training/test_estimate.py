@@ -49,6 +49,7 @@ def real_pass(dtype, kind, before_backward=lambda: None):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activations_are_the_tensors_that_autograd_keeps(dtype):
     kept: dict[int, torch.UntypedStorage] = {}

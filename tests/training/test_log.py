@@ -22,6 +22,7 @@ from illada.weights.load import load_model
 from illada.weights.runs import read_metrics
 
 
+@pytest.mark.slow
 def test_the_loss_by_mask_ratio_is_the_mean_cross_entropy(make_recipe, data):
     """The first step of a run against plain logits of the weights it began with."""
     base = train(make_recipe("base", steps=2)).model

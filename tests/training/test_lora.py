@@ -251,6 +251,7 @@ def test_a_run_without_an_adapter_is_written_as_before(make_recipe):
     train(off)
 
 
+@pytest.mark.slow
 def test_the_command_trains_an_adapter(lora, tmp_path, capsys):
     recipe = lora(steps=2)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**asdict(recipe), "lora": {"rank": 0}}))

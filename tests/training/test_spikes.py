@@ -37,6 +37,7 @@ def state_of(run):
     return json.loads((checkpoints(Path(run))[-1] / "state.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1000.0])
 def test_a_spike_is_left_out(make_recipe, monkeypatch, factor):
     monkeypatch.setattr(spikes, "FIRST_JUDGED", 8)
@@ -88,6 +89,7 @@ def test_a_run_goes_back_and_takes_other_data(make_recipe, monkeypatch, capsys):
     assert [r["loss"] for r in mine[14:]] != [r["loss"] for r in theirs[14:]]
 
 
+@pytest.mark.slow
 def test_a_run_gives_up_in_the_end(make_recipe, monkeypatch):
     faults = {
         "skip": [(step, 0) for step in range(8, 30)],

@@ -195,6 +195,7 @@ def test_weight_decay_spares_the_norm_gains(make_recipe):
 # The decay, called by hand or by the plateau rule
 
 
+@pytest.mark.slow
 def test_a_file_begins_the_decay_and_a_killed_run_decays_at_the_same_step(make_recipe):
     write = StepLog.write
 
@@ -219,6 +220,7 @@ def test_a_file_begins_the_decay_and_a_killed_run_decays_at_the_same_step(make_r
     assert same(*ends)
 
 
+@pytest.mark.slow
 def test_a_plateau_begins_the_decay_also_across_a_kill(make_recipe, monkeypatch):
     settings = {"decay_when": "plateau", "plateau_patience": 2, "plateau_delta": 0.01, "validate_every": 4}
     for name, kills in (("whole", ()), ("killed", (16, 18))):
@@ -341,6 +343,7 @@ def test_a_run_from_before_later_keys_can_be_continued(make_recipe):
     assert steps_of(train(other).model.parent) == [1, 2]
 
 
+@pytest.mark.slow
 def test_noise_concerns_training_alone(make_recipe):
     """Validation measures the paper's bound whatever training does; the data of an epoch take as many steps."""
     records = []
@@ -476,6 +479,7 @@ def test_two_trainers_do_not_share_a_folder(make_recipe):
     train(recipe)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_and_those_of_every_so_many_steps(make_recipe):
     recipe = make_recipe(steps=32, checkpoint_every=4, keep_checkpoints=2, keep_every=12)
     train(recipe)

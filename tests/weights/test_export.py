@@ -34,6 +34,7 @@ def run(request, tiny_tokenizer, build_model, tmp_path_factory):
     return folder, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_an_export_loads_with_the_auto_classes(run, tmp_path, name, dtype, tiny_tokenizer, capsys):
     folder, model = run
