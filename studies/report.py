@@ -165,6 +165,9 @@ def draw_lines(axes: Any, question: dict[str, Any], results: list[dict[str, Any]
     for label, arms in plot["lines"].items():
         bars(axes, label, [(x, [*values_of(results, arm, plot["figure"]).values()]) for x, arm in arms.items()], 1)
     axes.set(ylabel=f"{plot['figure']} ± standard error", xlabel=plot["label"], **plot.get("axes", {}))
+    ticks = sorted({x for arms in plot["lines"].values() for x in arms})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
 
 
 def draw_bars(axes: Any, question: dict[str, Any], results: list[dict[str, Any]]) -> None:
