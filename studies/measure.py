@@ -11,8 +11,9 @@ Each kind has its own settings under `measure` in a question:
 
 The figures are named by what they are of, such as "bound 128" and "accuracy"; of the groups of problems, "accuracy
 GROUP". Of what is written each way, and of the texts themselves ("text"): "judged", the causal model's bits a token,
-the end included; "distinct", the share of pairs of neighbours that are new in their answer; "tokens". Positions are
-what the forward passes compute for a problem, seconds their share of the time.
+the end included; "distinct" and "varied", the share of pairs of neighbouring tokens that are new in their answer, and
+in all answers; "tokens". Positions are what the forward passes compute for a problem. Seconds are shares of a time in
+which other arms may run on the same machine.
 """
 
 import itertools
@@ -33,7 +34,7 @@ from illada.generation.settings import GenerationSettings, settings_for
 from illada.reporting import environment_of
 from illada.scoring.likelihood import likelihood_scores
 from illada.scoring.optional.candidates import Item, right_choices, score_candidates
-from illada.text.prompts import show_ids
+from illada.text.prompts import encode_plain, show_ids
 from illada.training.optional.likelihood import text_likelihood
 
 Figures = dict[str, float]
@@ -145,11 +146,11 @@ def writing(
     network: Any, judge: Any, tokenizer: Any, path: Path, texts: int, given: int, ways: dict[str, dict[str, Any]]
 ) -> Figures:
     """Return how a causal model judges what a model writes on behind beginnings of texts, and how varied it is."""
-    encoded = (tokenizer.encode(record["text"], add_special_tokens=False) for record in records(path, 10 * texts))
-    long_enough = [ids for ids in encoded if len(ids) >= 2 * given][:texts]
-    contexts = [ids[:given] for ids in long_enough]
+    encoded = [encode_plain(tokenizer, record["text"]) for record in records(path, texts)]
+    given += len(encode_plain(tokenizer, ""))  # what begins a document, as in training
+    contexts = [ids[:given] for ids in encoded]
     end, limit = [tokenizer.eos_token_id], max(settings["max_new_tokens"] for settings in ways.values())
-    written = {"text": [(ids[given:] + end)[:limit] for ids in long_enough]}
+    written = {"text": [(ids[given:] + end)[:limit] for ids in encoded]}
     for name, settings in ways.items():
         own = [replace(settings_for(network, GenerationSettings(**settings)), seed=i) for i in range(len(contexts))]
         found = illada.generate(network, contexts, own, tokenizer=tokenizer)
@@ -159,9 +160,11 @@ def writing(
         nats = likelihood_scores(judge, [*zip(contexts, continuations, strict=True)])
         tokens = sum(map(len, continuations))
         neighbours = [[*itertools.pairwise(ids)] for ids in continuations]
+        pairs = max(1, sum(map(len, neighbours)))
         figures |= {
             f"judged {name}": -sum(nats) / tokens / math.log(2),
-            f"distinct {name}": sum(len(set(pairs)) for pairs in neighbours) / sum(map(len, neighbours)),
+            f"distinct {name}": sum(len(set(own)) for own in neighbours) / pairs,
+            f"varied {name}": len(set(itertools.chain(*neighbours))) / pairs,
             f"tokens {name}": tokens / len(continuations),
         }
     return figures

@@ -94,8 +94,8 @@ class Arm:
 
     @property
     def before(self) -> list["Arm"]:
-        """The arms whose models this one needs."""
-        return [arm for arm in (self.start, self.judge) if arm is not None]
+        """The other arms whose models this one needs."""
+        return [arm for arm in (self.start, self.judge) if arm is not None and arm.label != self.label]
 
     def _other(self, name: str) -> "Arm":
         question, _, arm = name.rpartition("/")
@@ -175,10 +175,13 @@ def needed(questions: list[str], places: Places) -> list[Arm]:
     """Return the arms that have no numbers yet, each behind those whose models it needs, where these are gone."""
     found: dict[str, Arm] = {}
 
-    def add(arm: Arm) -> None:
+    def add(arm: Arm, above: tuple[str, ...] = ()) -> None:
+        if arm.label in above:
+            raise SystemExit(f"{arm.label} needs its own model: look at start and judge")
         for other in arm.before:
+            other.is_done()  # refuses numbers of other settings, whose model would be another one
             if not other.is_trained():
-                add(other)
+                add(other, (*above, arm.label))
         found.setdefault(arm.label, arm)
 
     for question in questions:
@@ -201,7 +204,7 @@ def illada(*words: object, log: Path) -> None:
 
 
 def prepare(arm: Arm) -> None:
-    """Make the tokenizer and the prepared data of an arm, if they are not there or older than their texts."""
+    """Make the tokenizer of an arm, if there is none, and its data, if there are none or their texts are newer."""
     if arm.asked["recipe"] is None:
         return
     tokenizer, folder = tokenizer_of(arm), prepared(arm)
@@ -375,6 +378,8 @@ def main() -> None:
         return
     if not options.questions:
         parser.error("name a file in studies/questions")
+    if options.cores < 1:
+        parser.error(f"--cores {options.cores}: one at least")
     # Like an interrupt from the keyboard, so that the arms are stopped as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arms = needed([path.stem for path in options.questions], places)

@@ -285,7 +285,9 @@ def test_a_tuned_model_without_the_template_is_asked_about(model_folder, tmp_pat
     shutil.copytree(model_folder, folder)
     words = ["eval", str(folder), "--task_files", str(TASKS / "letters.yaml"), "--limit", "1", "--device", "cpu"]
     cli.main([*words, "--output", str(tmp_path / "plain")])
-    assert "my-Instruct was tuned on conversations" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "my-Instruct was tuned on conversations" in said
+    assert "it/s" not in said  # no bar where there is no terminal
     cli.main([*words, "--output", str(tmp_path / "chat"), "--chat"])
     assert "tuned on conversations" not in capsys.readouterr().err
 

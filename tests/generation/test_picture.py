@@ -1,5 +1,6 @@
 """The picture of how an answer forms."""
 
+import html
 import math
 import re
 
@@ -8,7 +9,7 @@ import pytest
 from illada import GenerationSettings, cli
 from illada.errors import IlladaError
 from illada.generation.engine import StepEvent, generate
-from illada.generation.optional.picture import END, Drawing, draw_steps, recorded
+from illada.generation.optional.picture import END, MOST, Drawing, draw_steps, recorded
 
 
 class Letters:
@@ -29,8 +30,8 @@ def model_folder(tmp_path_factory, build_model, tiny_tokenizer):
 
 def texts(picture):
     """Return the texts of an SVG picture with letters kept as text, without those of the axes."""
-    found = re.findall(r"<!-- (.+?) -->", picture.decode())
-    return [text for text in found if not text.isdigit() and text not in {"forward pass", "position in the answer"}]
+    found = map(html.unescape, re.findall(r"<!-- (.+?) -->", picture.decode()))
+    return [text for text in found if not text.isdigit() and text not in {"step", "position in the answer"}]
 
 
 def test_every_step_is_a_row_and_the_end_has_a_sign():
@@ -50,11 +51,46 @@ def test_letters_that_no_font_has_do_no_harm(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("token", "sign"),
+    [
+        (" two", "two"),
+        ("->", "->"),
+        ("<=", "<="),
+        ("<|user|>", "user"),
+        ("\n\n", "↵↵"),
+        ("  ", "␣"),
+        ("x" * 40, "x" * 16),
+        ("a$b", "a$b"),
+    ],
+)
+def test_a_token_is_shown_as_it_is(token, sign):
+    assert texts(draw_steps([{"tokens": [token], "committed": [True], "confidence": [1.0]}], form="svg")) == [sign]
+
+
+def test_of_a_long_answer_the_beginning_is_drawn():
+    ids, late = [1] * (MOST + 9), [False] * 9
+    events = [StepEvent(0, 0, i, ids, [True] * MOST + late, [1.0] * (MOST + 9), False) for i in range(5)]
+    shown = draw_steps([recorded(Letters(), event, ()) for event in events], form="svg")
+    assert texts(shown) == [f"position in the answer, the first {MOST} of {MOST + 9}"] + ["a"] * MOST
+    many = [StepEvent(0, 0, i, [1, 2], [True, False], [1.0, i / 100], False) for i in range(MOST + 9)]
+    assert texts(draw_steps([recorded(Letters(), event, ()) for event in many], form="svg")) == ["a", "b"] * MOST
+
+
+def test_a_long_prompt_is_a_title_of_three_lines_at_most(tmp_path):
+    step = {"tokens": ["a"], "committed": [True], "confidence": [1.0]}
+    *title, token = texts(draw_steps([step], "one two\nthree " * 40, "svg"))[::-1]
+    assert token == "a"
+    assert len(title) <= 3
+    with pytest.raises(IlladaError, match="was not drawn: the answer took no step"):
+        Drawing(tmp_path / "a.png", ["one"]).write(Letters(), ())
+
+
 def test_colours_say_what_a_form_forced():
     one = {"tokens": ["a"], "committed": [True], "confidence": [1.0]}  # as demos before 2026-11-29 recorded it
-    blue, green = (draw_steps([one | more], form="svg") for more in ({}, {"forced": [True]}))
-    assert blue != green
-    assert draw_steps([one | {"forced": [False]}], form="svg").count(b"<path") == blue.count(b"<path")
+    kinds = ({}, {"forced": [True]}, {"confidence": [math.nan]}, {"committed": [False]})
+    blue, *others = (re.sub(rb'id="[^"]*"|#[0-9a-z]{11}', b"", draw_steps([one | more], form="svg")) for more in kinds)
+    assert len({blue, *others}) == 4
 
 
 def test_the_command_draws_what_generate_does(model_folder, tmp_path, monkeypatch, capsys):

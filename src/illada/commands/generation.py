@@ -39,7 +39,7 @@ def generate(
         chat: put each prompt into the chat template.
         slot_tokens: fill in each ___ of the prompts with so many tokens, instead of writing on.
         json: print one JSON object per prompt.
-        picture: draw how the answer to a single prompt forms, a row for each pass: a file .png, .svg or .pdf.
+        picture: draw how the answer to a single prompt forms, a row for each step: a file .png, .svg or .pdf.
     """
     prompts, settings = read_prompts(prompt, file), with_schema(settings)
     drawing = None if picture is None else heavy.picture.Drawing(Path(picture), prompts)
@@ -71,7 +71,7 @@ def generate(
                 print(f"> {text}")
             print(show_ids(tokenizer, answer.ids))
     if drawing is not None:
-        drawing.write(tokenizer, settings.eos_ids)
+        drawing.write(tokenizer, settings_for(network, settings).eos_ids)
 
 
 def with_schema(settings: GenerationSettings) -> GenerationSettings:

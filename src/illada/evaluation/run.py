@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ with needs("eval", "evaluation"):
     import datasets
     from huggingface_hub import constants
     from lm_eval import evaluate as evaluate_in_harness
+    from lm_eval.api import task as harness_task
     from lm_eval.tasks import TaskManager
+
+# The harness draws a bar for each task that it builds: on a terminal only, in a log it says nothing.
+harness_task.tqdm = partial(harness_task.tqdm, disable=None)
 
 OF_MODEL = ("scoring", "samples", "seed", "dtype", "device", "quantize", "max_batch_tokens")
 """Options of `illada eval` that go to `IlladaLM`."""

@@ -373,7 +373,7 @@ class Recipe:
         if training.dropout and self.parallel.compile:
             raise IlladaError("training.dropout and parallel.compile do not go together: take one of them")
         if training.optimizer == "muon" and adapter:
-            raise IlladaError("training.optimizer muon wants whole matrices: take training.optimizer adamw to train an adapter")
+            raise IlladaError("training.optimizer muon wants whole matrices: for an adapter take adamw")
         if training.dtype == "fp8" and adapter:
             raise IlladaError("training.dtype fp8 trains whole matrices: take bf16 to train an adapter")
         in_half_precision = {

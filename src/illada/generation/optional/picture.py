@@ -1,6 +1,8 @@
-"""A picture of how an answer forms: a row for each forward pass, its tokens from left to right."""
+"""A picture of how an answer forms: a row for each step, its tokens from left to right."""
 
 import math
+import re
+import textwrap
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ END = "<|eos|>"
 """What stands for any end-of-sequence token in a recorded step."""
 LONGEST = 16
 """Most characters of a token that are drawn."""
+MOST = 64
+"""Most positions and most rows of a picture: a cell takes matplotlib a millisecond."""
 
 
 def recorded(tokenizer: Any, event: Any, eos_ids: Collection[int]) -> dict[str, Any]:
@@ -50,7 +54,13 @@ class Drawing:
         self._events.append(event)
 
     def write(self, tokenizer: Any, eos_ids: Collection[int]) -> None:
-        """Draw what was remembered into the file."""
+        """Draw what was remembered into the file.
+
+        Raises:
+            IlladaError: when nothing was decided.
+        """
+        if not self._events:
+            raise IlladaError(f"picture {self.path} was not drawn: the answer took no step")
         steps = [recorded(tokenizer, event, eos_ids) for event in self._events]
         write_bytes(self.path, draw_steps(steps, self.title, self.path.suffix.removeprefix(".")))
 
@@ -58,44 +68,59 @@ class Drawing:
 def draw_steps(steps: Sequence[dict[str, Any]], title: str = "", form: str = "png") -> bytes:
     """Return the picture as the bytes of a file: png, svg or pdf.
 
-    Committed tokens stand on blue, darker where the model was surer, or on green where the form of the answer left no
-    choice; proposals are pale, and so is what stands behind the end.
+    Committed tokens stand on blue, darker where the model was surer, on green where the form of the answer left no
+    choice, and on white where they were given; proposals are grey, and what stands behind the end is pale. Of a long
+    answer the first `MOST` positions are drawn, and the first `MOST` steps that change them.
     """
-    last = steps[-1]["tokens"]
+    whole = len(steps[-1]["tokens"])
+    rows = _shown([{name: values[:MOST] for name, values in step.items()} for step in steps])
+    last = rows[-1]["tokens"]
     end = last.index(END) if END in last else len(last)
-    longest = [0] * len(last)
-    for step in steps:
-        for x, token in enumerate(step["tokens"]):
-            longest[x] = max(longest[x], len(_sign(token)))
     edges = [0.0]
-    for count in longest:
-        edges.append(edges[-1] + max(0.46, 0.09 * count + 0.08))
-    drawing, axes = figure(edges[-1] + 1.2, 0.3 * len(steps) + 0.8 + 0.3 * bool(title))
-    blues, greens = colormaps["Blues"], colormaps["Greens"]
-    for y, step in enumerate(steps):
-        for x, token in enumerate(step["tokens"]):
-            confidence, committed = step["confidence"][x], step["committed"][x]
-            sure = 0.0 if confidence is None or math.isnan(confidence) else float(confidence)
-            colours = greens if step.get("forced") and step["forced"][x] else blues
-            face = colours(0.3 + 0.6 * sure) if committed else "#eceff3"
-            alpha = 1.0 if x <= end else 0.25
-            left, width = edges[x], edges[x + 1] - edges[x]
-            axes.add_patch(Rectangle((left, y), width - 0.03, 0.9, facecolor=face, edgecolor="none", alpha=alpha))
-            ink = ("white" if sure > 0.6 else INK) if committed else "#a8b2bd"
-            middle = left + width / 2
-            axes.text(middle, y + 0.47, _sign(token), ha="center", va="center", fontsize=8, color=ink, alpha=alpha)
-    axes.set(xlim=(0, edges[-1]), ylim=(len(steps), 0), ylabel="forward pass", xlabel="position in the answer")
-    axes.set_title(title.replace("$", "\\$"), loc="left", fontsize=10, color=INK)
+    for x in range(len(last)):
+        longest = max(len(_sign(row["tokens"][x])) for row in rows if x < len(row["tokens"]))
+        edges.append(edges[-1] + max(0.46, 0.09 * longest + 0.08))
+    lines = textwrap.wrap(" / ".join(title.split("\n")), max(24, int(10 * edges[-1])), max_lines=3, placeholder=" …")
+    drawing, axes = figure(edges[-1] + 1.2, 0.3 * len(rows) + 0.8 + 0.2 * len(lines))
+    for y, row in enumerate(rows):
+        for x in range(len(row["tokens"])):
+            _draw_cell(axes, (edges[x], y, edges[x + 1] - edges[x]), row, x, behind=x > end)
+    axes.set(xlim=(0, edges[-1]), ylim=(len(rows), 0), ylabel="step")
+    axes.set_xlabel("position in the answer" + f", the first {MOST} of {whole}" * (whole > MOST))
+    axes.set_title("\n".join(lines).replace("$", "\\$"), loc="left", fontsize=10, color=INK)
     axes.set_xticks([])
-    axes.set_yticks([y + 0.45 for y in range(0, len(steps), 4)], [str(y + 1) for y in range(0, len(steps), 4)])
+    axes.set_yticks([y + 0.45 for y in range(0, len(rows), 4)], [str(y + 1) for y in range(0, len(rows), 4)])
     axes.spines[["left", "bottom"]].set_visible(False)
     with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         return rendered(drawing, form)
 
 
+def _shown(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the steps without those that are as the step before, and so many as a picture holds."""
+    # An unknown confidence is no number, and so equals nothing: as text it does.
+    changed = [step for i, step in enumerate(steps) if i == 0 or str(step) != str(steps[i - 1])]
+    return changed[:MOST]
+
+
+def _draw_cell(axes: Any, place: tuple[float, float, float], row: dict[str, Any], x: int, behind: bool) -> None:
+    """Draw a token at its place: left edge, top, width."""
+    left, top, width = place
+    confidence, committed = row["confidence"][x], row["committed"][x]
+    given = confidence is None or math.isnan(confidence)
+    sure = 0.0 if given else float(confidence)
+    colours = colormaps["Greens" if row.get("forced") and row["forced"][x] else "Blues"]
+    face = "#eceff3" if not committed else "white" if given else colours(0.3 + 0.6 * sure)
+    ink = "#a8b2bd" if not committed else "white" if sure > 0.6 and not behind else INK
+    alpha = 0.25 if behind else 1.0
+    axes.add_patch(Rectangle((left, top), width - 0.03, 0.9, facecolor=face, edgecolor="none", alpha=alpha))
+    middle, sign = (left + width / 2, top + 0.47), _sign(row["tokens"][x])
+    axes.text(*middle, sign.replace("$", "\\$"), ha="center", va="center", fontsize=8, color=ink, alpha=alpha)
+
+
 def _sign(token: str) -> str:
-    """Return a token short enough for its cell; a dollar sign would be read as mathematics."""
-    short = {"\n": "↵", END: "END"}.get(token, token.strip().strip("<|>") or "␣")
-    short = "".join(letter if letter.isprintable() else "·" for letter in short)
-    return short[:LONGEST].replace("$", "\\$")
+    """Return a token short enough for its cell."""
+    if token == END:
+        return "END"
+    short = re.sub(r"^<\|(.+)\|>$", r"\1", token.strip(" ")) or "␣"
+    return "".join(letter if letter.isprintable() else "↵" if letter == "\n" else "·" for letter in short)[:LONGEST]
