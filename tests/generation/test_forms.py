@@ -506,6 +506,7 @@ def test_ids_that_end_an_answer(tied, ending):
             generate(tied, [[7, 9]], settings("[ab]{3}", 4, 16, eos_token_id=None), LETTERS)
 
 
+@pytest.mark.slow
 def test_forms_that_cost_too_much_are_refused(tied, monkeypatch):
     many = "[" + "".join(f"\\x{a:02x}-\\x{b:02x}" for a in range(1, 127) for b in range(a, 128)) + "]"
     with pytest.raises(IlladaError, match="needs too large an automaton"):

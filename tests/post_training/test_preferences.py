@@ -85,6 +85,7 @@ def test_micro_batches_and_restarts_change_nothing(make_dpo, monkeypatch, refere
     close(records, continued, rel=0)
 
 
+@pytest.mark.slow
 def test_a_live_reference_is_the_kept_one_in_the_first_epoch(make_dpo):
     settings = {"steps": 5, "learning_rate": 1e-3}
     _, kept = run(make_dpo("kept", **settings))

@@ -263,6 +263,7 @@ def test_pairs_mix_with_pairs_only(data):
             Shards.open({str(data / name): 1 for name in names})
 
 
+@pytest.mark.slow
 def test_the_commands_know_pairs(tmp_path, tokens, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "pairs.jsonl", [GOOD, GOOD, {**GOOD, "chosen": "four"}])

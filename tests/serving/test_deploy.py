@@ -103,6 +103,7 @@ def test_hadolint_finds_nothing():
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.slow
 def test_kubernetes_accepts_every_object(objects):
     validate = pytest.importorskip("kubernetes_validate", reason="no linter: pip install kubernetes-validate")
     for each in objects.values():

@@ -106,6 +106,7 @@ def streamed(server, **body):
     return text, calls, reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_a_stream_of_calls_is_the_whole_in_pieces(tools_server, choice):
     for seed in range(3):
@@ -119,6 +120,7 @@ def test_a_stream_of_calls_is_the_whole_in_pieces(tools_server, choice):
         assert all(call["id"].startswith("call_") for call in calls.values())
 
 
+@pytest.mark.slow
 def test_the_conversation_goes_on_with_the_results(tools_server):
     message = ask(tools_server, tool_choice="required").json()["choices"][0]["message"]
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "sunny"} for call in message["tool_calls"]]
@@ -168,6 +170,7 @@ def test_the_openai_packages_own_helpers(tools_server):
     Weather.model_validate_json(item.arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_a_response_tells_of_its_calls_in_typed_events(tools_server, choice):
     types = pytest.importorskip("openai.types.responses")

@@ -323,6 +323,7 @@ def test_processes_go_back_together(make_recipe, tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_verify_says_what_is_whole(recipe, data, capsys):
     train(recipe)
     run = Path(recipe.output)

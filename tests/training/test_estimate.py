@@ -72,6 +72,7 @@ def test_activations_are_the_tensors_that_autograd_keeps(dtype):
     assert memory.activations == pytest.approx(real, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "kind"), [("fp32", "none"), ("bf16", "selective"), ("fp32", "full")])
 def test_the_peak_is_what_the_allocator_sees(dtype, kind):
     real_pass(dtype, kind)
@@ -120,6 +121,7 @@ def test_an_average_of_the_weights_is_counted():
         assert after.optimizer - before.optimizer == after.peak - before.peak == 4 * plain.parameters // 2
 
 
+@pytest.mark.slow
 def test_what_dropout_keeps_is_counted():
     plain, dropping = estimate(recipe(), vocab_size=500), estimate(recipe(dropout=0.1), vocab_size=500)
     kept = [dropping.memory[kind].activations - plain.memory[kind].activations for kind in CHECKPOINTING]

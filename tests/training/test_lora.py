@@ -170,6 +170,7 @@ def test_a_killed_run_ends_in_the_same_adapter(lora, section):
         assert {**one, **MACHINE} == {**other, **MACHINE}
 
 
+@pytest.mark.slow
 def test_recomputing_changes_nothing_and_dropout_does(lora):
     ends = []
     for name, dropout, saving in (("plain", 0.2, "none"), ("saving", 0.2, "full"), ("without", 0.0, "none")):

@@ -80,6 +80,7 @@ def test_the_launchers_are_shell_scripts():
         assert file.stat().st_mode & 0o111
 
 
+@pytest.mark.slow
 def test_a_recipe_is_found_by_its_name_anywhere(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--data.train", "data", "--output", "run")
