@@ -68,6 +68,7 @@ def test_a_token_is_shown_as_it_is(token, sign):
     assert texts(draw_steps([{"tokens": [token], "committed": [True], "confidence": [1.0]}], form="svg")) == [sign]
 
 
+@pytest.mark.slow
 def test_of_a_long_answer_the_beginning_is_drawn():
     ids, late = [1] * (MOST + 9), [False] * 9
     events = [StepEvent(0, 0, i, ids, [True] * MOST + late, [1.0] * (MOST + 9), False) for i in range(5)]
@@ -115,6 +116,7 @@ def test_slots_are_drawn_too(model_folder, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_causal_model_is_drawn_too(build_model, tiny_tokenizer, tmp_path):
     model = build_model(tie=True, causal=True, seed=1, vocab_size=len(tiny_tokenizer))
     drawing = Drawing(tmp_path / "a.pdf", ["one"])

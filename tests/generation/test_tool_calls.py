@@ -374,6 +374,7 @@ def test_conversations_that_are_refused(tiny_tokenizer, change, words):
         Tools([WEATHER], tiny_tokenizer).encode(messages)
 
 
+@pytest.mark.slow
 def test_arguments_as_deep_as_can_be_read_are_written_or_refused(tiny_tokenizer):
     tools = Tools([WEATHER], tiny_tokenizer)
     for deep in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):

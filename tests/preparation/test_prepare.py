@@ -147,6 +147,7 @@ def merging():
     return train_tokenizer(["some of text   some of text\n\n\nsome\r\nof\r\ntext   of some\n\n\n"] * 9, 300)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(word.map("".join), min_size=20, max_size=80).map("".join), st.integers(56, 80), st.integers(1, 90))
 def test_pieces_of_a_huge_document_give_the_ids_of_the_whole(merging, text, limit, chunk):

@@ -39,6 +39,7 @@ def is_valid(text):
     assert found.keys() <= {"ok", "kind", "n"}
 
 
+@pytest.mark.slow
 def test_openai_parses_what_it_asked_for(server):
     openai = pytest.importorskip("openai")
     pydantic = pytest.importorskip("pydantic")

@@ -98,6 +98,7 @@ def test_tensorboard_gets_every_number(make_recipe):
     assert {f"loss_by_mask_ratio/{part}" for part in range(5)} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_every_number_and_one_run(make_recipe, monkeypatch):
     begun, logged = [], []
     session = SimpleNamespace(log=lambda values, step: logged.append((step, values["loss"])), finish=lambda: None)
