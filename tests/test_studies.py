@@ -48,8 +48,9 @@ CHOICES = {"problems": 3, "files": ["choices"], "method": "likelihood", "samples
 @pytest.fixture
 def studies(tmp_path):
     """A copy of the studies with a question of two tiny arms."""
-    shutil.copytree(ROOT / "studies", tmp_path / "studies", ignore=shutil.ignore_patterns("data", "results", "*.yaml"))
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(
+        ROOT / "studies", tmp_path / "studies", ignore=shutil.ignore_patterns("data", "results", "questions")
+    )
     (tmp_path / "docs" / "images").mkdir(parents=True)
     data = tmp_path / "studies" / "data" / "words"
     data.mkdir(parents=True)
@@ -70,7 +71,7 @@ def studies(tmp_path):
     common = {"hypothesis": "Yes.", "refuted_by": "No.", "seeds": [0], "tokenizer": ["words", 300]}
     split = {
         **common,
-        **{"number": 1, "question": "Does it split?", "data": "words", "recipe": "recipes/tiny-cpu-pretrain.yaml"},
+        **{"number": 1, "question": "Does it split?", "data": "words", "recipe": "studies/recipes/pretrain.yaml"},
         **{"settings": SMALL, "measure": {"text": {8: 3, 16: 2}}, "show": ["bound 8", "path 16"]},
         "arms": {
             "split": {"data.split_probability": 0.3},
@@ -81,7 +82,7 @@ def studies(tmp_path):
     }
     tuned = {
         **common,
-        **{"number": 2, "question": "Does it answer?", "data": "chats", "recipe": "recipes/tiny-cpu-sft.yaml"},
+        **{"number": 2, "question": "Does it answer?", "data": "chats", "recipe": "studies/recipes/sft.yaml"},
         **{"command": "sft", "settings": TUNED, "pairs": [], "show": ["accuracy", "accuracy one"]},
         "measure": {"answers": {"problems": 4, "max_new_tokens": 4, "block_length": 4}},
         "arms": {
@@ -150,7 +151,9 @@ def test_killed_and_started_again_the_numbers_are_the_same(studies, undisturbed,
     names = ("split/split-0", "split/causal-0", "tuned/few-0", "tuned/written-0", "tuned/chosen-0")
     assert set(want) == {f"{name}.json" for name in names}
     written = want["tuned/written-0.json"]["figures"]
-    assert {f"{what} {way}" for what in ("judged", "distinct", "tokens") for way in ("text", "drawn")} == set(written)
+    assert {f"{what} {way}" for what in ("judged", "distinct", "varied", "tokens") for way in ("text", "drawn")} == set(
+        written
+    )
     assert 0 < written["distinct drawn"] <= 1 <= written["tokens drawn"] <= 4
     assert 5 < written["judged drawn"] < 12  # of 300 words that a model has hardly begun to tell apart
     assert want["tuned/few-0.json"]["tokens"] < want["split/split-0.json"]["tokens"] * 10
@@ -230,3 +233,16 @@ def test_the_questions_of_the_repository_are_whole(monkeypatch, tmp_path):
         assert {arm for pair in question["pairs"] for arm in pair} <= set(question["arms"])
         assert len(question["seeds"]) >= 3
     assert runner.needed(names, places)
+
+
+def test_an_arm_may_judge_itself_but_not_begin_with_itself(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    runner = importlib.import_module("run")
+    places = runner.Places(tmp_path / "work", tmp_path / "results")
+    judged = {"measure": {"writing": {"judge": "judge"}}}
+    question = {"seeds": [0], "arms": {"judge": judged, "judged": judged}}
+    monkeypatch.setattr(runner, "read_question", lambda _: question)
+    assert [arm.name for arm in runner.needed(["q"], places)] == ["judge", "judged"]
+    question["arms"] = {"one": {"start": "two"}, "two": {"start": "one"}}
+    with pytest.raises(SystemExit, match="q/one-0 needs its own model"):
+        runner.needed(["q"], places)
