@@ -240,7 +240,7 @@ def test_an_arm_may_judge_itself_but_not_begin_with_itself(monkeypatch, tmp_path
     runner = importlib.import_module("run")
     places = runner.Places(tmp_path / "work", tmp_path / "results")
     judged = {"measure": {"writing": {"judge": "judge"}}}
-    question = {"seeds": [0], "arms": {"judge": judged, "judged": judged}}
+    question = {"seeds": [0], "recipe": "some.yaml", "arms": {"judge": judged, "judged": judged}}
     monkeypatch.setattr(runner, "read_question", lambda _: question)
     assert [arm.name for arm in runner.needed(["q"], places)] == ["judge", "judged"]
     question["arms"] = {"one": {"start": "two"}, "two": {"start": "one"}}
