@@ -378,7 +378,8 @@ def test_a_causal_model_has_no_noise(make_recipe, name, value):
     """Named in the recipe, or found in the checkpoint to start from."""
     causal = make_recipe("causal", steps=1)
     causal.model.causal = True
-    words = rf"^training\.{name} is about masks, a causal model has none: leave one of them out$"
+    usual = {"noise": "uniform", "mask_range": "null", "loss_weight": "1/p", "complementary": "false"}[name]
+    words = rf"^training\.{name} is about masks, a causal model has none: set it to {usual}$"
     wrong = make_recipe("wrong", **{name: value})
     wrong.model.causal = True
     refused(wrong, words)

@@ -79,8 +79,7 @@ class LoraRecipe:
         rank: inner width of an adapter, e.g. 16; none or 0 trains all weights.
         alpha: an adapter's product is scaled by alpha / rank; none for twice the rank.
         dropout: chance that an input of an adapter is zeroed; a function of seed, step and micro-batch.
-        targets: linear layers of each block that get an adapter; none for all (q_proj, k_proj, v_proj, o_proj,
-            gate_proj, up_proj, down_proj).
+        targets: linear layers of each block that get an adapter, such as q_proj and up_proj; none for all seven.
     """
 
     rank: int | None = None
@@ -286,8 +285,9 @@ class TrainingRecipe:
     def check_masks(self, causal: bool) -> None:
         """Check the options about masks, which a causal model has not; raises IlladaError as `Recipe.check` does."""
         for name in ("noise", "mask_range", "loss_weight", "complementary"):
-            if causal and getattr(self, name) != getattr(TrainingRecipe, name):
-                raise IlladaError(f"training.{name} is about masks, a causal model has none: leave one of them out")
+            if causal and getattr(self, name) != (usual := getattr(TrainingRecipe, name)):
+                usual = {None: "null", False: "false"}.get(usual, usual)
+                raise IlladaError(f"training.{name} is about masks, a causal model has none: set it to {usual}")
         band, most = self.mask_range, 0.999 if self.complementary else 1  # a complement's p is 1 - p
         if band is not None and not (len(band) == 2 and 0.001 <= band[0] <= band[1] <= most):
             raise IlladaError(f"training.mask_range is {band}: it must be low and high, 0.001 <= low <= high <= {most}")
