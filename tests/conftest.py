@@ -81,3 +81,13 @@ def write_tiny_model(tiny_tokenizer):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, build_model, tiny_tokenizer):
+    """A random model with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=256, mask_token_id=5)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -14,16 +14,6 @@ OF_PAPER = ("arc", "bbh/cot_fewshot", "cmmlu", "gsm8k", "hellaswag", "mmlu", "mm
 """Folders of the harness's own tasks that rows of the paper name."""
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, build_model, tiny_tokenizer):
-    """A random model with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("model")
-    model = build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer), max_position_embeddings=256, mask_token_id=5)
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
     """Local data only, cached where it is thrown away."""

@@ -19,15 +19,6 @@ class Letters:
         return "".join(chr(96 + i) for i in ids)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, build_model, tiny_tokenizer):
-    """A small random model with its tokenizer, as every command loads it."""
-    folder = tmp_path_factory.mktemp("model")
-    build_model(tie=True, seed=3, vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def texts(picture):
     """Return the texts of an SVG picture with letters kept as text, without those of the axes."""
     found = map(html.unescape, re.findall(r"<!-- (.+?) -->", picture.decode()))
@@ -121,7 +112,7 @@ def test_a_causal_model_is_drawn_too(build_model, tiny_tokenizer, tmp_path):
     model = build_model(tie=True, causal=True, seed=1, vocab_size=len(tiny_tokenizer))
     drawing = Drawing(tmp_path / "a.pdf", ["one"])
     settings = GenerationSettings(max_new_tokens=32, eos_token_id=None)
-    generate(model, ["one"], settings, tiny_tokenizer, drawing.keep)
+    generate(model, ["one"], settings, tiny_tokenizer, drawing.events.append)
     drawing.write(tiny_tokenizer, ())
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
 

@@ -43,10 +43,11 @@ def generate(
     """
     prompts, settings = read_prompts(prompt, file), with_schema(settings)
     drawing = None if picture is None else heavy.picture.Drawing(Path(picture), prompts)
-    on_step = None if drawing is None else drawing.keep
+    on_step = None if drawing is None else drawing.events.append
     if chat and slot_tokens is not None:
         raise IlladaError("chat and slot_tokens exclude each other: slots are filled in plain text")
     network, tokenizer = heavy.weights.load_model(model.model, model.dtype, model.device, model.quantize)
+    with_ends = settings_for(network, settings)
     if slot_tokens is not None:
         templates = [encode_template(tokenizer, text, slot_tokens) for text in prompts]
         answers = heavy.generation.infill(network, templates, settings, tokenizer, on_step)
@@ -55,8 +56,7 @@ def generate(
             ids = [heavy.chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
         else:
             ids = [encode_plain(tokenizer, text) for text in prompts]
-        settings = settings_for(network, settings)
-        answers = heavy.generation.generate(network, ids, settings, tokenizer, on_step)
+        answers = heavy.generation.generate(network, ids, with_ends, tokenizer, on_step)
     if not chat and slot_tokens is None:
         _check_plain(model.model, tokenizer, prompts)
     if all(not show_ids(tokenizer, answer.ids).strip() for answer in answers):
@@ -71,7 +71,7 @@ def generate(
                 print(f"> {text}")
             print(show_ids(tokenizer, answer.ids))
     if drawing is not None:
-        drawing.write(tokenizer, settings_for(network, settings).eos_ids)
+        drawing.write(tokenizer, with_ends.eos_ids)
 
 
 def with_schema(settings: GenerationSettings) -> GenerationSettings:

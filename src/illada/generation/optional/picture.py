@@ -1,5 +1,6 @@
 """A picture of how an answer forms: a row for each step, its tokens from left to right."""
 
+import itertools
 import math
 import re
 import textwrap
@@ -47,21 +48,18 @@ class Drawing:
         if len(prompts) > 1:
             raise IlladaError(f"picture shows one answer, and there are {len(prompts)} prompts: give one of them")
         self.path, self.title = picture_path(path, "picture"), prompts[0]
-        self._events: list[Any] = []
-
-    def keep(self, event: Any) -> None:
-        """Remember a `StepEvent`: the `on_step` of `generate` and `infill`."""
-        self._events.append(event)
+        self.events: list[Any] = []
+        """Every `StepEvent`: `events.append` is the `on_step` of `generate` and `infill`."""
 
     def write(self, tokenizer: Any, eos_ids: Collection[int]) -> None:
-        """Draw what was remembered into the file.
+        """Draw the steps into the file.
 
         Raises:
             IlladaError: when nothing was decided.
         """
-        if not self._events:
+        if not self.events:
             raise IlladaError(f"picture {self.path} was not drawn: the answer took no step")
-        steps = [recorded(tokenizer, event, eos_ids) for event in self._events]
+        steps = [recorded(tokenizer, event, eos_ids) for event in self.events]
         write_bytes(self.path, draw_steps(steps, self.title, self.path.suffix.removeprefix(".")))
 
 
@@ -73,7 +71,9 @@ def draw_steps(steps: Sequence[dict[str, Any]], title: str = "", form: str = "pn
     answer the first `MOST` positions are drawn, and the first `MOST` steps that change them.
     """
     whole = len(steps[-1]["tokens"])
-    rows = _shown([{name: values[:MOST] for name, values in step.items()} for step in steps])
+    cut = [{name: values[:MOST] for name, values in step.items()} for step in steps]
+    # As text, because an unknown confidence is no number, and so equals nothing.
+    rows = [next(alike) for _, alike in itertools.groupby(cut, str)][:MOST]
     last = rows[-1]["tokens"]
     end = last.index(END) if END in last else len(last)
     edges = [0.0]
@@ -87,20 +87,13 @@ def draw_steps(steps: Sequence[dict[str, Any]], title: str = "", form: str = "pn
             _draw_cell(axes, (edges[x], y, edges[x + 1] - edges[x]), row, x, behind=x > end)
     axes.set(xlim=(0, edges[-1]), ylim=(len(rows), 0), ylabel="step")
     axes.set_xlabel("position in the answer" + f", the first {MOST} of {whole}" * (whole > MOST))
-    axes.set_title("\n".join(lines).replace("$", "\\$"), loc="left", fontsize=10, color=INK)
+    axes.set_title("\n".join(lines), loc="left", fontsize=10, color=INK, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([y + 0.45 for y in range(0, len(rows), 4)], [str(y + 1) for y in range(0, len(rows), 4)])
     axes.spines[["left", "bottom"]].set_visible(False)
     with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         return rendered(drawing, form)
-
-
-def _shown(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the steps without those that are as the step before, and so many as a picture holds."""
-    # An unknown confidence is no number, and so equals nothing: as text it does.
-    changed = [step for i, step in enumerate(steps) if i == 0 or str(step) != str(steps[i - 1])]
-    return changed[:MOST]
 
 
 def _draw_cell(axes: Any, place: tuple[float, float, float], row: dict[str, Any], x: int, behind: bool) -> None:
@@ -114,8 +107,8 @@ def _draw_cell(axes: Any, place: tuple[float, float, float], row: dict[str, Any]
     ink = "#a8b2bd" if not committed else "white" if sure > 0.6 and not behind else INK
     alpha = 0.25 if behind else 1.0
     axes.add_patch(Rectangle((left, top), width - 0.03, 0.9, facecolor=face, edgecolor="none", alpha=alpha))
-    middle, sign = (left + width / 2, top + 0.47), _sign(row["tokens"][x])
-    axes.text(*middle, sign.replace("$", "\\$"), ha="center", va="center", fontsize=8, color=ink, alpha=alpha)
+    style = {"ha": "center", "va": "center", "fontsize": 8, "color": ink, "alpha": alpha, "parse_math": False}
+    axes.text(left + width / 2, top + 0.47, _sign(row["tokens"][x]), **style)
 
 
 def _sign(token: str) -> str:
