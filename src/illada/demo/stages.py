@@ -224,6 +224,7 @@ def _recipes(output: Path, scale: Scale, seed: int) -> tuple[Recipe, Recipe, Rec
         scale.pretrain_steps,
         samples_per_step=scale.samples_per_step,
         learning_rate=scale.pretrain_learning_rate,
+        mask_range=[0.3, 0.8],  # paper: all levels; questions 6, 12 and 13 of docs/study.md
         decay="cosine",
         decay_steps=scale.pretrain_steps // 3,
         validate_every=max(50, scale.pretrain_steps // 10),
