@@ -31,6 +31,12 @@ def recipe(make_recipe):
     return make_recipe(steps=8, checkpoint_every=3)
 
 
+def first_quick(cases):
+    """Mark every case but the first slow: half a second each."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+
+
 def flip(path, place=-1000):
     """Change one bit."""
     content = bytearray(path.read_bytes())
@@ -112,7 +118,7 @@ def check_that_it_goes_back(recipe, how, capsys):
     return line
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", first_quick(DAMAGE))
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_in_the_same_bits(recipe, capsys, how):
     check_that_it_goes_back(recipe, DAMAGE[how], capsys)
 
@@ -128,7 +134,9 @@ def test_a_state_that_no_run_writes_is_damage(tmp_path, how):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["a cut shard", "a missing shard", "lost moments", "a step beyond the run"])
+@pytest.mark.parametrize(
+    "how", first_quick(["a cut shard", "a missing shard", "lost moments", "a step beyond the run"])
+)
 def test_what_can_be_seen_without_checksums_is_seen(recipe, capsys, how):
     def damage(checkpoint):
         (checkpoint / SUMS).unlink()
@@ -250,7 +258,7 @@ def test_a_tail_that_a_power_loss_left_is_dropped(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"9" * 5000, "٣".encode()])
+@pytest.mark.parametrize("content", first_quick([b"\xff\xfe\0", b"9" * 5000, "٣".encode()]))
 def test_whatever_stands_in_the_file_decay_begins_the_decay(make_recipe, content, capsys):
     recipe = make_recipe(steps=8, decay_steps=3)
     Path(recipe.output).mkdir()

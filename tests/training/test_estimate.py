@@ -338,6 +338,7 @@ def test_a_deep_network_is_estimated_from_two_shallower_ones(monkeypatch, gpus):
     assert estimation.estimate(recipe, EstimateOptions(gpus=gpus)) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words", "times", "forward"),
     [
